@@ -1,0 +1,1 @@
+"""Knowledge distillation for NLP on JAX, with TextBrewer's configs and numbers."""

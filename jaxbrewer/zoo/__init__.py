@@ -1,0 +1,1 @@
+"""Encoders with Hugging Face import and export."""
