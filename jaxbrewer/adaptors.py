@@ -75,6 +75,11 @@ class Side:
         return freeze(self.adaptor(plain(batch), outputs), self.role)
 
 
+def adaptor_keys() -> list[str]:
+    """The keys an adaptor may return, features appended to `presets.FEATURES` included."""
+    return list(dict.fromkeys([*presets.ADAPTOR_KEYS, *presets.FEATURES]))
+
+
 def freeze(results: Any, role: str) -> Results:
     """Checks an adaptor's dict and gives every entry its one form.
 
@@ -87,11 +92,11 @@ def freeze(results: Any, role: str) -> Results:
     if not isinstance(results, Mapping):
         raise AdaptorError(
             f"adaptor_{role} returned a {type(results).__name__}; it must return a dict with some "
-            f"of the keys {', '.join(presets.adaptor_keys())}"
+            f"of the keys {', '.join(adaptor_keys())}"
         )
     wrong: list[str] = []
     frozen: Results = {}
-    known = presets.adaptor_keys()
+    known = adaptor_keys()
     for name, value in results.items():
         if name not in known:
             fix = f"did you mean {_SLIPS[name]!r}?" if name in _SLIPS else suggest(name, known)

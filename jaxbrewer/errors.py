@@ -32,6 +32,39 @@ class UnknownNameError(KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class BatchError(ValueError):
+    """A batch the models cannot take."""
+
+
+class AdaptorError(ValueError):
+    """An adaptor that returned something unusable."""
+
+
+class PreflightError(ValueError):
+    """Everything that would go wrong in training, found before anything was compiled.
+
+    Attributes:
+        problems: one message for each.
+    """
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__(tuple(problems))
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        head = f"{count} problem{'s' if count > 1 else ''} found before training:"
+        return "\n  - ".join([head, *self.problems])
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, does not fit, or cannot be written."""
+
+
+class PreflightWarning(UserWarning):
+    """Something that trains, but is rarely what was meant."""
+
+
 def suggest(name: object, choices: Iterable[object]) -> str:
     """Returns the end of an error message about a name that is none of the choices.
 
