@@ -75,7 +75,9 @@ class Checkpoints:
             shutil.move(path, aside / path.name)
         logger.warning(
             "%s held checkpoints of an earlier run; moved to %s (resume=True would have gone on "
-            "from them)", self.folder, aside,
+            "from them)",
+            self.folder,
+            aside,
         )
 
     def save(self, step: int, state: TrainState, position: Mapping[str, Any]) -> None:
@@ -116,7 +118,9 @@ class Checkpoints:
 
     def best(self) -> Path | None:
         """The checkpoint with the best score, the newest among equals."""
-        there = [(value, step) for step, value in self.scores().items() if step in steps_in(self.folder)]
+        there = [
+            (value, step) for step, value in self.scores().items() if step in steps_in(self.folder)
+        ]
         return self.folder / f"gs{max(there)[1]}" if there else None
 
     def _prune(self, newest: int) -> None:
@@ -199,8 +203,16 @@ def _check_fits(path: Path, item: str, target: Any) -> None:
     if saved is None:
         raise CheckpointError(f"{path} holds no {item!r}; was it written by another program?")
     there, wanted = _described(saved.tree), _described(target)
-    wrong = [f"{name}: saved as {there[name]}, wanted {wanted[name]}" for name in wanted if name in there and there[name] != wanted[name]]
-    wrong += [f"{name}: not in the checkpoint; {suggest(name, there)}" for name in wanted if name not in there]
+    wrong = [
+        f"{name}: saved as {there[name]}, wanted {wanted[name]}"
+        for name in wanted
+        if name in there and there[name] != wanted[name]
+    ]
+    wrong += [
+        f"{name}: not in the checkpoint; {suggest(name, there)}"
+        for name in wanted
+        if name not in there
+    ]
     wrong += [f"{name}: in the checkpoint only" for name in there if name not in wanted]
     if wrong:
         shown = "\n".join(f"  - {line}" for line in wrong[:20])

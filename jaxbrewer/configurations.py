@@ -255,8 +255,8 @@ class IntermediateMatch(Config):
         TypeError: an unknown keyword; the message names the nearest.
     """
 
-    layer_T: int | Sequence[int]  # noqa: N815
-    layer_S: int | Sequence[int]  # noqa: N815
+    layer_T: int | Sequence[int]
+    layer_S: int | Sequence[int]
     weight: float
     loss: str
     feature: str

@@ -156,9 +156,9 @@ class LinenModel:
         id_limits: Mapping[str, int] | None = None,
     ):
         if not isinstance(variables, Mapping) or "params" not in variables:
+            given = list(variables) if isinstance(variables, Mapping) else type(variables).__name__
             raise ValueError(
-                "variables must be what module.init returned, a mapping with 'params'; got "
-                f"{type(variables).__name__} with keys {sorted(variables) if isinstance(variables, Mapping) else '–'}"
+                f"variables must be what module.init returned, a mapping with 'params'; got {given}"
             )
         self.module = module
         self.variables = dict(variables)
@@ -190,7 +190,10 @@ class LinenModel:
         """See `Model.apply`."""
         variables = self._variables(params, state)
         if self.train_argument is not None:
-            kwargs = {**kwargs, self.train_argument: train ^ (self.train_argument in self._INVERTED)}
+            kwargs = {
+                **kwargs,
+                self.train_argument: train ^ (self.train_argument in self._INVERTED),
+            }
         if not train:
             return self.module.apply(variables, *args, **kwargs), state
         rngs = dict(zip(self._rngs, jax.random.split(key, len(self._rngs)), strict=True))

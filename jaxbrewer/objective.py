@@ -97,7 +97,9 @@ def match_term(match: Match, results_S: Results, results_T: Results, project: Pr
     feature_S, feature_T = pick(results_S, match.layer_S), pick(results_T, match.layer_T)
     if match.projection is not None:
         apply = lambda x: _full(project(match.projection, x))  # type: ignore[arg-type]  # noqa: E731
-        feature_S = [apply(x) for x in feature_S] if isinstance(feature_S, list) else apply(feature_S)
+        feature_S = (
+            [apply(x) for x in feature_S] if isinstance(feature_S, list) else apply(feature_S)
+        )
     return match.loss(feature_S, feature_T, mask=results_S.get("inputs_mask"))
 
 
@@ -207,7 +209,9 @@ def call_kd(
     return jnp.sum(jnp.where(mask, each, 0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def position_by_position(loss: Callable, logits_S: Array, logits_T: Array, temperature: Any) -> Array:
+def position_by_position(
+    loss: Callable, logits_S: Array, logits_T: Array, temperature: Any
+) -> Array:
     """Applies a KD loss to each position of ``[positions, classes]`` as a batch of one."""
     axes = (0, 0, 0 if jnp.ndim(temperature) else None)
     temperature = temperature[:, None] if jnp.ndim(temperature) else temperature

@@ -82,7 +82,9 @@ def clip_by_norm(grads: Any, max_norm: float) -> Any:
 
     Torch's formula, ``max_norm / (norm + 1e-6)``; Optax's own has no 1e-6.
     """
-    norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, "float32")), grads))
+    norm = optax.global_norm(
+        jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, "float32")), grads)
+    )
     scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
 

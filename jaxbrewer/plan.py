@@ -224,7 +224,9 @@ class Schedule:
         """Whether a checkpoint is due after optimizer step `global_step` (from 1) in `epoch` (from 0)."""
         if self.epochs is None:
             every = self.every_steps
-            return global_step == self.total_steps or (every is not None and global_step % every == 0)
+            return global_step == self.total_steps or (
+                every is not None and global_step % every == 0
+            )
         in_turn = (epoch + 1) % self.every_epochs == 0 or epoch + 1 == self.epochs
         return in_turn and global_step % (self.steps_per_epoch or 1) in self.in_epoch
 

@@ -60,12 +60,14 @@ def inspect(
         return None
 
     def run(params: Any, state: Any, inputs: Any) -> Results:
-        outputs, _ = side.model.apply(params, state, jax.random.key(0), *as_call(plain(inputs), side.args), train)
+        outputs, _ = side.model.apply(
+            params, state, jax.random.key(0), *as_call(plain(inputs), side.args), train
+        )
         return _Adapted(side, inputs, outputs).results
 
     try:
         return jax.eval_shape(run, side.model.params, side.model.state, batch)
-    except _AdaptorFailed as error:
+    except _AdaptorError as error:
         found.problems.append(str(error))
     except Exception as error:  # noqa: BLE001  the user's model may raise anything
         found.problems.append(
@@ -74,8 +76,8 @@ def inspect(
     return None
 
 
-class _AdaptorFailed(Exception):
-    pass
+class _AdaptorError(Exception):
+    """An adaptor failed, not its model."""
 
 
 class _Adapted:
@@ -85,10 +87,14 @@ class _Adapted:
         try:
             self.results = side.adapt(batch, outputs)
         except ValueError as error:
-            raise _AdaptorFailed(str(error)) from error
+            raise _AdaptorError(str(error)) from error
         except Exception as error:
-            inputs = f"keys {', '.join(map(str, batch))}" if isinstance(batch, dict) else f"{len(batch)} items"
-            raise _AdaptorFailed(
+            inputs = (
+                f"keys {', '.join(map(str, batch))}"
+                if isinstance(batch, dict)
+                else f"{len(batch)} items"
+            )
+            raise _AdaptorError(
                 f"adaptor_{side.role} failed: {type(error).__name__}: {error}. It got a batch with "
                 f"{inputs}, and the model's outputs, {_outline(outputs)}"
             ) from error
@@ -101,7 +107,11 @@ def _outline(outputs: Any) -> str:
         return f"a {type(outputs).__name__} with keys {', '.join(map(str, outputs))}"
     if isinstance(outputs, tuple | list):
         return f"a {type(outputs).__name__} of {len(outputs)}"
-    fields = [name for name in vars(outputs) if not name.startswith("_")] if hasattr(outputs, "__dict__") else []
+    fields = (
+        [name for name in vars(outputs) if not name.startswith("_")]
+        if hasattr(outputs, "__dict__")
+        else []
+    )
     return f"a {type(outputs).__name__}" + (f" with {', '.join(fields)}" if fields else "")
 
 
@@ -139,7 +149,11 @@ def _fits(
 
 
 def check_plan(
-    plan: Plan, results_S: Results, results_T: Results, projections: Mapping[str, Model], found: Findings
+    plan: Plan,
+    results_S: Results,
+    results_T: Results,
+    projections: Mapping[str, Model],
+    found: Findings,
 ) -> None:
     """Checks a plan against the results' shapes, term by term.
 
@@ -168,7 +182,9 @@ def check_plan(
         )
 
 
-def _check_something_to_train(plan: Plan, results_S: Results, results_T: Results, found: Findings) -> None:
+def _check_something_to_train(
+    plan: Plan, results_S: Results, results_T: Results, found: Findings
+) -> None:
     both = "logits" in results_S and "logits" in results_T
     trains = [
         both and not plan.kd_weight.is_zero,
@@ -218,7 +234,13 @@ def _check_kd(plan: Plan, results_S: Results, results_T: Results, found: Finding
     if masked:
         _check_under_mask(kd, found)
     if len(found.problems) == before:
-        _trace(lambda s, t: objective.kd_term(kd, s, t)[0], results_S, results_T, f"the KD loss {kd.loss_name!r}", found)
+        _trace(
+            lambda s, t: objective.kd_term(kd, s, t)[0],
+            results_S,
+            results_T,
+            f"the KD loss {kd.loss_name!r}",
+            found,
+        )
 
 
 def _check_logits(results_S: Results, results_T: Results, found: Findings) -> bool:
@@ -281,7 +303,9 @@ def _check_labels(results_S: Results, masked: bool, found: Findings) -> None:
         )
         return
     for i, (label, l_S) in enumerate(zip(labels, logits, strict=True)):
-        if label.shape != l_S.shape[:-1] or not jax.numpy.issubdtype(label.dtype, jax.numpy.integer):
+        if label.shape != l_S.shape[:-1] or not jax.numpy.issubdtype(
+            label.dtype, jax.numpy.integer
+        ):
             found.problems.append(
                 f"labels[{i}] is {label.dtype}{list(label.shape)}; probability_shift needs integers "
                 f"of shape {list(l_S.shape[:-1])} for logits {list(l_S.shape)}"
@@ -296,11 +320,21 @@ def _check_labels(results_S: Results, masked: bool, found: Findings) -> None:
 def _check_under_mask(kd: KD, found: Findings) -> None:
     """Functions that take no mask must not need one."""
     tries: list[tuple[str, Callable, Callable, str]] = [
-        (f"the KD loss {kd.loss_name!r}", kd.loss, objective.is_position_mean, "the mean of its positions' losses")
+        (
+            f"the KD loss {kd.loss_name!r}",
+            kd.loss,
+            objective.is_position_mean,
+            "the mean of its positions' losses",
+        )
     ]
     if kd.temperature_scheduler is not None:
         tries.append(
-            ("the temperature scheduler", kd.temperature_scheduler, objective.is_positionwise, "decided by each position alone")
+            (
+                "the temperature scheduler",
+                kd.temperature_scheduler,
+                objective.is_positionwise,
+                "decided by each position alone",
+            )
         )
     for what, function, holds, wanted in tries:
         if objective.takes_mask(function):
@@ -319,7 +353,11 @@ def _check_under_mask(kd: KD, found: Findings) -> None:
 
 
 def _check_match(
-    match: Match, results_S: Results, results_T: Results, projections: Mapping[str, Model], found: Findings
+    match: Match,
+    results_S: Results,
+    results_T: Results,
+    projections: Mapping[str, Model],
+    found: Findings,
 ) -> bool:
     before = len(found.problems)
     for role, results, layers in (("S", results_S, match.layer_S), ("T", results_T, match.layer_T)):
@@ -334,7 +372,8 @@ def _check_match(
             if not -len(there) <= layer < len(there) or there[layer] is None:
                 found.problems.append(
                     f"match {match}: layer_{role}={layer} is not there. adaptor_{role} returns "
-                    f"{match.feature!r} for {_ranges(usable)}" + _hint(match.feature, len(there), layer)
+                    f"{match.feature!r} for {_ranges(usable)}"
+                    + _hint(match.feature, len(there), layer)
                 )
     if len(found.problems) == before and match.projection is not None:
         _check_projection(match, results_S, found)
@@ -379,7 +418,11 @@ def _check_projection(match: Match, results_S: Results, found: Findings) -> None
 
 
 def _trace_match(
-    match: Match, results_S: Results, results_T: Results, projections: Mapping[str, Model], found: Findings
+    match: Match,
+    results_S: Results,
+    results_T: Results,
+    projections: Mapping[str, Model],
+    found: Findings,
 ) -> None:
     def project(name: str, feature: jax.Array) -> jax.Array:
         model = projections[name]
@@ -391,7 +434,9 @@ def _trace_match(
     _trace(run, results_S, results_T, f"match {match}", found)
 
 
-def _trace(run: Callable, results_S: Results, results_T: Results, what: str, found: Findings) -> None:
+def _trace(
+    run: Callable, results_S: Results, results_T: Results, what: str, found: Findings
+) -> None:
     try:
         value = jax.eval_shape(run, results_S, results_T)
     except Exception as error:  # noqa: BLE001  a user's loss may raise anything
@@ -408,7 +453,10 @@ def _warn_of_layers(
 ) -> None:
     """Equal widths hide a slip in counting layers; these are its usual traces."""
     for match in matches:
-        pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (match.layer_S, match.layer_T)), strict=False)
+        pairs = zip(
+            *(x if isinstance(x, tuple) else (x,) for x in (match.layer_S, match.layer_T)),
+            strict=False,
+        )
         if match.feature == "hidden" and any((s == 0) != (t == 0) for s, t in pairs):
             found.warnings.append(
                 f"match {match} pairs the embeddings' output (hidden 0) with the output of a block; "

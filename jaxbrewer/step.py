@@ -74,7 +74,13 @@ class Program:
         return TrainState(params, model_state, self.optimizer.init(params), key, jnp.int32(0))
 
     def loss(
-        self, params: Any, model_state: Any, key: jax.Array, batch: Batch, results_T: Results, weights: Weights
+        self,
+        params: Any,
+        model_state: Any,
+        key: jax.Array,
+        batch: Batch,
+        results_T: Results,
+        weights: Weights,
     ) -> tuple[Any, tuple[Loss, Any]]:
         """The loss of a batch: ``total, (loss, new model state)``."""
         student_key, projection_key = jax.random.split(key)
