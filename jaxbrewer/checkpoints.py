@@ -12,6 +12,7 @@ position    JSON: step, epoch, batch, host random states, the configs, the forma
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from .errors import CheckpointError, suggest
 from .models import Model, as_model
 from .step import TrainState
 
+Folder = str | os.PathLike[str]
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
@@ -33,7 +36,7 @@ _FINISHED = "_CHECKPOINT_METADATA"  # Orbax writes it last
 _SCORES = "scores.json"
 
 
-def steps_in(folder: str | Path) -> list[int]:
+def steps_in(folder: Folder) -> list[int]:
     """The steps of the finished checkpoints in a folder, in order."""
     names = [p.name for p in Path(folder).glob("gs*") if (p / _FINISHED).is_file()]
     return sorted(int(m[1]) for m in (re.fullmatch(r"gs(\d+)", name) for name in names) if m)
@@ -50,7 +53,7 @@ class Checkpoints:
             (see `score`) and then the newest. None keeps all.
     """
 
-    def __init__(self, folder: str | Path, *, resume: bool, max_to_keep: int | None):
+    def __init__(self, folder: Folder, *, resume: bool, max_to_keep: int | None):
         self.folder = Path(folder).absolute()
         self.max_to_keep = max_to_keep
         try:
@@ -231,7 +234,7 @@ def _described(tree: Any) -> dict[str, str]:
     }
 
 
-def checkpoint_path(path: str | Path) -> Path:
+def checkpoint_path(path: Folder) -> Path:
     """A checkpoint's own folder: `path` itself, or the newest one in it.
 
     Raises:
@@ -247,7 +250,7 @@ def checkpoint_path(path: str | Path) -> Path:
     return path / f"gs{steps[-1]}"
 
 
-def load_student(path: str | Path, model: Any) -> Any:
+def load_student(path: Folder, model: Any) -> Any:
     """Loads a checkpoint's student weights into a model.
 
     Args:
@@ -271,7 +274,7 @@ def load_student(path: str | Path, model: Any) -> Any:
     return model
 
 
-def export_hf(path: str | Path, model: Any, folder: str | Path) -> None:
+def export_hf(path: Folder, model: Any, folder: Folder) -> None:
     """Writes a checkpoint's student as a Hugging Face folder (safetensors and config.json).
 
     Args:

@@ -17,7 +17,7 @@ class MetricsWriter:
     """
 
     def __init__(self, writer: SummaryWriter | None):
-        self._writer = writer
+        self._writer: Any = writer
         self._thread = ThreadPoolExecutor(1) if writer is not None else None
         self._last: Any = None
 

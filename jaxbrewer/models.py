@@ -72,10 +72,11 @@ class NNXModel:
         self.module = module
         twin = nnx.merge(*nnx.split(module))
         twin.train()
-        self._train_graph, params, rngs, rest = nnx.split(twin, nnx.Param, nnx.RngState, ...)
+        train_graph, *states = nnx.split(twin, nnx.Param, nnx.RngState, ...)
+        self._train_graph: Any = train_graph
         twin.eval()
-        self._eval_graph = nnx.split(twin, nnx.Param, nnx.RngState, ...)[0]
-        parts = [flatten_dict(nnx.to_pure_dict(part)) for part in (params, rngs, rest)]
+        self._eval_graph: Any = nnx.split(twin, nnx.Param, nnx.RngState, ...)[0]
+        parts = [flatten_dict(nnx.to_pure_dict(part)) for part in states]
         self._paths = [{".".join(map(str, path)): path for path in part} for part in parts]
         self.params, rng_state, other = (
             {name: part[path] for name, path in paths.items()}
@@ -100,8 +101,8 @@ class NNXModel:
         outputs = module(*args, **kwargs)
         if not (train and state["other"]):
             return outputs, state
-        rest = nnx.split(module, nnx.Param, nnx.RngState, ...)[3]
-        changed = flatten_dict(nnx.to_pure_dict(rest))  # values the call sowed are not kept
+        after: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        changed = flatten_dict(nnx.to_pure_dict(after[3]))  # values the call sowed are not kept
         other = {name: changed[path] for name, path in self._paths[2].items()}
         return outputs, {"rngs": state["rngs"], "other": other}
 

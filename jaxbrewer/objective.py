@@ -96,7 +96,7 @@ def match_term(match: Match, results_S: Results, results_T: Results, project: Pr
 
     feature_S, feature_T = pick(results_S, match.layer_S), pick(results_T, match.layer_T)
     if match.projection is not None:
-        apply = lambda x: _full(project(match.projection, x))  # type: ignore[arg-type]  # noqa: E731
+        apply = lambda x: _full(project(match.projection, x))  # noqa: E731
         feature_S = (
             [apply(x) for x in feature_S] if isinstance(feature_S, list) else apply(feature_S)
         )
@@ -254,7 +254,8 @@ def is_positionwise(scheduler: Callable) -> bool:
 
 def _probe_logits() -> tuple[Array, Array]:
     """Fixed random logits on which functions of unknown behaviour are tried."""
-    return tuple(3 * jax.random.normal(jax.random.key(i), (6, 5)) for i in (0, 1))  # type: ignore[return-value]
+    logits_S, logits_T = 3 * jax.random.normal(jax.random.key(0), (2, 6, 5))
+    return logits_S, logits_T
 
 
 def _full(x: Array) -> Array:

@@ -9,7 +9,7 @@ of a window's gradients.
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import optax
 
 from .errors import suggest
 
-Optimizer = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
+Optimizer: TypeAlias = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
 
 STUDENT = "student"
 
@@ -82,7 +82,7 @@ def clip_by_norm(grads: Any, max_norm: float) -> Any:
 
     Torch's formula, ``max_norm / (norm + 1e-6)``; Optax's own has no 1e-6.
     """
-    norm = optax.global_norm(
+    norm = optax.tree.norm(
         jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, "float32")), grads)
     )
     scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))

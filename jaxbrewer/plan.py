@@ -14,7 +14,7 @@ from .configurations import DistillationConfig, IntermediateMatch, TrainingConfi
 from .errors import suggest
 from .schedulers import tabulate
 
-Layers = int | tuple[int, ...]
+Layers = int | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _resolve_match(i: int, match: IntermediateMatch, problems: list[str]) -> Mat
         match.loss,
         match.weight,
         str(i) if match.proj is not None else None,
-        tuple(match.proj[:3]) if match.proj is not None else None,  # type: ignore[arg-type]
+        tuple(match.proj[:3]) if match.proj is not None else None,
         match.proj[3] if match.proj is not None and len(match.proj) > 3 else {},
         f"unweighted_{match.feature}_{match.loss}_{layers}",
     )
@@ -171,8 +171,10 @@ def _look_up(table: Any, name: str, where: str, problems: list[str]) -> Any:
     return None
 
 
-def _weight(value: float, scheduler: str) -> Weight:
-    return Weight(value, None if scheduler == "none" else presets.WEIGHT_SCHEDULER[scheduler])
+def _weight(value: float, scheduler: str | None) -> Weight:
+    return Weight(
+        value, None if scheduler in ("none", None) else presets.WEIGHT_SCHEDULER[scheduler]
+    )
 
 
 def _layers(layers: Layers) -> str:

@@ -103,8 +103,9 @@ def _one_epoch(loader: Iterable, epoch: int, start: Position) -> Generator[Micro
 def _passage(loader: Iterable, epoch: int) -> Iterable:
     """One pass; loaders that shuffle by epoch are told which."""
     for shuffler in (loader, getattr(loader, "sampler", None)):
-        if hasattr(shuffler, "set_epoch"):
-            shuffler.set_epoch(epoch)
+        set_epoch = getattr(shuffler, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
     return loader
 
 

@@ -44,7 +44,7 @@ class OneTeacher:
     """
 
     def __init__(self, side: Side):
-        self.sides = (side,)
+        self.sides: tuple[Side, ...] = (side,)
         self.variables: Any = (side.model.params, side.model.state)
 
     def __call__(self, variables: Any, batch: Batch, cache: Any) -> Results:
@@ -71,7 +71,8 @@ class MeanTeacher:
         if cache is not None:
             each = [s.adapt(batch, plain(c)) for s, c in zip(self.sides, cache, strict=True)]
         else:
-            each = [_evaluate(*pair, batch) for pair in zip(self.sides, variables, strict=True)]
+            pairs = zip(self.sides, variables, strict=True)
+            each = [_evaluate(side, mine, batch) for side, mine in pairs]
         if not all("logits" in results for results in each):
             return {}
         lists = zip(*(results["logits"] for results in each), strict=True)
@@ -83,5 +84,6 @@ class MeanTeacher:
 
 def _evaluate(side: Side, variables: Any, batch: Batch) -> Results:
     # Nothing random happens in evaluation mode; a model may still want some key.
-    results, _ = side(*variables, jax.random.key(0), batch, False)
+    params, state = variables
+    results, _ = side(params, state, jax.random.key(0), batch, False)
     return results
