@@ -104,18 +104,16 @@ TORCH_NAMES = [
 
 @pytest.mark.parametrize("name", TORCH_NAMES)
 def test_activations_by_torchs_name_are_torchs(name, x64):
-    module = projection_with_activation(name)(3, 3, rngs=nnx.Rngs(0))
-    module.linear.kernel[...] = jnp.eye(3)
-    x = np.linspace(-8, 8, 300).reshape(100, 3)
+    module = projection_with_activation(name)(1, 1, rngs=nnx.Rngs(0))
+    x = np.linspace(-8, 8, 301)
     expected = getattr(torch.nn, name)()(torch.tensor(x)).numpy()
-    np.testing.assert_allclose(module(jnp.asarray(x)), expected, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(module.activation(jnp.asarray(x)), expected, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_every_named_activation_runs_in_a_gradient(name):
-    graph, state = nnx.split(projection_with_activation(name)(3, 4, rngs=nnx.Rngs(0)))
-    gradient = jax.jit(jax.grad(lambda s: nnx.merge(graph, s)(jnp.ones((2, 3))).sum()))(state)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+def test_every_named_activation_has_a_finite_gradient():
+    x = jnp.array([-100.0, -1.0, 0.0, 1.0, 100.0])
+    gradients = jax.jit(jax.grad(lambda x: sum(f(x).sum() for f in ACTIVATIONS.values())))(x)
+    assert np.isfinite(gradients).all()
 
 
 def test_any_function_is_an_activation():

@@ -25,8 +25,7 @@ from jaxbrewer.schedulers import (
 )
 
 BUILT = {
-    "flsw": flsw_temperature_scheduler_builder(1.5, 2),
-    "flsw-fractional": flsw_temperature_scheduler_builder(-0.7, 0.5, eps=1e-3),
+    "flsw": flsw_temperature_scheduler_builder(-0.7, 1.5, eps=1e-3),
     "cwsm": cwsm_temperature_scheduler_builder(2),
 }
 
