@@ -99,7 +99,7 @@ class Config:
         try:
             return cls.from_dict(json.loads(text, object_pairs_hook=_without_repeats))
         except ConfigError as error:
-            raise ConfigError(source, error.problems) from error
+            raise ConfigError(source, error.problems) from None
         except json.JSONDecodeError as error:
             problem = f"line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
             raise ConfigError(source, [problem]) from error
@@ -282,7 +282,9 @@ class IntermediateMatch(Config):
     def to_dict(self) -> dict[str, Any]:
         """Returns a dict in TextBrewer's form, from which :meth:`from_dict` makes an equal."""
         found = super().to_dict()
-        if found["proj"] and not found["proj"][3]:
+        if self.proj is None:
+            del found["proj"]
+        elif not self.proj[3]:
             found["proj"].pop()
         return found
 

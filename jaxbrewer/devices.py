@@ -70,7 +70,7 @@ def resolve_device(device: Any) -> jax.Device:
     else:
         found = _local_devices(platform)
     if int(index or 0) >= len(found):
-        here = ", ".join(_name_of(d) for d in dict.fromkeys([*found, *jax.local_devices()]))
+        here = ", ".join(dict.fromkeys(map(_name_of, [*found, *jax.local_devices()])))
         raise ValueError(f"there is no device {name!r} here; there are: {here}")
     return found[int(index or 0)]
 

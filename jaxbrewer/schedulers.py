@@ -174,8 +174,8 @@ def get_linear_schedule_with_warmup(num_warmup_steps: float, num_training_steps:
 
     See :func:`get_constant_schedule_with_warmup` for what all these schedules share.
     """
-    done = _progress(num_warmup_steps, num_training_steps)
-    return _with_warmup(num_warmup_steps, lambda xp, step: xp.maximum(1 - done(step), 0))
+    left = _left(num_warmup_steps, num_training_steps)
+    return _with_warmup(num_warmup_steps, lambda xp, step: xp.maximum(left(step), 0))
 
 
 def get_cosine_schedule_with_warmup(
@@ -190,7 +190,7 @@ def get_cosine_schedule_with_warmup(
 
     See :func:`get_constant_schedule_with_warmup` for what all these schedules share.
     """
-    done = _progress(num_warmup_steps, num_training_steps)
+    done = _done(num_warmup_steps, num_training_steps)
     turns = 2 * math.pi * _not_negative("num_cycles", num_cycles)
     return _with_warmup(
         num_warmup_steps, lambda xp, step: xp.maximum(0.5 * (1 + xp.cos(turns * done(step))), 0)
@@ -209,7 +209,7 @@ def get_cosine_with_hard_restarts_schedule_with_warmup(
 
     See :func:`get_constant_schedule_with_warmup` for what all these schedules share.
     """
-    done = _progress(num_warmup_steps, num_training_steps)
+    done = _done(num_warmup_steps, num_training_steps)
     cycles = _not_negative("num_cycles", num_cycles)
 
     def falling(xp, step):
@@ -240,7 +240,7 @@ def get_polynomial_decay_schedule_with_warmup(
 
     See :func:`get_constant_schedule_with_warmup` for what all these schedules share.
     """
-    done = _progress(num_warmup_steps, num_training_steps)
+    left = _left(num_warmup_steps, num_training_steps)
     end, init = _not_negative("lr_end", lr_end), _not_negative("lr_init", lr_init)
     power = _finite("power", power)
     if end >= init:
@@ -249,8 +249,7 @@ def get_polynomial_decay_schedule_with_warmup(
         raise ValueError(f"power must be above 0, got {power}")
 
     def decay(xp, step):
-        left = xp.clip(1 - done(step), 0, 1)
-        return ((init - end) * left**power + end) / init
+        return ((init - end) * xp.maximum(left(step), 0) ** power + end) / init
 
     return _with_warmup(num_warmup_steps, decay)
 
@@ -265,13 +264,24 @@ def _with_warmup(num_warmup_steps: float, after: Callable[..., Any]) -> Schedule
     return factor
 
 
-def _progress(num_warmup_steps, num_training_steps):
-    """The fraction done of what follows the warm-up."""
+def _done(num_warmup_steps, num_training_steps):
+    """The fraction done of what follows the warm-up; beyond 1 after the end."""
+    warmup, total = _ends(num_warmup_steps, num_training_steps)
+    return lambda step: (step - warmup) / max(1.0, total - warmup)
+
+
+def _left(num_warmup_steps, num_training_steps):
+    """The fraction left of what follows the warm-up; below 0 after the end."""
+    warmup, total = _ends(num_warmup_steps, num_training_steps)
+    return lambda step: (total - step) / max(1.0, total - warmup)
+
+
+def _ends(num_warmup_steps, num_training_steps):
     warmup = _not_negative("num_warmup_steps", num_warmup_steps)
     total = _not_negative("num_training_steps", num_training_steps)
     if total == 0:
         raise ValueError("num_training_steps must be above 0, got 0")
-    return lambda step: (step - warmup) / max(1.0, total - warmup)
+    return warmup, total
 
 
 def _steps(step):
@@ -329,7 +339,7 @@ def tabulate(function: Schedule, points: np.ndarray) -> np.ndarray:
         values = _tabulate_plain(function, points)
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
-        raise ValueError(_not_a_number(function, points[bad[0]].item(), values[bad[0]]))
+        raise ValueError(_not_a_number(function, points[bad[0]].item(), values[bad[0]].item()))
     return values
 
 
@@ -369,14 +379,20 @@ def _tabulate_plain(function, points):
     values = np.empty(len(points))
     for i, point in enumerate(points.tolist()):
         value = function(point)
-        try:
-            scalar = np.ndim(value) == 0
-            values[i] = float(value) if scalar else math.nan
-        except (TypeError, ValueError):
-            scalar = False
-        if not scalar:
+        number = value if isinstance(value, float) else _scalar(value)
+        if number is None:
             raise ValueError(_not_a_number(function, point, value))
+        values[i] = number
     return values
+
+
+def _scalar(value):
+    if isinstance(value, str) or np.ndim(value) != 0:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _not_a_number(function: Schedule, point: Any, value: Any) -> str:
