@@ -352,7 +352,7 @@ class BertForQuestionAnswering(PretrainedModel):
         output_attention_scores: bool | None = None,
         return_dict: bool | None = None,
     ) -> QuestionAnsweringModelOutput:
-        """``start_logits``, ``end_logits``; given both positions, the ``loss``: `heads.span_loss`."""
+        """``start_logits``, ``end_logits``; given both positions ``loss``: `heads.span_loss`."""
         encoded = self.bert(
             input_ids,
             attention_mask,

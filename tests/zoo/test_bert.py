@@ -53,19 +53,15 @@ def check_parity(name, folder, double, tolerance, **changes):
     asked = {"output_hidden_states": True, "output_attentions": True}
     got, wanted = ours(**batch, **asked), theirs(**to_torch(batch), **asked)
     assert got.keys() == [key for key in wanted.keys() if key != "cross_attentions"]  # noqa: SIM118
-    for key in got.keys():
-        if key in ("hidden_states", "attentions"):
-            assert (
-                len(got[key])
-                == len(wanted[key])
-                == TINY["num_hidden_layers"] + (key == "hidden_states")
-            )
-            for mine, other in zip(got[key], wanted[key], strict=True):
-                assert mine.dtype == dtype
-                close(mine, other, tolerance)
+    for key, mine in got.items():
+        if key not in ("hidden_states", "attentions"):
+            mine, other = (mine,), (wanted[key],)
         else:
-            assert got[key].dtype == dtype
-            close(got[key], wanted[key], tolerance)
+            other = wanted[key]
+            assert len(mine) == TINY["num_hidden_layers"] + (key == "hidden_states")
+        for one, its in zip(mine, other, strict=True):
+            assert one.dtype == dtype
+            close(one, its, tolerance)
 
 
 @pytest.mark.parametrize("name", HEADS)
