@@ -72,6 +72,12 @@ class BertConfig(EncoderConfig):
         "pooler_num_attention_heads",
         "pooler_num_fc_layers",
         "pooler_size_per_head",
+        # What TinyBERT's files carry and transformers does not read.
+        "cell",
+        "emb_size",
+        "pre_trained",
+        "structure",
+        "training",
     }
     fixed_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **FIXED_VALUES,

@@ -41,6 +41,11 @@ def test_textbrewers_files(tmp_path):
     assert config.layer_norm_eps == 1e-12 and config.pad_token_id == 0
 
 
+def test_tinyberts_files():
+    extras = {"cell": {}, "emb_size": 312, "structure": [], "pre_trained": "", "training": ""}
+    assert BertConfig.from_dict(T4_TINY | extras) == BertConfig.from_dict(T4_TINY)
+
+
 def test_transformers_files_both_ways(tmp_path):
     theirs = transformers.BertConfig(
         hidden_size=36, num_hidden_layers=2, id2label={0: "a", 1: "b", 2: "c"},
