@@ -1,11 +1,12 @@
 """What every encoder's config shares: the fields, the checks, and Hugging Face's JSON."""
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -47,21 +48,19 @@ FIXED_VALUES: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes ``data`` to ``path`` so that a reader sees the old file or the whole new one."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, and moves what was written there to ``path`` at the end.
+
+    A reader of ``path`` sees the old file or the whole new one; if the writing fails, the old one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # a temporary file is private, a saved model is not
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        file = Path(folder) / path.name
+        yield file
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(file, path)
 
 
 def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -257,7 +256,8 @@ class EncoderConfig:
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_dict` as JSON, whole or not at all."""
-        write_atomically(Path(path), (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        with replacing(Path(path)) as file:
+            file.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def _default_label_names(number: int) -> tuple[str, ...]:

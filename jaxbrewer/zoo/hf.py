@@ -10,7 +10,6 @@ import inspect
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -23,7 +22,7 @@ from flax.typing import Dtype
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxbrewer.zoo.configuration import EncoderConfig, read_json_object, write_atomically
+from jaxbrewer.zoo.configuration import EncoderConfig, read_json_object, replacing
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -184,11 +183,13 @@ class PretrainedModel(nnx.Module):
             raise ValueError(f"{str(folder)!r} is a file, expected a folder to write to")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = export_weights(self)
-        _save_tensors(folder / WEIGHTS, tensors)
+        with replacing(folder / WEIGHTS) as file:
+            save_file(tensors, file, metadata={"format": "pt"})
         values = {"architectures": [self.architecture], **self.config.to_dict()}
         values["dtype"] = str(next(iter(tensors.values())).dtype)
         text = json.dumps(dict(sorted(values.items())), indent=2) + "\n"
-        write_atomically(folder / CONFIG, text.encode())
+        with replacing(folder / CONFIG) as file:
+            file.write_text(text, encoding="utf-8")
 
 
 def export_weights(model: PretrainedModel) -> dict[str, np.ndarray]:
@@ -389,13 +390,3 @@ def _tensors_of(file: Path) -> dict[str, _Stored]:
         raise ValueError(
             f"{file} is not a whole safetensors file ({error}): fetch it again"
         ) from error
-
-
-def _save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file beside ``path`` and moves it there."""
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        file = Path(folder) / path.name
-        save_file(tensors, file, metadata={"format": "pt"})
-        with open(file, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(file, path)
