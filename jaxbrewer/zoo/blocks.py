@@ -1,0 +1,256 @@
+"""The parts that BERT and its relatives are built of.
+
+Every part takes a config and, by keyword, `Build`. Statistics of layer norms, attention scores and
+the softmax are computed in float32 or wider, whatever the ``dtype`` is.
+"""
+
+from typing import Any, NotRequired, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from jaxbrewer.zoo.activations import ACTIVATIONS
+from jaxbrewer.zoo.configuration import EncoderConfig
+
+# What the reported scores of hidden keys are lowered by; small enough for float16 to hold.
+SCORE_PENALTY = 10000.0
+
+
+class Build(TypedDict):
+    """How a part is built.
+
+    ``dtype`` is what it computes in (``param_dtype`` unless given), ``param_dtype`` what its
+    parameters are stored in (float32 unless given), ``rngs`` the source of initial values and of
+    dropout.
+    """
+
+    dtype: NotRequired[Dtype | None]
+    param_dtype: NotRequired[Dtype]
+    rngs: nnx.Rngs
+
+
+def _resolved(build: Build) -> dict[str, Any]:
+    param_dtype = build.get("param_dtype", jnp.float32)
+    dtype = build.get("dtype")
+    dtype = param_dtype if dtype is None else dtype
+    return {"dtype": dtype, "param_dtype": param_dtype, "rngs": build["rngs"]}
+
+
+def linear(
+    config: EncoderConfig,
+    width_in: int,
+    width_out: int,
+    **build: Unpack[Build],
+) -> nnx.Linear:
+    """A dense layer as BERT initialises it: N(0, ``initializer_range``) weights and zero bias."""
+    return nnx.Linear(
+        width_in,
+        width_out,
+        kernel_init=nnx.initializers.normal(config.initializer_range),
+        **_resolved(build),
+    )
+
+
+def layer_norm(
+    config: EncoderConfig,
+    width: int,
+    **build: Unpack[Build],
+) -> nnx.LayerNorm:
+    """A layer norm with the config's epsilon and the exact two-pass variance."""
+    return nnx.LayerNorm(
+        width,
+        epsilon=config.layer_norm_eps,
+        use_fast_variance=False,
+        **_resolved(build),
+    )
+
+
+def visible_keys(attention_mask: Num[Array, "..."] | None) -> Bool[Array, "..."] | None:
+    """Which keys each query may look at, with an axis for the heads; not 0 means visible.
+
+    Takes ``(batch, length)``, the same keys for every query, or ``(batch, length, length)``, keys
+    by query, and returns ``(batch, 1, 1, length)`` or ``(batch, 1, length, length)``.
+    """
+    if attention_mask is None:
+        return None
+    visible = attention_mask != 0
+    if visible.ndim == 2:
+        return visible[:, None, None, :]
+    if visible.ndim == 3:
+        return visible[:, None, :, :]
+    raise ValueError(
+        f"attention_mask has shape {attention_mask.shape}, expected (batch, length) or "
+        "(batch, length, length)"
+    )
+
+
+def attend(
+    query: Float[Array, "batch length heads width"],
+    key: Float[Array, "batch length heads width"],
+    value: Float[Array, "batch length heads width"],
+    visible: Bool[Array, "batch 1 #length length"] | None,
+    dropout: nnx.Dropout,
+    return_scores: bool = False,
+) -> tuple[Float[Array, "batch length heads width"], Float[Array, "batch heads length length"]]:
+    """Scaled dot-product attention: the context, and the probabilities or the scores.
+
+    ``softmax(query · keyᵀ / √width) · value``, over visible keys; a query with none attends to all
+    alike, as in transformers. Probabilities are those that weighed the values, after dropout.
+
+    Scores are what goes into the softmax: ``query · keyᵀ / √width``, exact at visible keys and
+    lowered by 10000 at hidden ones. These are what the models in TextBrewer's examples return and
+    what its attention losses are made for: the losses zero such entries, or a softmax does.
+    """
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=wide)
+    scores = scores * query.shape[-1] ** -0.5
+    masked = scores
+    if visible is not None:
+        masked = jnp.where(visible, scores, jnp.finfo(wide).min)
+        scores = jnp.where(visible, scores, scores - SCORE_PENALTY)
+    probs = dropout(jax.nn.softmax(masked, axis=-1).astype(value.dtype))
+    context = jnp.einsum("bhqk,bkhd->bqhd", probs, value)
+    return context, scores.astype(value.dtype) if return_scores else probs
+
+
+class Embeddings(nnx.Module):
+    """Word, position and token-type embeddings, summed, normalised and dropped out.
+
+    The row of ``pad_token_id`` starts at zero and gets no gradient, as in torch.
+    """
+
+    def __init__(self, config: EncoderConfig, **build: Unpack[Build]):
+        width = config.embedding_width
+        init = nnx.initializers.normal(config.initializer_range)
+
+        def table(rows: int) -> nnx.Embed:
+            return nnx.Embed(rows, width, embedding_init=init, **_resolved(build))
+
+        self.pad_token_id = config.pad_token_id
+        self.word_embeddings = table(config.vocab_size)
+        if self.pad_token_id is not None:
+            words = self.word_embeddings.embedding
+            words[...] = words[...].at[self.pad_token_id].set(0)
+        self.position_embeddings = table(config.max_position_embeddings)
+        self.token_type_embeddings = table(config.type_vocab_size)
+        self.norm = layer_norm(config, width, **build)
+        self.dropout = nnx.Dropout(config.hidden_dropout_prob, rngs=build["rngs"])
+
+    def words(self, input_ids: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
+        """The word embeddings alone."""
+        embedded = self.word_embeddings(input_ids)
+        if self.pad_token_id is None:
+            return embedded
+        is_pad = (input_ids == self.pad_token_id)[..., None]
+        return jnp.where(is_pad, jax.lax.stop_gradient(embedded), embedded)
+
+    def __call__(
+        self,
+        inputs_embeds: Float[Array, "batch length width"],
+        token_type_ids: Int[Array, "batch length"],
+        position_ids: Int[Array, "#batch length"],
+    ) -> Float[Array, "batch length width"]:
+        """Adds the other embeddings to ``inputs_embeds``, which `words` gives."""
+        summed = inputs_embeds + self.token_type_embeddings(token_type_ids)
+        summed = summed + self.position_embeddings(position_ids)
+        return self.dropout(self.norm(summed))
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head attention of a sequence to itself, up to and with the output projection."""
+
+    def __init__(self, config: EncoderConfig, **build: Unpack[Build]):
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+
+        def dense() -> nnx.Linear:
+            return linear(config, width, width, **build)
+
+        self.query, self.key, self.value, self.output = dense(), dense(), dense(), dense()
+        self.dropout = nnx.Dropout(config.attention_probs_dropout_prob, rngs=build["rngs"])
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch length width"],
+        visible: Bool[Array, "batch 1 #length length"] | None = None,
+        return_scores: bool = False,
+    ) -> tuple[Float[Array, "batch length width"], Float[Array, "batch heads length length"]]:
+        """The attended sequence, and what `attend` reports."""
+        batch, length, width = hidden.shape
+        split = (batch, length, self.num_heads, width // self.num_heads)
+        context, weights = attend(
+            self.query(hidden).reshape(split),
+            self.key(hidden).reshape(split),
+            self.value(hidden).reshape(split),
+            visible,
+            self.dropout,
+            return_scores,
+        )
+        return self.output(context.reshape(hidden.shape)), weights
+
+
+class EncoderLayer(nnx.Module):
+    """Attention and a two-layer perceptron, each with a residual and a layer norm after it."""
+
+    def __init__(self, config: EncoderConfig, **build: Unpack[Build]):
+        width, inner = config.hidden_size, config.intermediate_size
+        self.hidden_act = config.hidden_act
+        self.attention = SelfAttention(config, **build)
+        self.attention_norm = layer_norm(config, width, **build)
+        self.intermediate = linear(config, width, inner, **build)
+        self.output = linear(config, inner, width, **build)
+        self.output_norm = layer_norm(config, width, **build)
+        self.dropout = nnx.Dropout(config.hidden_dropout_prob, rngs=build["rngs"])
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch length width"],
+        visible: Bool[Array, "batch 1 #length length"] | None = None,
+        return_scores: bool = False,
+    ) -> tuple[Float[Array, "batch length width"], Float[Array, "batch heads length length"]]:
+        """The layer's output, and what `attend` reports."""
+        attended, weights = self.attention(hidden, visible, return_scores)
+        hidden = self.attention_norm(self.dropout(attended) + hidden)
+        inner = ACTIVATIONS[self.hidden_act](self.intermediate(hidden))
+        return self.output_norm(self.dropout(self.output(inner)) + hidden), weights
+
+
+class Encoder(nnx.Module):
+    """A stack of layers."""
+
+    def __init__(self, config: EncoderConfig, **build: Unpack[Build]):
+        self.layer = nnx.List(
+            EncoderLayer(config, **build) for _ in range(config.num_hidden_layers)
+        )
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch length width"],
+        visible: Bool[Array, "batch 1 #length length"] | None = None,
+        return_scores: bool = False,
+    ) -> tuple[
+        tuple[Float[Array, "batch length width"], ...],
+        tuple[Float[Array, "batch heads length length"], ...],
+    ]:
+        """The input and every layer's output, and every layer's probabilities or scores."""
+        all_hidden, all_weights = [hidden], []
+        for layer in self.layer:
+            hidden, weights = layer(hidden, visible, return_scores)
+            all_hidden.append(hidden)
+            all_weights.append(weights)
+        return tuple(all_hidden), tuple(all_weights)
+
+
+class Pooler(nnx.Module):
+    """The first token's output through a dense layer and tanh."""
+
+    def __init__(self, config: EncoderConfig, **build: Unpack[Build]):
+        width = config.hidden_size
+        self.dense = linear(config, width, width, **build)
+
+    def __call__(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch width"]:
+        """The summary of each sequence."""
+        return jnp.tanh(self.dense(hidden[:, 0]))

@@ -1,0 +1,325 @@
+"""What every encoder's config shares: the fields, the checks, and Hugging Face's JSON."""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from jaxbrewer.zoo.activations import ACTIVATIONS
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+# Keys of Hugging Face config files that do not change what an encoder computes.
+# fmt: off
+BOOKKEEPING_KEYS = frozenset({
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path",
+    "_num_labels", "architectures", "attn_implementation", "bos_token_id", "cls_token_id",
+    "chunk_size_feed_forward", "decoder_start_token_id", "dtype", "eos_token_id",
+    "finetuning_task", "fp16", "gradient_checkpointing", "label2id", "language", "mask_token_id",
+    "model_type", "name", "name_or_path", "num_labels", "output_past", "prefix", "return_dict",
+    "sep_token_id", "task_specific_params", "tie_encoder_decoder", "tie_word_embeddings",
+    "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "use_bfloat16",
+    "use_cache",
+    # Settings of text generation, which older files carry for every kind of model.
+    "assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids",
+    "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "num_beam_groups", "num_beams", "num_return_sequences",
+    "output_scores", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
+    "suppress_tokens", "target_lookbehind", "temperature", "top_k", "top_p", "typical_p",
+})
+# fmt: on
+
+# Keys that would change what an encoder computes, and the values that are understood.
+FIXED_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("absolute", None),
+    "is_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "is_encoder_decoder": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "pruned_heads": ({}, None),
+    "per_layer_config": ({}, None),
+}
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, and moves what was written there to ``path`` at the end.
+
+    A reader of ``path`` sees the old file or the whole new one; if the writing fails, the old one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        file = Path(folder) / path.name
+        yield file
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(file, path)
+
+
+def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a JSON file that holds one object.
+
+    Raises ``ValueError`` that names the file, and the line where it is malformed.
+    """
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no file {str(path)!r}: give the path of a JSON config") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, expected one JSON object")
+    return values
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Fields under Hugging Face's names, frozen and hashable, checked when built.
+
+    ``num_labels`` and ``label_names`` stand for Hugging Face's ``id2label``: ``label_names[i]`` is
+    the name of class ``i``, ``None`` means ``LABEL_0``, ``LABEL_1`` and so on.
+    ``output_attention_scores`` is ours; see `jaxbrewer.zoo.blocks.attend`.
+
+    A config does not change: where a TextBrewer script writes
+    ``config.output_hidden_states = True``, write ``config.replace(output_hidden_states=True)`` or
+    give the readers the change: ``from_json_file(path, output_hidden_states=True)``.
+
+    Raises ``ValueError`` that lists every field that is wrong.
+    """
+
+    model_type: ClassVar[str] = ""
+    bookkeeping_keys: ClassVar[Collection[str]] = BOOKKEEPING_KEYS
+    fixed_values: ClassVar[Mapping[str, tuple[Any, ...]]] = FIXED_VALUES
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    classifier_dropout: float | None = None
+    num_labels: int = 2
+    label_names: tuple[str, ...] | None = None
+    problem_type: str | None = None
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    output_attention_scores: bool = False
+    return_dict: bool = True
+
+    def __post_init__(self):
+        problems = list(self._problems())
+        if problems:
+            raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
+        if self.label_names == _default_label_names(self.num_labels):
+            object.__setattr__(self, "label_names", None)
+
+    def _problems(self) -> Iterable[str]:
+        """Everything that is wrong with the fields, one sentence each."""
+        for field in dataclasses.fields(self):
+            problem = _field_problem(field.name, field.type, getattr(self, field.name))
+            if problem:
+                yield problem
+                return
+        if self.hidden_size % self.num_attention_heads:
+            yield (
+                f"hidden_size={self.hidden_size} is not a multiple of "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            yield f"hidden_act={self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}"
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            yield f"problem_type={self.problem_type!r} is not one of {', '.join(PROBLEM_TYPES)}"
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            yield "single_label_classification needs num_labels of 2 or more"
+        if self.label_names is not None and len(self.label_names) != self.num_labels:
+            yield f"num_labels={self.num_labels} but label_names has {len(self.label_names)}"
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            yield f"pad_token_id={self.pad_token_id} is outside vocab_size={self.vocab_size}"
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """The name of each class, by number."""
+        return dict(enumerate(self.label_names or _default_label_names(self.num_labels)))
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """The number of each class, by name."""
+        return {name: number for number, name in self.id2label.items()}
+
+    @property
+    def embedding_width(self) -> int:
+        """The width of the embedding tables, before any projection to ``hidden_size``."""
+        return self.hidden_size
+
+    @property
+    def head_dropout(self) -> float:
+        """The dropout rate before a classifier."""
+        rate = self.classifier_dropout
+        return self.hidden_dropout_prob if rate is None else rate
+
+    def replace(self, **changes: Any) -> Self:
+        """The same config with some fields changed; a new ``num_labels`` drops the old names."""
+        names = {field.name for field in dataclasses.fields(self)}
+        if unknown := [name for name in changes if name not in names]:
+            raise ValueError(_unknown_keys(type(self), unknown, names))
+        if changes.get("num_labels", self.num_labels) != self.num_labels:
+            changes.setdefault("label_names", None)
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_dict(
+        cls, values: Mapping[str, Any], *, ignore: Collection[str] = (), **changes: Any
+    ) -> Self:
+        """Builds a config from Hugging Face's or TextBrewer's keys.
+
+        ``ignore`` names keys to pass over, ``changes`` are fields to set on top. Keys that change
+        nothing here (`BOOKKEEPING_KEYS`) are passed over.
+
+        Raises ``ValueError`` for a key that is not known (with the nearest known one), for another
+        ``model_type``, and for a setting that would change what the model computes.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"expected a mapping of config keys, got {type(values).__name__}")
+        given = {key: value for key, value in values.items() if key not in ignore}
+        model_type = given.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"this config is of model_type {model_type!r}, but {cls.__name__} reads "
+                f"{cls.model_type!r}: use the classes of that model"
+            )
+        for key, allowed in cls.fixed_values.items():
+            if (value := given.pop(key, allowed[0])) not in allowed:
+                raise ValueError(f"{key}={value!r} is not supported, only {allowed[0]!r} is")
+        fields = {field.name for field in dataclasses.fields(cls)}
+        chosen = {key: given[key] for key in fields & set(given)}
+        chosen.update(_labels_from(given))
+        unknown = [
+            key
+            for key in given
+            if key not in fields and key not in cls.bookkeeping_keys and key != "id2label"
+        ]
+        if unknown:
+            raise ValueError(_unknown_keys(cls, unknown, fields))
+        return cls(**chosen).replace(**changes)
+
+    @classmethod
+    def from_json_file(
+        cls, path: str | os.PathLike[str], *, ignore: Collection[str] = (), **changes: Any
+    ) -> Self:
+        """Reads a config file; the arguments and errors of `from_dict`, each naming the file."""
+        values = read_json_object(path)
+        try:
+            return cls.from_dict(values, ignore=ignore, **changes)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], *, ignore: Collection[str] = (), **changes: Any
+    ) -> Self:
+        """Reads ``config.json`` in a folder; the arguments and errors of `from_dict`."""
+        return cls.from_json_file(Path(folder) / "config.json", ignore=ignore, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config under Hugging Face's keys, which `from_dict` and transformers read back."""
+        values = dataclasses.asdict(self)
+        for name in ("label_names", "num_labels"):
+            del values[name]
+        for name in ("output_hidden_states", "output_attentions", "output_attention_scores"):
+            if not values[name]:
+                del values[name]
+        if self.return_dict:
+            del values["return_dict"]
+        if self.problem_type is None:
+            del values["problem_type"]
+        values["id2label"] = {str(number): name for number, name in self.id2label.items()}
+        values["label2id"] = self.label2id
+        values["model_type"] = self.model_type
+        return dict(sorted(values.items()))
+
+    def to_json_file(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_dict` as JSON, whole or not at all."""
+        with replacing(Path(path)) as file:
+            file.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _default_label_names(number: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{index}" for index in range(number))
+
+
+def _labels_from(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``num_labels`` and ``label_names`` out of ``id2label``, ``num_labels``, ``_num_labels``."""
+    counts = {key: values[key] for key in ("num_labels", "_num_labels") if values.get(key)}
+    id2label = values.get("id2label")
+    if id2label is None:
+        return {"num_labels": next(iter(counts.values()))} if counts else {}
+    try:
+        by_number = {int(number): str(name) for number, name in id2label.items()}
+    except (AttributeError, ValueError):
+        raise ValueError(f"id2label={id2label!r} is not a map from number to name") from None
+    if sorted(by_number) != list(range(len(by_number))):
+        raise ValueError(f"id2label numbers {sorted(by_number)}, expected 0, 1, 2 and so on")
+    for key, count in counts.items():
+        if count != len(by_number):
+            raise ValueError(f"{key}={count} but id2label has {len(by_number)}: make them agree")
+    names = tuple(by_number[number] for number in range(len(by_number)))
+    return {"num_labels": len(names), "label_names": names}
+
+
+def _unknown_keys(cls: type, unknown: Collection[str], known: Collection[str]) -> str:
+    """A sentence for keys that are not known, with the nearest known ones."""
+    parts = []
+    for key in unknown:
+        near = difflib.get_close_matches(key, known, n=1)
+        parts.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    return (
+        f"{cls.__name__} does not know {', '.join(parts)}; correct the name, or pass "
+        f"ignore={sorted(unknown)!r} if the model does not depend on it"
+    )
+
+
+_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+
+
+def _field_problem(name: str, kind: Any, value: Any) -> str | None:
+    """What is wrong with one field's value, or None."""
+    kind = kind.__name__ if isinstance(kind, type) else str(kind)
+    if value is None:
+        return None if "None" in kind else f"{name} is null, expected {kind}"
+    if kind == "bool":
+        return None if isinstance(value, bool) else f"{name}={value!r}, expected true or false"
+    if kind.startswith("int"):
+        smallest = 0 if name == "pad_token_id" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            return f"{name}={value!r}, expected an integer of {smallest} or more"
+    elif kind.startswith("float"):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return f"{name}={value!r}, expected a number"
+        if name in _RATES and not 0 <= value < 1:
+            return f"{name}={value!r}, expected a rate of 0 or more and below 1"
+        if value < 0:
+            return f"{name}={value!r}, expected 0 or more"
+    elif kind.startswith("str") and not isinstance(value, str):
+        return f"{name}={value!r}, expected a string"
+    elif kind.startswith("tuple") and not (
+        isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    ):
+        return f"{name}={value!r}, expected a tuple of strings"
+    return None

@@ -1,0 +1,95 @@
+"""The losses of the task heads, as transformers computes them; float32 or wider whatever comes in.
+
+Two departures, both where transformers gives NaN or stops: when every label is ignored the loss is
+0, and a label that names no class gives NaN (an error cannot be raised under ``jit``).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+IGNORE_INDEX = -100
+
+
+def _at_least_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def cross_entropy(
+    logits: Float[Array, "*shape classes"],
+    labels: Int[Array, "*shape"],
+    ignore_index: int = IGNORE_INDEX,
+) -> Float[Array, ""]:
+    """The mean of ``-log softmax(logits)[label]`` over labels that are not ``ignore_index``."""
+    log_probs = jax.nn.log_softmax(_at_least_float32(logits))
+    kept = labels != ignore_index
+    index = jnp.where(kept, labels, 0)
+    index = jnp.where(
+        index < 0, logits.shape[-1], index
+    )  # a negative index would count from the end
+    picked = jnp.take_along_axis(log_probs, index[..., None], -1, mode="fill", fill_value=jnp.nan)
+    total = jnp.sum(jnp.where(kept, -picked[..., 0], 0))
+    return total / jnp.maximum(jnp.sum(kept), 1)
+
+
+def sequence_classification_loss(
+    logits: Float[Array, "batch labels"],
+    labels: Num[Array, " batch"] | Num[Array, "batch labels"],
+    problem_type: str | None = None,
+) -> Float[Array, ""]:
+    """The loss of a sequence classifier.
+
+    ``problem_type`` is ``'regression'`` (mean squared error), ``'single_label_classification'``
+    (cross-entropy; −100 is ignored) or ``'multi_label_classification'`` (binary cross-entropy of
+    each class). ``None`` decides by the data: one logit is a regression, integer labels are single
+    labels, any other are multi-labels.
+    """
+    if problem_type is None:
+        if logits.shape[-1] == 1:
+            problem_type = "regression"
+        elif jnp.issubdtype(labels.dtype, jnp.integer):
+            problem_type = "single_label_classification"
+        else:
+            problem_type = "multi_label_classification"
+    if problem_type == "single_label_classification":
+        return cross_entropy(logits, labels.reshape(logits.shape[:1]))
+    logits = _at_least_float32(logits)
+    if labels.size != logits.size:
+        raise ValueError(
+            f"labels of shape {labels.shape} do not fit logits of shape {logits.shape} for a "
+            f"{problem_type}: give one value for each logit, or set problem_type in the config"
+        )
+    targets = labels.reshape(logits.shape).astype(logits.dtype)
+    if problem_type == "regression":
+        return jnp.mean(jnp.square(logits - targets))
+    each = targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
+    return -jnp.mean(each)
+
+
+def token_classification_loss(
+    logits: Float[Array, "batch length labels"], labels: Int[Array, "batch length"]
+) -> Float[Array, ""]:
+    """The mean cross-entropy over the tokens whose label is not −100."""
+    return cross_entropy(logits, labels)
+
+
+def span_loss(
+    start_logits: Float[Array, "batch length"],
+    end_logits: Float[Array, "batch length"],
+    start_positions: Int[Array, " batch"] | Int[Array, "batch 1"],
+    end_positions: Int[Array, " batch"] | Int[Array, "batch 1"],
+) -> Float[Array, ""]:
+    """The mean of the cross-entropies of an answer's first and last position.
+
+    Positions are first clipped to ``[0, length]``; one past the end of the sequence is ignored,
+    each side apart.
+    """
+    length = start_logits.shape[-1]
+
+    def side(
+        logits: Float[Array, "batch length"], positions: Int[Array, "..."]
+    ) -> Float[Array, ""]:
+        positions = jnp.clip(positions.reshape(logits.shape[:1]), 0, length)
+        return cross_entropy(logits, positions, ignore_index=length)
+
+    return (side(start_logits, start_positions) + side(end_logits, end_positions)) / 2

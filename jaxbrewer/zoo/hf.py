@@ -1,0 +1,392 @@
+"""Reading and writing Hugging Face folders: ``config.json`` and safetensors.
+
+The names of an architecture's tensors are one table (`TensorNames`). From it and a model follows
+the exact set of tensors a folder must hold, and reading is strict both ways: what is missing, what
+is left over and what has another shape is one error that lists it all.
+"""
+
+import dataclasses
+import inspect
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.typing import Dtype
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxbrewer.zoo.configuration import EncoderConfig, read_json_object, replacing
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+# Our names of leaves, and Hugging Face's; only a kernel is stored the other way round.
+_LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+# What layer norms were called in files converted from TensorFlow.
+_OLD_LEAF_NAMES = ((re.compile(r"\.gamma$"), ".weight"), (re.compile(r"\.beta$"), ".bias"))
+
+
+class WeightsMismatchError(ValueError):
+    """The tensors of a folder are not those of the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorNames:
+    """One architecture's names in Hugging Face files.
+
+    ``prefix`` is what tensors of the encoder begin with in a file of a model with a head, and our
+    attribute for the encoder there. ``modules`` pairs a pattern of our module path, below the
+    encoder, with Hugging Face's. ``extras`` are patterns of tensors, without the prefix, that a
+    file may hold and no model here needs; ``heads`` those of task heads and poolers, which are
+    passed over by a model that has no use for them.
+    """
+
+    prefix: str
+    modules: tuple[tuple[str, str], ...]
+    extras: tuple[str, ...]
+    heads: tuple[str, ...]
+
+    def theirs(self, module: str) -> str:
+        """Hugging Face's path of a module of the encoder."""
+        for pattern, replacement in self.modules:
+            if match := re.fullmatch(pattern, module):
+                return match.expand(replacement)
+        return module
+
+    def is_extra(self, name: str) -> bool:
+        """Whether a tensor is known to be of no use to any model."""
+        return any(re.fullmatch(pattern, name) for pattern in self.extras)
+
+    def is_head(self, name: str) -> bool:
+        """Whether a tensor belongs to a task head or a pooler."""
+        return any(re.fullmatch(pattern, name) for pattern in self.heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """Where a tensor lives in the model: its path, its shape in the file, whether transposed."""
+
+    path: tuple[Any, ...]
+    shape: tuple[int, ...]
+    transposed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lives on disk: its file, its name there, its shape."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        with safe_open(self.file, "numpy") as tensors:
+            return tensors.get_tensor(self.name)
+
+
+class PretrainedModel(nnx.Module):
+    """What every model here can do: be read from and written to a Hugging Face folder.
+
+    ``architecture`` is Hugging Face's name of the class, ``tensor_names`` the table of its
+    tensors, ``config_class`` the config it is built from.
+    """
+
+    architecture: ClassVar[str]
+    tensor_names: ClassVar[TensorNames]
+    config_class: ClassVar[type[EncoderConfig]]
+    config: EncoderConfig
+
+    @property
+    def base_model(self) -> Any:
+        """The encoder: the model itself where it has no head."""
+        return getattr(self, self.tensor_names.prefix, self)
+
+    @property
+    def id_limits(self) -> dict[str, int]:
+        """By argument, the number that its ids must stay below (and they must not be negative).
+
+        An id outside its table cannot raise under ``jit`` and would give NaN; check it before.
+        """
+        config = self.config
+        return {
+            "input_ids": config.vocab_size,
+            "token_type_ids": config.type_vocab_size,
+            "position_ids": config.max_position_embeddings,
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        config: EncoderConfig | None = None,
+        new_head: bool = False,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+        **changes: Any,
+    ) -> Self:
+        """Reads a model from a folder in Hugging Face's format; returns it in eval mode.
+
+        ``model.safetensors`` or its shards, in any float type, become ``param_dtype``. ``config``
+        stands in for the folder's ``config.json``; ``changes`` are fields of it to set, such as
+        ``num_labels=3`` or ``output_hidden_states=True``, or options of the constructor, such as
+        ``add_pooling_layer=False``. ``rngs`` gives dropout its randomness
+        and a new head its weights; the default is ``nnx.Rngs(0)``.
+
+        ``new_head=True`` starts a new head (and a pooler, where the file has none), whatever heads
+        the file holds: it is how to fine-tune from an encoder.
+
+        Raises ``WeightsMismatchError`` that lists every tensor missing, left over or of another
+        shape; ``ValueError`` for a folder or file that cannot be read.
+
+        A sentence encoder such as ``sentence-transformers/all-MiniLM-L6-v2`` is a folder without
+        a head. To see that it computes here what it does in transformers::
+
+            import numpy as np, torch, transformers
+            from jaxbrewer.zoo import BertModel
+
+            ids = np.random.default_rng(0).integers(1000, 30000, (4, 64))
+            ours = BertModel.from_pretrained(folder)(ids)
+            theirs = transformers.BertModel.from_pretrained(folder).eval()(torch.tensor(ids))
+            theirs = theirs.last_hidden_state.detach().numpy()
+            assert np.abs(np.asarray(ours.last_hidden_state) - theirs).max() < 1e-4
+        """
+        folder = _existing_folder(folder)
+        if config is None:
+            config = cls.config_class.from_pretrained(folder)
+        constructor = inspect.signature(cls.__init__).parameters
+        options = {name: changes.pop(name) for name in constructor if name in changes}
+        config = config.replace(**changes)
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        stored = _find_tensors(folder)
+        model = cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **options)  # type: ignore[call-arg]
+        load_weights(model, stored, folder, new_head=new_head)
+        model.eval()
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes ``model.safetensors`` and ``config.json``, which transformers reads back.
+
+        Each file appears whole or not at all, weights first. Parameters keep their dtype.
+        """
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{str(folder)!r} is a file, expected a folder to write to")
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = export_weights(self)
+        with replacing(folder / WEIGHTS) as file:
+            save_file(tensors, file, metadata={"format": "pt"})
+        values = {"architectures": [self.architecture], **self.config.to_dict()}
+        values["dtype"] = str(next(iter(tensors.values())).dtype)
+        text = json.dumps(dict(sorted(values.items())), indent=2) + "\n"
+        with replacing(folder / CONFIG) as file:
+            file.write_text(text, encoding="utf-8")
+
+
+def export_weights(model: PretrainedModel) -> dict[str, np.ndarray]:
+    """The model's parameters as numpy arrays, under Hugging Face's names and in its layout."""
+    values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    tensors = {}
+    for name, leaf in _expected_tensors(model).items():
+        value = np.asarray(jax.device_get(values[leaf.path][...]))
+        tensors[name] = np.ascontiguousarray(value.T if leaf.transposed else value)
+    return tensors
+
+
+def load_weights(
+    model: PretrainedModel,
+    stored: Mapping[str, _Stored],
+    folder: Path,
+    *,
+    new_head: bool = False,
+) -> None:
+    """Sets the model's parameters from tensors on disk, after checking every name and shape."""
+    expected = _expected_tensors(model)
+    found, problems = _canonical(model, stored, expected)
+    names, prefix = model.tensor_names, _encoder_prefix(model)
+
+    def is_new(name: str) -> bool:
+        in_head = not name.startswith(prefix)
+        return in_head or (name not in found and names.is_head(name.removeprefix(prefix)))
+
+    wanted = {name: leaf for name, leaf in expected.items() if not (new_head and is_new(name))}
+    unmapped = [
+        name
+        for name in found
+        if name not in expected
+        and not names.is_extra(name.removeprefix(prefix))
+        and not (
+            names.is_head(name.removeprefix(prefix))
+            and (new_head or not prefix or name.startswith(prefix))
+        )
+    ]
+    missing = [name for name in wanted if name not in found]
+    reshaped = [
+        name for name in wanted if name in found and found[name].shape != wanted[name].shape
+    ]
+    problems += [f"not in the model: {name} {found[name].shape}" for name in unmapped]
+    problems += [f"not in the file: {name} {wanted[name].shape}" for name in missing]
+    problems += [
+        f"shape of {name}: {found[name].shape} in the file, {wanted[name].shape} in the model"
+        for name in reshaped
+    ]
+    if not new_head:
+        problems += _wrong_head(model, folder, expected, found)
+    if problems:
+        advice = _advice(model, prefix, missing, reshaped)
+        raise WeightsMismatchError(
+            f"{folder} does not fit {type(model).__name__}:\n  " + "\n  ".join([*problems, *advice])
+        )
+    values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    for name, leaf in wanted.items():
+        array = found[name].read()
+        dtype = values[leaf.path][...].dtype
+        value = jnp.asarray(array.T if leaf.transposed else array, dtype)
+        values[leaf.path] = values[leaf.path].replace(value)
+    nnx.update(model, nnx.from_flat_state(values))
+
+
+def _encoder_prefix(model: PretrainedModel) -> str:
+    """What names of the encoder begin with in this model's files."""
+    return "" if model.base_model is model else f"{model.tensor_names.prefix}."
+
+
+def _expected_tensors(model: PretrainedModel) -> dict[str, _Leaf]:
+    """Every tensor a file of this model holds, by Hugging Face's name."""
+    names, prefix = model.tensor_names, _encoder_prefix(model)
+    expected = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        *module, leaf = map(str, path)
+        ours = ".".join(module)
+        if prefix and ours.startswith(prefix):
+            theirs = prefix + names.theirs(ours.removeprefix(prefix))
+        else:
+            theirs = ours if prefix else names.theirs(ours)
+        shape = tuple(variable.shape)
+        is_kernel = leaf == "kernel"
+        expected[f"{theirs}.{_LEAF_NAMES[leaf]}"] = _Leaf(
+            path, shape[::-1] if is_kernel else shape, is_kernel
+        )
+    return expected
+
+
+def _canonical(
+    model: PretrainedModel, stored: Mapping[str, _Stored], expected: Mapping[str, _Leaf]
+) -> tuple[dict[str, _Stored], list[str]]:
+    """The tensors found, under the names this model expects, and names that came out twice.
+
+    Files written by a model with a head carry the encoder's prefix, files of a bare encoder do
+    not; either fits either.
+    """
+    written, prefix = f"{model.tensor_names.prefix}.", _encoder_prefix(model)
+    found: dict[str, _Stored] = {}
+    problems = []
+    for original, tensor in stored.items():
+        name = original
+        for pattern, replacement in _OLD_LEAF_NAMES:
+            name = pattern.sub(replacement, name)
+        if not prefix:
+            name = name.removeprefix(written)
+        elif name not in expected and prefix + name in expected:
+            name = prefix + name
+        if name in found:
+            problems.append(f"twice in the file: {found[name].name} and {original}")
+        found[name] = tensor
+    return found, problems
+
+
+def _wrong_head(
+    model: PretrainedModel,
+    folder: Path,
+    expected: Mapping[str, _Leaf],
+    found: Mapping[str, _Stored],
+) -> list[str]:
+    """A problem where the file's head has this head's name but belongs to another task."""
+    prefix = _encoder_prefix(model)
+    config = folder / CONFIG
+    if not prefix or not config.is_file():
+        return []
+    architectures = read_json_object(config).get("architectures") or []
+    shared = [name for name in expected if name in found and not name.startswith(prefix)]
+    if not shared or not architectures or model.architecture in architectures:
+        return []
+    return [f"head: {', '.join(shared)} belong to a {architectures[0]}, pass new_head=True"]
+
+
+def _advice(
+    model: PretrainedModel, prefix: str, missing: list[str], reshaped: list[str]
+) -> list[str]:
+    """What to do about the problems, where it is known."""
+    advice = []
+    in_head = [name for name in missing if not name.startswith(prefix)]
+    bodies = [name.removeprefix(prefix) for name in missing if name.startswith(prefix)]
+    if in_head:
+        advice.append("to start a new head on this encoder, pass new_head=True")
+    elif bodies and all(map(model.tensor_names.is_head, bodies)):
+        advice.append(
+            "to start a new pooler, pass new_head=True; to do without, build the model so"
+        )
+    if any(not name.startswith(prefix) for name in reshaped):
+        advice.append(
+            f"the config says num_labels={model.config.num_labels}: leave num_labels at the "
+            "file's number, or pass new_head=True for a new head"
+        )
+    return advice
+
+
+def _existing_folder(folder: str | os.PathLike[str]) -> Path:
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(
+            f"no folder {str(path)!r}: give the path of a local folder with config.json and "
+            f"{WEIGHTS} (to fetch a model: hf download NAME --local-dir FOLDER)"
+        )
+    return path
+
+
+def _find_tensors(folder: Path) -> dict[str, _Stored]:
+    """Every tensor in a folder's weights, one file or shards, without reading the values."""
+    if (folder / WEIGHTS).is_file():
+        return _tensors_of(folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        advice = (
+            f"; {pickled[0]} is a pickle, which can run code when read: convert it once with "
+            "transformers (AutoModel.from_pretrained(folder).save_pretrained(folder))"
+            if pickled
+            else ""
+        )
+        raise ValueError(f"{folder} has no {WEIGHTS} and no {INDEX}{advice}")
+    weight_map = read_json_object(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{folder / INDEX} has no 'weight_map' from tensors to files")
+    found: dict[str, _Stored] = {}
+    for file in sorted(set(weight_map.values())):
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder / INDEX} names {file}, which is not in the folder")
+        found |= _tensors_of(folder / file)
+    if absent := sorted(set(weight_map) - set(found)):
+        raise ValueError(f"{folder / INDEX} names tensors that no shard has: {', '.join(absent)}")
+    return found
+
+
+def _tensors_of(file: Path) -> dict[str, _Stored]:
+    try:
+        with safe_open(file, "numpy") as tensors:
+            return {
+                name: _Stored(file, name, tuple(tensors.get_slice(name).get_shape()))
+                for name in tensors.keys()  # noqa: SIM118 – not a mapping
+            }
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is not a whole safetensors file ({error}): fetch it again"
+        ) from error

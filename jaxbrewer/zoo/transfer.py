@@ -1,0 +1,129 @@
+"""A student that starts from some of its teacher's layers."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxbrewer.zoo.hf import PretrainedModel
+
+_Model = TypeVar("_Model", bound=PretrainedModel)
+
+
+def init_from_layers(
+    student: _Model,
+    teacher: PretrainedModel,
+    layers: Sequence[int],
+    *,
+    embeddings: bool = True,
+    head: bool | None = None,
+) -> _Model:
+    """Copies the teacher's ``layers`` into the student's, in order, and returns the student.
+
+    ``layers`` names one teacher layer, counted from 0, for each of the student's: ``[0, 4, 8]``
+    for a student of three. With ``embeddings`` the tables and their norm are copied too. The
+    pooler is copied where both models have one. ``head=None`` copies the task head where both have
+    the same one, of the same shape; ``True`` demands it, ``False`` leaves the student's own.
+
+    The student gets arrays of its own, in its own dtype; it is changed in place.
+
+    Raises ``ValueError`` that lists everything that does not fit: a layer the teacher does not
+    have, another number of layers than the student has, another width.
+    """
+    source, target = teacher.base_model, student.base_model
+    if type(source) is not type(target):
+        raise ValueError(
+            f"the student is built on {type(target).__name__}, the teacher on "
+            f"{type(source).__name__}: layers can be copied only within one architecture"
+        )
+    _check_layers(student, teacher, layers)
+    pairs = [
+        (target.encoder.layer[position], source.encoder.layer[layer], f"layer {layer}")
+        for position, layer in enumerate(layers)
+    ]
+    if embeddings:
+        pairs.append((target.embeddings, source.embeddings, "embeddings"))
+    if target.pooler is not None and source.pooler is not None:
+        pairs.append((target.pooler, source.pooler, "pooler"))
+    pairs += _heads_to_copy(student, teacher, head)
+    problems = [problem for pair in pairs for problem in _misfits(*pair)]
+    if problems:
+        raise ValueError(
+            "the student cannot start from this teacher: "
+            + "; ".join(problems)
+            + ". Give the student the teacher's widths, or leave the part out"
+        )
+    for theirs, ours, _ in pairs:
+        _copy(ours, theirs)
+    return student
+
+
+def _check_layers(
+    student: PretrainedModel, teacher: PretrainedModel, layers: Sequence[int]
+) -> None:
+    """Refuses layers that the teacher lacks, and a list of another length than the student."""
+    count = teacher.config.num_hidden_layers
+    wrong = [layer for layer in layers if not 0 <= layer < count]
+    if wrong:
+        raise ValueError(f"layers {wrong} are not in the teacher, which has 0 to {count - 1}")
+    if len(layers) != student.config.num_hidden_layers:
+        raise ValueError(
+            f"layers={list(layers)} names {len(layers)} layers, but the student has "
+            f"{student.config.num_hidden_layers}: name one for each"
+        )
+
+
+def _heads_to_copy(
+    student: PretrainedModel, teacher: PretrainedModel, head: bool | None
+) -> list[tuple[nnx.Module, nnx.Module, str]]:
+    """The pairs of task heads to copy."""
+    if head is False:
+        return []
+    ours, theirs = _heads(student), _heads(teacher)
+    if head is None:
+        shared = [(ours[name], theirs[name], name) for name in ours if name in theirs]
+        return [pair for pair in shared if not _misfits(*pair)]
+    if not ours or ours.keys() != theirs.keys():
+        raise ValueError(
+            f"head=True, but {type(student).__name__} and {type(teacher).__name__} do not have "
+            "the same head: pass head=False"
+        )
+    return [(ours[name], theirs[name], name) for name in ours]
+
+
+def _heads(model: PretrainedModel) -> dict[str, nnx.Module]:
+    """The modules beside the encoder that hold parameters."""
+    if model.base_model is model:
+        return {}
+    return {
+        str(name): child
+        for name, child in nnx.iter_children(model)
+        if child is not model.base_model and _parameters(child)
+    }
+
+
+def _parameters(module: nnx.Module) -> dict[tuple[Any, ...], Any]:
+    return dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
+
+
+def _misfits(student: nnx.Module, teacher: nnx.Module, what: str) -> list[str]:
+    """Where one part of the student differs in shape from the teacher's."""
+    ours, theirs = _parameters(student), _parameters(teacher)
+    if ours.keys() != theirs.keys():
+        return [f"{what}: the parts are built differently"]
+    return [
+        f"{what}, {'.'.join(map(str, path))}: {tuple(ours[path].shape)} in the student, "
+        f"{tuple(theirs[path].shape)} in the teacher"
+        for path in ours
+        if ours[path].shape != theirs[path].shape
+    ]
+
+
+def _copy(source: nnx.Module, target: nnx.Module) -> None:
+    """Copies parameters between parts of one shape, into new arrays of the target's dtype."""
+    values, theirs = _parameters(target), _parameters(source)
+    for path, variable in values.items():
+        copied = jnp.array(theirs[path][...], dtype=variable.dtype, copy=True)
+        values[path] = variable.replace(copied)
+    nnx.update(target, nnx.from_flat_state(values))
