@@ -1,6 +1,6 @@
 """Knowledge distillation for NLP on JAX, with TextBrewer's configs and numbers."""
 
-from . import presets, schedulers
+from . import data_utils, presets, schedulers, utils, zoo
 from .checkpoints import export_hf, load_student
 from .configurations import DistillationConfig, IntermediateMatch, TrainingConfig
 from .distillers import BasicDistiller, BasicTrainer, GeneralDistiller
@@ -47,7 +47,10 @@ __all__ = [
     "TrainingConfig",
     "export_hf",
     "load_student",
+    "data_utils",
     "presets",
     "register_new",
     "schedulers",
+    "utils",
+    "zoo",
 ]

@@ -13,7 +13,7 @@ from tensorboardX import SummaryWriter
 
 from . import presets, training
 from .adaptors import Adaptor, Results, Side
-from .batches import own
+from .batches import Batch, own
 from .configurations import DistillationConfig, TrainingConfig
 from .models import Model, as_model
 from .objective import Loss, Project, Weights, distillation_loss, hard_label_term
@@ -104,7 +104,7 @@ class Trainable:
         """The teacher, with `args` for its models."""
         raise TypeError(f"{type(self).__name__} is a base class; use one of the distillers")
 
-    def _check(self, results_S: Results, results_T: Results, found: Findings) -> None:
+    def _check(self, results_S: Results, results_T: Results, batch: Batch, found: Findings) -> None:
         """Checks the objective against results by shape."""
 
     def _resolve(self) -> list[str]:
@@ -252,7 +252,7 @@ class BasicTrainer(Trainable):
     def _teacher(self, args: Mapping[str, Any]) -> Teacher:
         return NoTeacher()
 
-    def _check(self, results_S: Results, results_T: Results, found: Findings) -> None:
+    def _check(self, results_S: Results, results_T: Results, batch: Batch, found: Findings) -> None:
         if "losses" not in results_S:
             returned = ", ".join(map(repr, results_S)) or "nothing"
             found.problems.append(
@@ -334,9 +334,9 @@ class BasicDistiller(Trainable):
     def _weights(self) -> tuple[Any, Any]:
         return (self._plan.kd_weight, self._plan.hard_label_weight) if self._plan else (None, None)
 
-    def _check(self, results_S: Results, results_T: Results, found: Findings) -> None:
+    def _check(self, results_S: Results, results_T: Results, batch: Batch, found: Findings) -> None:
         if self._plan is not None:
-            check_plan(self._plan, results_S, results_T, self._projections(), found)
+            check_plan(self._plan, results_S, results_T, batch, self._projections(), found)
 
     def compute_loss(
         self, results_S: Results, results_T: Results, project: Project, weights: Weights

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 
 from . import objective
 from .adaptors import Results, Side
@@ -152,6 +153,7 @@ def check_plan(
     plan: Plan,
     results_S: Results,
     results_T: Results,
+    batch: Batch,
     projections: Mapping[str, Model],
     found: Findings,
 ) -> None:
@@ -161,10 +163,11 @@ def check_plan(
         plan: the plan.
         results_S: the student's results by shape.
         results_T: the teacher's.
+        batch: the student's first batch.
         projections: name → projection.
         found: gets what is wrong.
     """
-    _check_kd(plan, results_S, results_T, found)
+    _check_kd(plan, results_S, results_T, batch, found)
     good = [m for m in plan.matches if _check_match(m, results_S, results_T, projections, found)]
     if not plan.hard_label_weight.is_zero and "losses" not in results_S:
         found.problems.append(
@@ -209,7 +212,9 @@ def _keys(results: Results) -> str:
     return ", ".join(map(repr, results)) or "nothing"
 
 
-def _check_kd(plan: Plan, results_S: Results, results_T: Results, found: Findings) -> None:
+def _check_kd(
+    plan: Plan, results_S: Results, results_T: Results, batch: Batch, found: Findings
+) -> None:
     kd = plan.kd
     if kd is None:
         return
@@ -230,7 +235,7 @@ def _check_kd(plan: Plan, results_S: Results, results_T: Results, found: Finding
         return
     masked = _check_logits(results_S, results_T, found)
     if kd.probability_shift:
-        _check_labels(results_S, masked, found)
+        _check_labels(results_S, masked, batch, found)
     if masked:
         _check_under_mask(kd, found)
     if len(found.problems) == before:
@@ -289,7 +294,7 @@ def _check_logits(results_S: Results, results_T: Results, found: Findings) -> bo
     return True
 
 
-def _check_labels(results_S: Results, masked: bool, found: Findings) -> None:
+def _check_labels(results_S: Results, masked: bool, batch: Batch, found: Findings) -> None:
     labels, logits = results_S.get("labels"), results_S["logits"]
     if labels is None:
         found.problems.append(
@@ -310,11 +315,19 @@ def _check_labels(results_S: Results, masked: bool, found: Findings) -> None:
                 f"labels[{i}] is {label.dtype}{list(label.shape)}; probability_shift needs integers "
                 f"of shape {list(l_S.shape[:-1])} for logits {list(l_S.shape)}"
             )
-    if not masked and any(x.ndim == 3 for x in logits):
+    if not masked and any(x.ndim == 3 for x in logits) and not _has_negatives(batch):
         found.warnings.append(
             "probability_shift on logits with a length, without logits_mask: unless padding has "
             "negative labels, the teacher's logits there are shifted to a padding label too"
         )
+
+
+def _has_negatives(batch: Batch) -> bool:
+    """Whether some integers in a batch are negative: labels that mark what to leave alone."""
+    return any(
+        isinstance(x, np.ndarray) and x.dtype.kind == "i" and x.size and x.min() < 0
+        for x in jax.tree.leaves(batch)
+    )
 
 
 def _check_under_mask(kd: KD, found: Findings) -> None:

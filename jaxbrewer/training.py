@@ -148,7 +148,7 @@ def prepare(
         found.problems.append(str(error))
     results_S, results_T = trace_sides(student, teacher, batch, distiller._in_context, found)
     if results_S is not None and results_T is not None:
-        distiller._check(results_S, results_T, found)
+        distiller._check(results_S, results_T, sides(batch)[1], found)
     for message in dict.fromkeys(found.warnings):
         warnings.warn(message, PreflightWarning, stacklevel=5)
     if found.problems or results_S is None or results_T is None:

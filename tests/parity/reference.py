@@ -79,11 +79,11 @@ class Job:
     torch_only: dict = field(default_factory=dict)
     jax_only: dict = field(default_factory=dict)
     torch_optimizer: Callable = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
-    optax_optimizer: Callable = functools.partial(optax.sgd, learning_rate=0.1)
+    optax_optimizer: Callable = field(default=functools.partial(optax.sgd, learning_rate=0.1))
     teacher: dict = field(default_factory=lambda: {"layers": 3, "width": 8})
     student: dict = field(default_factory=lambda: {"layers": 2, "width": 8})
-    keys_T: dict = field(default_factory=dict)  # noqa: N815
-    keys_S: dict = field(default_factory=dict)  # noqa: N815
+    keys_T: dict = field(default_factory=dict)
+    keys_S: dict = field(default_factory=dict)
     loader: dict = field(default_factory=dict)
 
 

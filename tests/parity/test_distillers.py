@@ -16,12 +16,24 @@ from .reference import Job, masked_nst, run_both
 
 
 def hidden(layer_T, layer_S, loss="hidden_mse", weight=1.0, proj=None):
-    match = {"layer_T": layer_T, "layer_S": layer_S, "feature": "hidden", "loss": loss, "weight": weight}
+    match = {
+        "layer_T": layer_T,
+        "layer_S": layer_S,
+        "feature": "hidden",
+        "loss": loss,
+        "weight": weight,
+    }
     return match if proj is None else {**match, "proj": proj}
 
 
 def attention(layer_T, layer_S, loss, weight=1.0):
-    return {"layer_T": layer_T, "layer_S": layer_S, "feature": "attention", "loss": loss, "weight": weight}
+    return {
+        "layer_T": layer_T,
+        "layer_S": layer_S,
+        "feature": "attention",
+        "loss": loss,
+        "weight": weight,
+    }
 
 
 def adamw(parameters):
@@ -44,9 +56,9 @@ def mask(batch, outputs):
     return batch["attention_mask"]
 
 
-def inner_mask(batch, outputs):
+def second_mask(batch, outputs):
     """As many positions as `first_mask` selects, but other ones."""
-    return (batch["attention_mask"].cumsum(1) == 2) | (batch["attention_mask"].cumsum(1) == 1) & False
+    return batch["attention_mask"] * (batch["attention_mask"].cumsum(1) == 2)
 
 
 def first_mask(batch, outputs):
@@ -135,7 +147,7 @@ JOBS = {
         {"temperature": 2, "temperature_scheduler": ["flsw", {"beta": 1, "gamma": 2}]},
         train={"num_epochs": 5},
         keys_S={"logits_mask": first_mask},
-        keys_T={"logits_mask": inner_mask},
+        keys_T={"logits_mask": second_mask},
         **TOKENS,
     ),
     "probability shift": Job(
