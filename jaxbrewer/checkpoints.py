@@ -10,12 +10,13 @@ position    JSON: step, epoch, batch, host random states, the configs, the forma
 =========== ====================================================================
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class Checkpoints:
             raise CheckpointError(f"output_dir={str(folder)!r} cannot be made: {error}") from error
         if not resume:
             self._set_aside()
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._checkpointer = ocp.AsyncCheckpointer(_handler())
 
     def _set_aside(self) -> None:
         old = [p for p in self.folder.glob("gs*") if re.fullmatch(r"gs\d+", p.name)]
@@ -183,10 +184,21 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def _read(path: Path, **items: Any) -> Any:
-    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+def _handler() -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(
+        student=ocp.StandardCheckpointHandler(),
+        projections=ocp.StandardCheckpointHandler(),
+        training=ocp.StandardCheckpointHandler(),
+        position=ocp.JsonCheckpointHandler(),
+    )
+
+
+@contextlib.contextmanager
+def _reader(path: Path) -> Iterator[ocp.Checkpointer]:
+    """Opens a checkpoint; whatever goes wrong with the files is one kind of error."""
+    checkpointer = ocp.Checkpointer(_handler())
     try:
-        return checkpointer.restore(path, args=ocp.args.Composite(**items))
+        yield checkpointer
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {error}). If it is damaged, use an "
@@ -196,13 +208,15 @@ def _read(path: Path, **items: Any) -> Any:
         checkpointer.close()
 
 
+def _read(path: Path, **items: Any) -> Any:
+    with _reader(path) as checkpointer:
+        return checkpointer.restore(path, args=ocp.args.Composite(**items))
+
+
 def _check_fits(path: Path, item: str, target: Any) -> None:
-    """Compares names, shapes and types of an item with what is wanted; one error for all of it."""
-    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-    try:
+    """Compares names and shapes of an item with what is wanted; one error for all of it."""
+    with _reader(path) as checkpointer:
         saved = checkpointer.metadata(path).item_metadata[item]
-    finally:
-        checkpointer.close()
     if saved is None:
         raise CheckpointError(f"{path} holds no {item!r}; was it written by another program?")
     there, wanted = _described(saved.tree), _described(target)
@@ -228,10 +242,17 @@ def _check_fits(path: Path, item: str, target: Any) -> None:
 def _described(tree: Any) -> dict[str, str]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{list(leaf.shape)}"
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{list(_stored_shape(leaf))}"
         for path, leaf in leaves
         if hasattr(leaf, "shape")
     }
+
+
+def _stored_shape(leaf: Any) -> tuple[int, ...]:
+    """The shape in the file, where a typed random key is the array behind it."""
+    if jax.numpy.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+        return jax.eval_shape(jax.random.key_data, leaf).shape
+    return tuple(leaf.shape)
 
 
 def checkpoint_path(path: Folder) -> Path:
