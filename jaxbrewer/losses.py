@@ -6,8 +6,9 @@ Rules that hold for every function here:
 - ``mask`` may have any dtype. Each docstring says whether its values are weights or only select
   (nonzero is selected). A mask that selects nothing gives 0 with zero gradients, where
   TextBrewer gives NaN.
-- What stands at masked positions does not count, not even NaN; only the two losses over Gram
-  matrices, ``fsp_loss`` and ``mmd_loss``, want it finite.
+- What stands at masked positions does not count, not even NaN, with two exceptions:
+  ``fsp_loss`` and ``mmd_loss`` want it finite, and the attention cross-entropies take the softmax
+  over all keys, masked ones too (where scores are usually very low).
 - Shapes are checked before anything is computed; a :class:`ValueError` names both shapes and the
   fix.
 
@@ -156,9 +157,9 @@ def att_ce_loss(
     .. math:: \frac{-\sum_{b,h,i} m_{bi} \sum_j m_{bj} p_T(b,h,i,j) \log p_S(b,h,i,j)}
         {H \sum_{b,i} m_{bi}}
 
-    ``mask`` weights queries and keys, after the softmax. Without one, the teacher's
+    ``mask`` weights queries and keys, after the softmax over all keys. Without one, the teacher's
     probabilities where its score is ≤ −0.001 are taken as 0 and the mean runs over every query.
-    A score of −inf counts as the dtype's lowest number.
+    A score of −inf counts as the dtype's lowest number, where TextBrewer may give NaN.
 
     Raises:
         ValueError: Not two 4-D arrays of one shape, or a mask that is not (batch, length).
