@@ -64,9 +64,11 @@ def check_mask(loss: str, mask: Any, expected: Shape, axes: str) -> None:
     """Refuses a mask of another shape than ``expected``; ``axes`` says in words what that is."""
     if mask is None:
         return
-    is_list = isinstance(mask, list | tuple)
-    got = f"is a list of {len(mask)}" if is_list else f"has shape {jnp.shape(mask)}"
-    if is_list or jnp.shape(mask) != expected:
+    if isinstance(mask, list | tuple):
+        got = f"is a list of {len(mask)}"
+    else:
+        got = "" if jnp.shape(mask) == expected else f"has shape {jnp.shape(mask)}"
+    if got:
         raise ValueError(
             f"{loss}: mask {got}; expected one array of shape {expected}, {axes}. Pass the mask "
             "that the model was given, not a broadcast or additive one."
@@ -138,10 +140,13 @@ def check_layers(loss: str, state_S: Any, state_T: Any, mask: Any) -> list[list[
     """The shapes of both sides' two layers; wants lists of two, each (batch, length, width)."""
     sides = []
     for name, layers in (("state_S", state_S), ("state_T", state_T)):
-        is_list = isinstance(layers, list | tuple)
-        if not is_list or len(layers) != 2:
-            array = "None" if layers is None else f"one array of shape {jnp.shape(layers)}"
-            got = f"a list of {len(layers)}" if is_list else array
+        if not isinstance(layers, list | tuple):
+            got = "None" if layers is None else f"one array of shape {jnp.shape(layers)}"
+        elif len(layers) != 2:
+            got = f"a list of {len(layers)}"
+        else:
+            got = None
+        if got:
             raise ValueError(
                 f"{loss}: {name} must be a list of two arrays, got {got}. layer_T and layer_S "
                 "must be lists of two layers, such as [0, 2]."

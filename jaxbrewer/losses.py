@@ -6,8 +6,9 @@ Rules that hold for every function here:
 - ``mask`` may have any dtype. Each docstring says whether its values are weights or only select
   (nonzero is selected). A mask that selects nothing gives 0 with zero gradients, where
   TextBrewer gives NaN.
-- What stands at masked positions does not count, not even NaN; only the two losses over Gram
-  matrices, ``fsp_loss`` and ``mmd_loss``, want it finite.
+- What stands at masked positions does not count, not even NaN, with two exceptions:
+  ``fsp_loss`` and ``mmd_loss`` want it finite, and the attention cross-entropies take the softmax
+  over all keys, masked ones too (where scores are usually very low).
 - Shapes are checked before anything is computed; a :class:`ValueError` names both shapes and the
   fix.
 
@@ -49,8 +50,8 @@ Scalar = Float[Array, ""]
 
 # Raw attention scores at or below this are taken for padding when no mask says so.
 _PADDED_SCORE = -1e-3
-# What torch adds to both squared norms of a cosine.
-_COSINE_EPSILON = 1e-12
+# What torch adds to both squared norms of a cosine: 1e-12 as a float32, in double precision too.
+_COSINE_EPSILON = 9.999999960041972e-13
 
 
 def kd_ce_loss(
@@ -99,7 +100,7 @@ def kd_mse_loss(
     """
     check_logits("kd_mse_loss", logits_S, logits_T, temperature, mask)
     S, T, selected = _soften(logits_S, logits_T, temperature, mask)
-    return _mean_square(S - T, None if selected is None else selected[..., None])
+    return _mean_square(S - T, selected)
 
 
 def att_mse_loss(
@@ -156,9 +157,9 @@ def att_ce_loss(
     .. math:: \frac{-\sum_{b,h,i} m_{bi} \sum_j m_{bj} p_T(b,h,i,j) \log p_S(b,h,i,j)}
         {H \sum_{b,i} m_{bi}}
 
-    ``mask`` weights queries and keys, after the softmax. Without one, the teacher's
+    ``mask`` weights queries and keys, after the softmax over all keys. Without one, the teacher's
     probabilities where its score is ≤ −0.001 are taken as 0 and the mean runs over every query.
-    A score of −inf counts as the dtype's lowest number.
+    A score of −inf counts as the dtype's lowest number, where TextBrewer may give NaN.
 
     Raises:
         ValueError: Not two 4-D arrays of one shape, or a mask that is not (batch, length).
@@ -207,7 +208,7 @@ def hid_mse_loss(
     """
     check_states("hid_mse_loss", state_S, state_T, mask)
     S, T = _floats(state_S, state_T)
-    return _mean_square(S - T, None if mask is None else _as_weights(mask, S)[..., None])
+    return _mean_square(S - T, None if mask is None else _as_weights(mask, S))
 
 
 def cos_loss(
@@ -298,7 +299,8 @@ def fsp_loss(
         check_same("fsp_loss", name, shape_S[::2], shape_T[::2], ("batch", "width"))
     S0, S1, T0, T1 = _floats(*state_S, *state_T)
     weights = None if mask is None else _as_weights(mask, S0)[..., None]
-    return _mean_square(_feature_gram(S0, S1, weights) - _feature_gram(T0, T1, weights))
+    difference = _feature_gram(S0, S1, weights) - _feature_gram(T0, T1, weights)
+    return jnp.mean(jnp.square(difference))
 
 
 def mmd_loss(
@@ -334,7 +336,7 @@ def mmd_loss(
     S0, S1, T0, T1 = _floats(*state_S, *state_T)
     gram_S = _einsum("bid,bjd->bij", S0, S1) / S0.shape[-1]
     gram_T = _einsum("bid,bjd->bij", T0, T1) / T0.shape[-1]
-    return _mean_square(gram_S - gram_T, None if mask is None else _pairs(_as_weights(mask, S0)))
+    return _mean_square_of_pairs(gram_S - gram_T, mask)
 
 
 # --- Sums and means -------------------------------------------------------------------------------
@@ -355,9 +357,10 @@ def _as_selection(mask: ArrayLike, like: Array) -> Array:
     return jnp.asarray(jnp.asarray(mask) != 0, like.dtype)
 
 
-def _pairs(mask: Array) -> Array:
-    """Weights of (query, key) pairs, (batch, length, length)."""
-    return mask[:, :, None] * mask[:, None, :]
+def _queries_and_keys(mask: Array, pairs: Array) -> tuple[Array, Array]:
+    """The mask along the query axis, and along the key axis, of (batch, *heads, query, key)."""
+    mask = jnp.expand_dims(mask, range(1, pairs.ndim - 2))
+    return mask[..., :, None], mask[..., None, :]
 
 
 def _ratio(total: Array, count: Array) -> Array:
@@ -371,14 +374,25 @@ def _mean(values: Array, weights: Array | None) -> Array:
     return _ratio(jnp.sum(values * weights), jnp.sum(weights))
 
 
-def _mean_square(difference: Array, weights: Array | None = None) -> Array:
-    """Weighted mean of squares; the weights' shape is the difference's, or broadcasts to it."""
+def _mean_square(difference: Array, weights: Array | None) -> Array:
+    """Mean of squares over positions, which ``weights`` are for, and the last axis."""
     if weights is None:
         return jnp.mean(jnp.square(difference))
-    # Before the square, so that an infinite difference under the mask has a zero gradient.
-    difference = jnp.where(weights != 0, difference, 0)
-    repeats = difference.size // weights.size
-    return _ratio(jnp.sum(weights * jnp.square(difference)), repeats * jnp.sum(weights))
+    weight = weights[..., None]
+    # Selected before the square, so that anything under the mask has a zero gradient.
+    square = jnp.square(jnp.where(weight != 0, difference, 0))
+    return _ratio(jnp.sum(weight * square), difference.shape[-1] * jnp.sum(weights))
+
+
+def _mean_square_of_pairs(difference: Array, mask: Array | None) -> Array:
+    """Mean of squares over (batch, *heads, query, key); a pair weighs its weights' product."""
+    if mask is None:
+        return jnp.mean(jnp.square(difference))
+    mask = _as_weights(mask, difference)
+    query, key = _queries_and_keys(mask, difference)
+    total = jnp.sum(query * key * jnp.square(difference))
+    heads = difference.size // (mask.size * mask.shape[1])
+    return _ratio(total, heads * jnp.sum(jnp.square(jnp.sum(mask, axis=1))))
 
 
 def _einsum(formula: str, x: Array, y: Array) -> Array:
@@ -441,8 +455,11 @@ def _over_heads(reduce: Callable[..., Array], attention: Array) -> Array:
 def _attention_mse(S: Array, T: Array, mask: Array | None) -> Array:
     if mask is None:
         S, T = (jnp.where(scores <= _PADDED_SCORE, 0, scores) for scores in (S, T))
-        return _mean_square(S - T)
-    return _mean_square(S - T, _pairs(_as_weights(mask, S))[:, None])
+        return _mean_square_of_pairs(S - T, None)
+    query, key = _queries_and_keys(_as_weights(mask, S), S)
+    # Padded keys hold very low scores; two sides' need not be alike.
+    difference = jnp.where((query != 0) & (key != 0), S - T, 0)
+    return _mean_square_of_pairs(difference, mask)
 
 
 def _attention_ce(S: Array, T: Array, mask: Array | None) -> Array:
@@ -450,7 +467,7 @@ def _attention_ce(S: Array, T: Array, mask: Array | None) -> Array:
         probs_T = jnp.where(T <= _PADDED_SCORE, 0, _softmax(T))
         return _mean(-jnp.sum(probs_T * _log_softmax(S), axis=-1), None)
     mask = _as_weights(mask, S)
-    query, key = mask[:, None, :, None], mask[:, None, None, :]
+    query, key = _queries_and_keys(mask, S)
     # Rows of masked queries may hold anything: they must not reach the softmax.
     S, T = (jnp.where(query != 0, scores, 0) for scores in (S, T))
     total = -jnp.sum(query * key * _softmax(T) * _log_softmax(S))
