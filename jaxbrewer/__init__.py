@@ -1,1 +1,56 @@
 """Knowledge distillation for NLP on JAX, with TextBrewer's configs and numbers."""
+
+from . import data_utils, presets, schedulers, utils, zoo
+from .checkpoints import export_hf, load_student
+from .configurations import DistillationConfig, IntermediateMatch, TrainingConfig
+from .distillers import BasicDistiller, BasicTrainer, GeneralDistiller
+from .loop import CallbackResult
+from .models import FunctionModel, LinenModel
+from .objective import Loss
+from .presets import (
+    ADAPTOR_KEYS,
+    FEATURES,
+    KD_LOSS_MAP,
+    MATCH_LOSS_MAP,
+    PROJ_MAP,
+    TEMPERATURE_SCHEDULER,
+    WEIGHT_SCHEDULER,
+    register_new,
+)
+
+__version__ = "0.1.0"
+
+Distillers = {
+    "Basic": BasicDistiller,
+    "General": GeneralDistiller,
+    "Train": BasicTrainer,
+}
+
+__all__ = [
+    "ADAPTOR_KEYS",
+    "FEATURES",
+    "KD_LOSS_MAP",
+    "MATCH_LOSS_MAP",
+    "PROJ_MAP",
+    "TEMPERATURE_SCHEDULER",
+    "WEIGHT_SCHEDULER",
+    "BasicDistiller",
+    "BasicTrainer",
+    "CallbackResult",
+    "DistillationConfig",
+    "Distillers",
+    "FunctionModel",
+    "GeneralDistiller",
+    "IntermediateMatch",
+    "LinenModel",
+    "Loss",
+    "TrainingConfig",
+    "export_hf",
+    "load_student",
+    "data_utils",
+    "presets",
+    "register_new",
+    "schedulers",
+    "utils",
+    "zoo",
+]

@@ -1,0 +1,293 @@
+"""Checkpoints through Orbax: folders ``gs{step}`` under ``output_dir``, written in the background.
+
+A checkpoint holds, as separate items, so that each can be read without the others:
+
+=========== ====================================================================
+student     ``{'params': …, 'state': …}``
+projections likewise, by projection
+training    optimizer state (with an open accumulation window), random key, counters
+position    JSON: step, epoch, batch, host random states, the configs, the format's version
+=========== ====================================================================
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from .errors import CheckpointError, suggest
+from .models import Model, as_model
+from .step import TrainState
+
+Folder = str | os.PathLike[str]
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_FINISHED = "_CHECKPOINT_METADATA"  # Orbax writes it last
+_SCORES = "scores.json"
+
+
+def steps_in(folder: Folder) -> list[int]:
+    """The steps of the finished checkpoints in a folder, in order."""
+    names = [p.name for p in Path(folder).glob("gs*") if (p / _FINISHED).is_file()]
+    return sorted(int(m[1]) for m in (re.fullmatch(r"gs(\d+)", name) for name in names) if m)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they go; made if it is not there.
+        resume: whether to go on from what is there. If not, checkpoints of an earlier run are
+            moved to a folder ``earlier-1`` (2, …) beside the new ones.
+        max_to_keep: how many to keep: the newest, and of the others those with the best scores
+            (see `score`) and then the newest. None keeps all.
+    """
+
+    def __init__(self, folder: Folder, *, resume: bool, max_to_keep: int | None):
+        self.folder = Path(folder).absolute()
+        self.max_to_keep = max_to_keep
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"output_dir={str(folder)!r} cannot be made: {error}") from error
+        if not resume:
+            self._set_aside()
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+    def _set_aside(self) -> None:
+        old = [p for p in self.folder.glob("gs*") if re.fullmatch(r"gs\d+", p.name)]
+        if not old:
+            return
+        n = 1
+        while (self.folder / f"earlier-{n}").exists():
+            n += 1
+        aside = self.folder / f"earlier-{n}"
+        aside.mkdir()
+        scores = self.folder / _SCORES
+        for path in [*old, *([scores] if scores.exists() else [])]:
+            shutil.move(path, aside / path.name)
+        logger.warning(
+            "%s held checkpoints of an earlier run; moved to %s (resume=True would have gone on "
+            "from them)",
+            self.folder,
+            aside,
+        )
+
+    def save(self, step: int, state: TrainState, position: Mapping[str, Any]) -> None:
+        """Saves a state as ``gs{step}``; returns once the arrays are copied, before they are written."""
+        student, projections = (
+            {"params": state.params[part], "state": state.model_state[part]}
+            for part in ("student", "projections")
+        )
+        training = {
+            "opt_state": state.opt_state,
+            "key": state.key,
+            "micro_step": state.micro_step,
+        }
+        self._checkpointer.save(
+            self.folder / f"gs{step}",
+            args=ocp.args.Composite(
+                student=ocp.args.StandardSave(student),
+                projections=ocp.args.StandardSave(projections),
+                training=ocp.args.StandardSave(training),
+                position=ocp.args.JsonSave({"format": FORMAT, **position}),
+            ),
+        )
+        self._prune(step)
+
+    def score(self, step: int, score: float) -> None:
+        """Notes how good a checkpoint is (higher is better)."""
+        scores = self.scores() | {step: float(score)}
+        temporary = self.folder / (_SCORES + ".new")
+        temporary.write_text(json.dumps(scores, indent=1))
+        temporary.replace(self.folder / _SCORES)
+
+    def scores(self) -> dict[int, float]:
+        """The scores noted so far, by step."""
+        path = self.folder / _SCORES
+        if not path.is_file():
+            return {}
+        return {int(step): value for step, value in json.loads(path.read_text()).items()}
+
+    def best(self) -> Path | None:
+        """The checkpoint with the best score, the newest among equals."""
+        there = [
+            (value, step) for step, value in self.scores().items() if step in steps_in(self.folder)
+        ]
+        return self.folder / f"gs{max(there)[1]}" if there else None
+
+    def _prune(self, newest: int) -> None:
+        if self.max_to_keep is None:
+            return
+        scores = self.scores()
+        others = [step for step in steps_in(self.folder) if step != newest]
+        others.sort(key=lambda step: (scores.get(step, -np.inf), step), reverse=True)
+        for step in others[self.max_to_keep - 1 :]:
+            shutil.rmtree(self.folder / f"gs{step}")
+
+    def latest(self) -> int | None:
+        """The step of the newest finished checkpoint."""
+        return max(steps_in(self.folder), default=None)
+
+    def position(self, step: int) -> dict[str, Any]:
+        """The JSON part of a checkpoint."""
+        return _read(self.folder / f"gs{step}", position=ocp.args.JsonRestore())["position"]
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Reads a state with the structure, shapes and placement of `like`.
+
+        Raises:
+            CheckpointError: if the checkpoint is of another model, optimizer or config.
+        """
+        path = self.folder / f"gs{step}"
+        targets = {
+            "student": {"params": like.params["student"], "state": like.model_state["student"]},
+            "projections": {
+                "params": like.params["projections"],
+                "state": like.model_state["projections"],
+            },
+            "training": {
+                "opt_state": like.opt_state,
+                "key": like.key,
+                "micro_step": like.micro_step,
+            },
+        }
+        for name, target in targets.items():
+            _check_fits(path, name, target)
+        read = _read(path, **{k: ocp.args.StandardRestore(v) for k, v in targets.items()})
+        student, projections, training = (read[name] for name in targets)
+        return TrainState(
+            {"student": student["params"], "projections": projections["params"]},
+            {"student": student["state"], "projections": projections["state"]},
+            training["opt_state"],
+            training["key"],
+            training["micro_step"],
+        )
+
+    def wait(self) -> None:
+        """Waits until everything is written; raises what went wrong in the background."""
+        self._checkpointer.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then ends the background threads."""
+        self._checkpointer.close()
+
+
+def _read(path: Path, **items: Any) -> Any:
+    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    try:
+        return checkpointer.restore(path, args=ocp.args.Composite(**items))
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}: {error}). If it is damaged, use an "
+            f"earlier one: {', '.join(f'gs{s}' for s in steps_in(path.parent)) or 'there is none'}"
+        ) from error
+    finally:
+        checkpointer.close()
+
+
+def _check_fits(path: Path, item: str, target: Any) -> None:
+    """Compares names, shapes and types of an item with what is wanted; one error for all of it."""
+    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    try:
+        saved = checkpointer.metadata(path).item_metadata[item]
+    finally:
+        checkpointer.close()
+    if saved is None:
+        raise CheckpointError(f"{path} holds no {item!r}; was it written by another program?")
+    there, wanted = _described(saved.tree), _described(target)
+    wrong = [
+        f"{name}: saved as {there[name]}, wanted {wanted[name]}"
+        for name in wanted
+        if name in there and there[name] != wanted[name]
+    ]
+    wrong += [
+        f"{name}: not in the checkpoint; {suggest(name, there)}"
+        for name in wanted
+        if name not in there
+    ]
+    wrong += [f"{name}: in the checkpoint only" for name in there if name not in wanted]
+    if wrong:
+        shown = "\n".join(f"  - {line}" for line in wrong[:20])
+        more = f"\n  … and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise CheckpointError(
+            f"{path} does not fit the {item} at hand (another model, optimizer or config?):\n{shown}{more}"
+        )
+
+
+def _described(tree: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{list(leaf.shape)}"
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }
+
+
+def checkpoint_path(path: Folder) -> Path:
+    """A checkpoint's own folder: `path` itself, or the newest one in it.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    path = Path(path).absolute()
+    if (path / _FINISHED).is_file():
+        return path
+    steps = steps_in(path)
+    if not steps:
+        what = "is not there" if not path.exists() else "holds no finished checkpoint gs{step}"
+        raise CheckpointError(f"{path} {what}; give a checkpoint, or an output_dir with some")
+    return path / f"gs{steps[-1]}"
+
+
+def load_student(path: Folder, model: Any) -> Any:
+    """Loads a checkpoint's student weights into a model.
+
+    Args:
+        path: a checkpoint (``saved_models/gs500``), or an ``output_dir``, whose newest is taken.
+        model: the student: an `nnx.Module`, a `LinenModel` or a `FunctionModel`, of the shape that
+            was trained. Its weights are replaced.
+
+    Returns:
+        `model`.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or it holds another model's weights; every
+            name that differs is listed.
+    """
+    folder = checkpoint_path(path)
+    handle: Model = as_model(model)
+    target = {"params": handle.params, "state": handle.state}
+    _check_fits(folder, "student", target)
+    student = _read(folder, student=ocp.args.StandardRestore(target))["student"]
+    handle.write(student["params"], student["state"])
+    return model
+
+
+def export_hf(path: Folder, model: Any, folder: Folder) -> None:
+    """Writes a checkpoint's student as a Hugging Face folder (safetensors and config.json).
+
+    Args:
+        path: as for `load_student`.
+        model: a model of `jaxbrewer.zoo` of the student's shape; its weights are replaced.
+        folder: where to write.
+
+    Raises:
+        CheckpointError: as `load_student`.
+        TypeError: if the model has no ``save_pretrained``.
+    """
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(
+            f"{type(model).__name__} has no save_pretrained; models of jaxbrewer.zoo can be exported"
+        )
+    load_student(path, model).save_pretrained(folder)

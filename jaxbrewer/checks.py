@@ -1,0 +1,229 @@
+"""Checks of single values in a config.
+
+Each check takes the value that was given and returns the value to keep: plain text and numbers,
+frozen and apart from the caller's. A wrong value is a ValueError that says what was expected.
+"""
+
+import math
+import operator
+import os
+import reprlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxbrewer import presets
+from jaxbrewer.errors import suggest
+from jaxbrewer.schedulers import TEMPERATURE_BUILDERS
+
+_MAX_INT = 2**31 - 1
+_MAX_DEPTH = 16
+
+Check = Callable[[Any], Any]
+
+
+class Options(dict):
+    """A dict inside a config: it can be read, hashed and copied, not changed."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a config is frozen; make another with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> Any:
+        return Options, (dict(self),)
+
+
+def integer(low: int, high: int = _MAX_INT) -> Check:
+    """Returns a check for integers, NumPy's too, from ``low`` to ``high``; bools are none."""
+
+    def check(value: Any) -> int:
+        expected = f"expected an integer from {low} to {high}"
+        try:
+            found = operator.index(value)
+        except TypeError:
+            raise ValueError(expected) from None
+        if isinstance(value, bool | np.bool_) or not low <= found <= high:
+            raise ValueError(expected)
+        return found
+
+    return check
+
+
+def number(value: Any) -> int | float:
+    """Accepts a finite number, NumPy's too; a bool is none."""
+    if isinstance(value, np.integer | np.floating):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("expected a number")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        finite = False
+    if not finite:
+        raise ValueError("expected a finite number")
+    return value
+
+
+def positive(value: Any) -> int | float:
+    """Accepts a finite number above 0."""
+    value = number(value)
+    if value <= 0:
+        raise ValueError("expected a number above 0")
+    return value
+
+
+def boolean(value: Any) -> bool:
+    """Accepts True and False, NumPy's too, and not 0 and 1."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError("expected True or False")
+    return bool(value)
+
+
+def text(value: Any) -> str:
+    """Accepts text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise ValueError("expected a name")
+    return value
+
+
+def folder(value: Any) -> str:
+    """Accepts a path, as text or ``os.PathLike``; keeps it as text."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError("expected the name of a folder")
+    return value
+
+
+def optional(check: Check) -> Check:
+    """Returns a check that accepts None besides what ``check`` accepts."""
+
+    def check_if_given(value: Any) -> Any:
+        if value is None:
+            return None
+        try:
+            return check(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or None") from None
+
+    return check_if_given
+
+
+def one_of(choices: Collection[str]) -> Check:
+    """Returns a check for the choices, as they are when a value is checked."""
+
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(suggest(value, choices))
+        return value
+
+    return check
+
+
+def frozen(value: Any, depth: int = 0) -> Any:
+    """Accepts what JSON can carry: text, finite numbers, None, and lists and dicts of them."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"expected at most {_MAX_DEPTH} lists and dicts inside each other")
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError("expected text as the keys of options")
+        return Options({key: frozen(item, depth + 1) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return tuple(frozen(item, depth + 1) for item in value)
+    try:
+        return number(value)
+    except ValueError:
+        raise ValueError(
+            f"expected finite numbers, text, lists and dicts, not {short(value)}"
+        ) from None
+
+
+def weight_scheduler(value: Any) -> str:
+    """Accepts ``'none'`` or None, and names in ``presets.WEIGHT_SCHEDULER``."""
+    if value is None or (isinstance(value, str) and value == "none"):
+        return "none"
+    if not isinstance(value, str) or value not in presets.WEIGHT_SCHEDULER:
+        raise ValueError(suggest(value, ["none", *presets.WEIGHT_SCHEDULER]))
+    return value
+
+
+def temperature_scheduler(value: Any) -> str | tuple:
+    """Accepts ``'none'`` or None, names in ``presets.TEMPERATURE_SCHEDULER``, names with arguments.
+
+    A function that takes arguments is built once, to see whether it takes these.
+    """
+    if value is None or (isinstance(value, str) and value == "none"):
+        return "none"
+    if not isinstance(value, str | list | tuple) or not value:
+        raise ValueError("expected a name or a list of a name and its arguments")
+    value = frozen(value)
+    name = value if isinstance(value, str) else value[0]
+    if not isinstance(name, str) or name not in presets.TEMPERATURE_SCHEDULER:
+        raise ValueError(suggest(name, ["none", *presets.TEMPERATURE_SCHEDULER]))
+    if isinstance(value, str):
+        if presets.TEMPERATURE_SCHEDULER[name] in TEMPERATURE_BUILDERS:
+            raise ValueError(f"{name!r} takes arguments: {_example(name)}")
+        return value
+    try:
+        built = presets.TEMPERATURE_SCHEDULER[value]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name!r} refuses its arguments ({error}); {_example(name)}") from error
+    if not callable(built):
+        raise ValueError(f"{name!r} built {built!r}, not a function of (S, T, base_temperature)")
+    return value
+
+
+def _example(name: str) -> str:
+    examples = {"flsw": "['flsw', beta, gamma]", "cwsm": "['cwsm', beta]", "constant": "'constant'"}
+    return f"write {examples.get(name, 'those its function takes')}"
+
+
+def layers(value: Any) -> int | tuple[int, int]:
+    """Accepts a layer's index, or a list of two."""
+    expected = "expected a layer's index or a list of two"
+    try:
+        if isinstance(value, list | tuple):
+            first, second = value
+            return integer(-_MAX_INT)(first), integer(-_MAX_INT)(second)
+        return integer(-_MAX_INT)(value)
+    except ValueError:
+        raise ValueError(expected) from None
+
+
+def projection(value: Any) -> tuple | None:
+    """Accepts ``[name, dim_S, dim_T]`` and the same with a dict of options; keeps all four."""
+    if value is None or (isinstance(value, list | tuple) and not value):
+        return None
+    if not isinstance(value, list | tuple) or len(value) not in (3, 4):
+        raise ValueError(
+            "expected [name, width of the student, width of the teacher], and a dict of optimizer "
+            "options if wanted"
+        )
+    name, dim_s, dim_t, *rest = value
+    if not isinstance(name, str) or name not in presets.PROJ_MAP:
+        raise ValueError(f"unknown projection {short(name)}; {suggest(name, presets.PROJ_MAP)}")
+    options = rest[0] if rest else {}
+    if not isinstance(options, Mapping):
+        raise ValueError("expected a dict of optimizer options as the last item")
+    try:
+        widths = integer(1)(dim_s), integer(1)(dim_t)
+    except ValueError:
+        raise ValueError("expected integers above 0 as the two widths") from None
+    return (name, *widths, frozen(options))
+
+
+def short(value: Any) -> str:
+    """Returns the repr of a value, cut where it is long."""
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = 60
+    return shortener.repr(value)

@@ -1,0 +1,89 @@
+"""Devices: which one a config means."""
+
+import re
+import warnings
+from typing import Any
+
+import jax
+
+_NAME = re.compile(r"(cuda|gpu|tpu|cpu)(?::(\d{1,6}))?", re.ASCII)
+
+_ACCEPTED = (
+    "expected 'cuda', 'gpu', 'tpu' or 'cpu', with an index where one is meant ('gpu:1'), "
+    "or a jax.Device"
+)
+
+
+class DeviceWarning(UserWarning):
+    """The device asked for is not there, and another is used."""
+
+
+def device_name(device: Any) -> str:
+    """Returns a device as text: ``'cpu'``, ``'cuda:1'``.
+
+    Args:
+        device: such a text, anything whose ``str()`` is one (a ``torch.device``), or a
+            ``jax.Device`` of this process.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if isinstance(device, jax.Device):
+        return _name_of(device)
+    text = str(device).strip().lower()
+    if not _NAME.fullmatch(text):
+        raise ValueError(_ACCEPTED)
+    return text
+
+
+def resolve_device(device: Any) -> jax.Device:
+    """Returns the device that a config's ``device`` means on this machine.
+
+    ``'cuda'`` and ``'gpu'`` mean the accelerator the machine has, of whatever make; where it has
+    none, the CPU, with a :class:`DeviceWarning`. ``'tpu'`` and ``'cpu'`` mean just that. An index
+    counts the devices of this process.
+
+    Args:
+        device: as :func:`device_name` takes it.
+
+    Raises:
+        ValueError: the text is not known, or there is no such device here; the message lists those
+            there are.
+    """
+    if isinstance(device, jax.Device):
+        _name_of(device)
+        return device
+    try:
+        name = device_name(device)
+    except ValueError as error:
+        raise ValueError(f"unknown device {device!r}: {error}") from None
+    platform, _, index = name.partition(":")
+    if platform in ("cuda", "gpu"):
+        found = _local_devices("gpu") or [d for d in jax.local_devices() if d.platform != "cpu"]
+        if not found:
+            warnings.warn(
+                f"device {name!r} was asked for, but JAX sees no accelerator here; using the CPU",
+                DeviceWarning,
+                stacklevel=2,
+            )
+            return _local_devices("cpu")[0]
+    else:
+        found = _local_devices(platform)
+    if int(index or 0) >= len(found):
+        here = ", ".join(dict.fromkeys(map(_name_of, [*found, *jax.local_devices()])))
+        raise ValueError(f"there is no device {name!r} here; there are: {here}")
+    return found[int(index or 0)]
+
+
+def _local_devices(platform: str) -> list[jax.Device]:
+    try:
+        return jax.local_devices(backend=platform)
+    except RuntimeError:  # how JAX says that it has no such platform
+        return []
+
+
+def _name_of(device: jax.Device) -> str:
+    local = jax.local_devices(backend=device.platform)
+    if device not in local:
+        raise ValueError(f"{device!r} belongs to another process; choose from {local}")
+    return f"{device.platform}:{local.index(device)}"

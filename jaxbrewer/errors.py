@@ -1,0 +1,81 @@
+"""The errors that say what was given, what was expected, and how to mend it."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with one config, in one report.
+
+    Attributes:
+        source: what was read, such as ``TrainingConfig`` or ``TrainingConfig in train.json``.
+        problems: one sentence for each thing to mend.
+    """
+
+    def __init__(self, source: str, problems: Sequence[str]):
+        super().__init__(source, tuple(problems))
+        self.source = source
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return f"{self.source}: {self.problems[0]}"
+        lines = [f"{self.source} has {len(self.problems)} problems:"]
+        return "\n  - ".join([*lines, *self.problems])
+
+
+class UnknownNameError(KeyError):
+    """A name that is in none of the tables it was looked up in."""
+
+    def __str__(self) -> str:
+        # KeyError would print the repr, quotes and escapes included.
+        return str(self.args[0]) if self.args else ""
+
+
+class BatchError(ValueError):
+    """A batch the models cannot take."""
+
+
+class AdaptorError(ValueError):
+    """An adaptor that returned something unusable."""
+
+
+class PreflightError(ValueError):
+    """Everything that would go wrong in training, found before anything was compiled.
+
+    Attributes:
+        problems: one message for each.
+    """
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__(tuple(problems))
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        head = f"{count} problem{'s' if count > 1 else ''} found before training:"
+        return "\n  - ".join([head, *self.problems])
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, does not fit, or cannot be written."""
+
+
+class PreflightWarning(UserWarning):
+    """Something that trains, but is rarely what was meant."""
+
+
+def suggest(name: object, choices: Iterable[object]) -> str:
+    """Returns the end of an error message about a name that is none of the choices.
+
+    That is ``did you mean 'ckpt_steps'?`` if one choice is close to ``name`` (letter case aside),
+    otherwise a list of all choices.
+    """
+    known = [str(choice) for choice in choices]
+    if not known:
+        return "there is nothing to choose from"
+    by_folded = {choice.casefold(): choice for choice in known}
+    near = difflib.get_close_matches(str(name).casefold(), by_folded, n=1)
+    if near:
+        return f"did you mean {by_folded[near[0]]!r}?"
+    return "choose from " + ", ".join(repr(choice) for choice in known)

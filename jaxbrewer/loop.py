@@ -1,0 +1,230 @@
+"""The loop: feeds the step, looks at its numbers a little later, saves, and calls back.
+
+The only place of training with side effects. The host never waits for a step it has just
+started: metrics are read `LOOK_BACK` micro-batches later, and all of them before a checkpoint.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from .batches import Batch
+from .checkpoints import Checkpoints
+from .errors import BatchError
+from .metrics import MetricsWriter
+from .optimizer import drop_window
+from .plan import Schedule
+from .step import TrainState
+from .streams import EpochEnd, Event, Position, host_random
+
+logger = logging.getLogger(__name__)
+
+LOOK_BACK = 8
+
+_drop_window = jax.jit(drop_window, donate_argnums=0)
+
+
+@dataclass(frozen=True)
+class CallbackResult:
+    """What a callback may return to steer the run; any other value is not looked at.
+
+    Attributes:
+        stop: end training here.
+        score: how good this checkpoint is, higher is better: with ``max_to_keep`` the best are
+            kept, and ``distiller.best_checkpoint`` names the best one.
+    """
+
+    stop: bool = False
+    score: float | None = None
+
+
+@dataclass
+class Loop:
+    """One run of training.
+
+    Attributes:
+        step: the compiled step: ``(state, teacher_variables, batch, row) -> (state, metrics)``.
+        state: the state, replaced after every step.
+        teacher_variables: the teacher's arrays.
+        rows: ``[total_steps, 3]``: what the schedule gives each optimizer step; see `step.Program`.
+        schedule: when to save.
+        tags: tensorboard names of the metrics: the total first, then the terms.
+        check_batch: called with each batch before it is used.
+        checkpoints: where to save.
+        metrics: where numbers go.
+        position: where the run starts; kept up to date.
+        after_save: called with the global step after each checkpoint; true: stop.
+        describe: what is written into a checkpoint beside the position.
+        print_freq: log lines in an epoch, or between two checkpoints of a run by steps.
+    """
+
+    step: Callable
+    state: TrainState
+    teacher_variables: Any
+    rows: np.ndarray
+    schedule: Schedule
+    tags: tuple[str, ...]
+    check_batch: Callable[[Batch], None]
+    checkpoints: Checkpoints
+    metrics: MetricsWriter
+    position: Position
+    after_save: Callable[["Loop", int], bool]
+    describe: dict[str, Any]
+    print_freq: int = 20
+
+    def run(self, events: Iterator[Event]) -> None:
+        """Trains until the stream or the schedule ends, or a callback stops it.
+
+        Raises:
+            FloatingPointError: the loss is not finite; names the terms and the step.
+            BatchError: a batch the models cannot take.
+        """
+        self._pending: deque[tuple[int, int, jax.Array]] = deque()
+        self._opened = 0  # micro-batches in the current accumulation window
+        self._log_start()
+        bar = tqdm(
+            total=self._expected_micro_steps(),
+            initial=self.position.micro_step,
+            desc="Training",
+            unit="batch",
+            disable=None,
+        )
+        try:
+            for event in events:
+                if isinstance(event, EpochEnd):
+                    self._end_epoch(event)
+                    continue
+                self._micro_step(event.inputs)
+                bar.update(1)
+                done = self._opened == self.schedule.accumulation
+                self._move(event.epoch, event.batch + 1, done)
+                if done and self._after_update(event.epoch):
+                    break
+            self._look(0)
+            logger.info("Training finished at step %d", self.position.global_step)
+        finally:
+            bar.close()
+            self.metrics.flush()
+            self.checkpoints.wait()
+
+    def _micro_step(self, batch: Batch) -> None:
+        self.check_batch(batch)
+        row = self.rows[min(self.position.global_step, len(self.rows) - 1)]
+        self.state, metrics = self.step(self.state, self.teacher_variables, batch, row)
+        metrics.copy_to_host_async()
+        self._pending.append((self.position.micro_step, self.position.global_step, metrics))
+        self._opened += 1
+        self._look(LOOK_BACK)
+
+    def _move(self, epoch: int, batch: int, done: bool) -> None:
+        p = self.position
+        self.position = Position(epoch, batch, p.global_step + done, p.micro_step + 1)
+        if done:
+            self._opened = 0
+
+    def _after_update(self, epoch: int) -> bool:
+        """Logs and saves where it is due; returns whether training ends here."""
+        step = self.position.global_step
+        if step % self._print_every() == 0:
+            logger.info("Global step %d of %d", step, self.schedule.total_steps)
+        ends = self.schedule.epochs is None and step >= self.schedule.total_steps
+        if self.schedule.saves_at(step, epoch):
+            self._look(0)
+            logger.info("Saving at global step %d, epoch %d", step, epoch + 1)
+            self.checkpoints.save(step, self.state, self._saved_position())
+            if self.after_save(self, step):
+                logger.info("The callback stopped training at step %d", step)
+                return True
+        return ends
+
+    def _saved_position(self) -> dict[str, Any]:
+        p = self.position
+        return {
+            "epoch": p.epoch,
+            "batch": p.batch,
+            "global_step": p.global_step,
+            "micro_step": p.micro_step,
+            "host_random": host_random(),
+            **self.describe,
+        }
+
+    def _end_epoch(self, event: EpochEnd) -> None:
+        logger.info("Epoch %d finished", event.epoch + 1)
+        expected = self.schedule.steps_per_epoch
+        if expected is not None and event.batches // self.schedule.accumulation != expected:
+            logger.warning(
+                "epoch %d had %d batches, which is not what len(loader) announced: schedules and "
+                "checkpoints were laid out for %d optimizer steps an epoch",
+                event.epoch + 1,
+                event.batches,
+                expected,
+            )
+        if self._opened:
+            opt_state = _drop_window(self.state.opt_state)
+            self.state = TrainState(
+                self.state.params,
+                self.state.model_state,
+                opt_state,
+                self.state.key,
+                self.state.micro_step,
+            )
+            self._opened = 0
+
+    def _look(self, leave: int) -> None:
+        """Reads pending metrics but the last `leave`, and stops at numbers that cannot be."""
+        while len(self._pending) > leave:
+            micro_step, global_step, metrics = self._pending.popleft()
+            values = np.asarray(metrics)
+            total, surplus, terms = values[0], values[1], values[2:]
+            if surplus != 0:
+                raise BatchError(_surplus_message(int(surplus), micro_step))
+            if not np.isfinite(total):
+                raise FloatingPointError(self._not_finite(total, terms, global_step, micro_step))
+            self.metrics.write(micro_step, self.tags, np.concatenate([values[:1], terms]))
+
+    def _not_finite(self, total: Any, terms: np.ndarray, global_step: int, micro_step: int) -> str:
+        names = [tag.split("/", 1)[1] for tag in self.tags[1:]]
+        bad = [f"{n} = {v}" for n, v in zip(names, terms, strict=True) if not np.isfinite(v)]
+        what = ", ".join(bad) if bad else "none of its terms, so a weight or their sum"
+        saved = self.checkpoints.latest()
+        return (
+            f"the loss is {total} at global step {global_step + 1} (micro-batch {micro_step}): "
+            f"{what}. Look at that batch (labels in range? an empty mask?) and the learning rate. "
+            + (
+                f"The last good checkpoint is gs{saved}"
+                if saved is not None
+                else "Nothing was saved yet"
+            )
+        )
+
+    def _print_every(self) -> int:
+        span = (
+            self.schedule.steps_per_epoch or self.schedule.every_steps or self.schedule.total_steps
+        )
+        return span // self.print_freq or span
+
+    def _expected_micro_steps(self) -> int | None:
+        if self.schedule.epochs is None:
+            return self.schedule.total_steps * self.schedule.accumulation
+        batches = self.describe.get("batches_per_epoch")
+        return batches and batches * self.schedule.epochs
+
+    def _log_start(self) -> None:
+        checkpoints = self.schedule.checkpoints()
+        shown = ", ".join(map(str, checkpoints[:12])) + (" …" if len(checkpoints) > 12 else "")
+        logger.info("Training steps: %d; checkpoints at steps %s", self.schedule.total_steps, shown)
+
+
+def _surplus_message(surplus: int, micro_step: int) -> str:
+    more, fewer = ("student", "teacher") if surplus > 0 else ("teacher", "student")
+    return (
+        f"in micro-batch {micro_step} the {more}'s logits_mask selects {abs(surplus)} more positions "
+        f"than the {fewer}'s. Positions are paired in order, so both must select as many: mark the "
+        "same words on both sides (say, each word's first piece), and truncate both at the same word"
+    )

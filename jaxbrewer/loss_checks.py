@@ -1,0 +1,157 @@
+"""What the losses ask of their inputs' shapes, checked while tracing.
+
+Each function takes the name of the loss that calls it and raises a :class:`ValueError` that names
+the shapes that came, the shape that was expected, and the fix.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+__all__ = [
+    "check_attention",
+    "check_layers",
+    "check_logits",
+    "check_mask",
+    "check_same",
+    "check_states",
+    "shape_of",
+]
+
+Shape = tuple[int, ...]
+
+
+def shape_of(loss: str, name: str, value: Any) -> Shape:
+    """The shape of one array; lists and None are refused."""
+    if value is None:
+        raise ValueError(
+            f"{loss}: {name} is None; expected an array. Let the model return it, or match "
+            "another layer."
+        )
+    if isinstance(value, list | tuple):
+        raise ValueError(
+            f"{loss}: {name} is a list of {len(value)}; expected one array. layer_T and layer_S "
+            "must be single layers for this loss, not lists."
+        )
+    return jnp.shape(value)
+
+
+def check_same(loss: str, name: str, shape_S: Shape, shape_T: Shape, axes: Sequence[str]) -> None:
+    """Refuses two shapes of one rank that differ, with the fix for the last axis that does."""
+    if shape_S == shape_T:
+        return
+    if len(shape_S) != len(shape_T):
+        raise ValueError(
+            f"{loss}: {name}_S has shape {shape_S} and {name}_T has shape {shape_T}; expected "
+            "one shape. Match outputs of the same kind."
+        )
+    axis = max(i for i in range(len(axes)) if shape_S[i] != shape_T[i])
+    size_S, size_T = shape_S[axis], shape_T[axis]
+    fixes = {
+        "width": f"Add 'proj': ['linear', {size_S}, {size_T}] to the match.",
+        "classes": "Build the student's head for the teacher's classes.",
+        "heads": "Use a loss that reduces the heads: attention_mse_sum or attention_ce_mean.",
+    }
+    fix = fixes.get(axes[axis], "Give both models inputs of one batch size and length.")
+    raise ValueError(
+        f"{loss}: {name}_S has shape {shape_S} and {name}_T has shape {shape_T}; expected one "
+        f"{axes[axis]}, got {size_S} and {size_T}. {fix}"
+    )
+
+
+def check_mask(loss: str, mask: Any, expected: Shape, axes: str) -> None:
+    """Refuses a mask of another shape than ``expected``; ``axes`` says in words what that is."""
+    if mask is None:
+        return
+    is_list = isinstance(mask, list | tuple)
+    got = f"is a list of {len(mask)}" if is_list else f"has shape {jnp.shape(mask)}"
+    if is_list or jnp.shape(mask) != expected:
+        raise ValueError(
+            f"{loss}: mask {got}; expected one array of shape {expected}, {axes}. Pass the mask "
+            "that the model was given, not a broadcast or additive one."
+        )
+
+
+def _positions(rank: int, last: str) -> list[str]:
+    """Names of the axes of an array with any number of leading positions."""
+    return ["batch", *["length"] * (rank - 2), last] if rank > 1 else [last]
+
+
+def check_states(loss: str, state_S: Any, state_T: Any, mask: Any) -> None:
+    """Wants two states (..., width) of one shape, and a mask without the width."""
+    shape_S, shape_T = shape_of(loss, "state_S", state_S), shape_of(loss, "state_T", state_T)
+    for name, shape in (("state_S", shape_S), ("state_T", shape_T)):
+        if len(shape) < 2:
+            raise ValueError(
+                f"{loss}: {name} has shape {shape}; expected (batch, length, width) or "
+                "(batch, width)."
+            )
+    check_same(loss, "state", shape_S, shape_T, _positions(len(shape_S), "width"))
+    check_mask(loss, mask, shape_S[:-1], "the states' shape without the width")
+
+
+def check_logits(loss: str, logits_S: Any, logits_T: Any, temperature: Any, mask: Any) -> None:
+    """Wants two (..., classes) of one shape; temperature, if not scalar, and mask without it."""
+    shape_S, shape_T = shape_of(loss, "logits_S", logits_S), shape_of(loss, "logits_T", logits_T)
+    for name, shape in (("logits_S", shape_S), ("logits_T", shape_T)):
+        if not shape:
+            raise ValueError(f"{loss}: {name} is a scalar; expected (..., classes).")
+    check_same(loss, "logits", shape_S, shape_T, _positions(len(shape_S), "classes"))
+    shape = jnp.shape(temperature)
+    if shape not in ((), shape_S[:-1]):
+        raise ValueError(
+            f"{loss}: temperature has shape {shape}; expected a number, or one for each position, "
+            f"{shape_S[:-1]}, for logits of shape {shape_S}."
+        )
+    check_mask(loss, mask, shape_S[:-1], "the logits' shape without the classes")
+
+
+def check_attention(
+    loss: str, attention_S: Any, attention_T: Any, mask: Any, heads_reduced: bool
+) -> None:
+    """Wants (batch, heads, length, length) twice, or without heads where these are reduced."""
+    shapes = []
+    for name, attention in (("attention_S", attention_S), ("attention_T", attention_T)):
+        shape = shape_of(loss, name, attention)
+        if len(shape) != 4 and not (heads_reduced and len(shape) == 3):
+            also = (
+                " or (batch, length, length)."
+                if heads_reduced
+                else "; for heads already reduced use attention_mse_sum or attention_ce_mean."
+            )
+            raise ValueError(
+                f"{loss}: {name} has shape {shape}; expected (batch, heads, length, length){also}"
+            )
+        shapes.append((shape[0], *shape[-2:]) if heads_reduced else shape)
+    axes = ("batch", *(() if heads_reduced else ("heads",)), "query length", "key length")
+    check_same(loss, "attention", shapes[0], shapes[1], axes)
+    if mask is not None and shapes[0][-1] != shapes[0][-2]:
+        raise ValueError(
+            f"{loss}: attention_S has shape {shapes[0]}; with a mask, queries and keys must be "
+            "the same positions. Leave the mask out for cross-attention."
+        )
+    check_mask(loss, mask, (shapes[0][0], shapes[0][-1]), "(batch, length)")
+
+
+def check_layers(loss: str, state_S: Any, state_T: Any, mask: Any) -> list[list[Shape]]:
+    """The shapes of both sides' two layers; wants lists of two, each (batch, length, width)."""
+    sides = []
+    for name, layers in (("state_S", state_S), ("state_T", state_T)):
+        is_list = isinstance(layers, list | tuple)
+        if not is_list or len(layers) != 2:
+            array = "None" if layers is None else f"one array of shape {jnp.shape(layers)}"
+            got = f"a list of {len(layers)}" if is_list else array
+            raise ValueError(
+                f"{loss}: {name} must be a list of two arrays, got {got}. layer_T and layer_S "
+                "must be lists of two layers, such as [0, 2]."
+            )
+        shapes = [shape_of(loss, f"{name}[{i}]", layer) for i, layer in enumerate(layers)]
+        if any(len(shape) != 3 for shape in shapes) or shapes[0][:2] != shapes[1][:2]:
+            raise ValueError(
+                f"{loss}: the two layers of {name} have shapes {shapes[0]} and {shapes[1]}; "
+                "expected (batch, length, width) twice, with one batch and length."
+            )
+        check_mask(loss, mask, shapes[0][:2], f"(batch, length) of {name}")
+        sides.append(shapes)
+    return sides

@@ -1,0 +1,499 @@
+"""Everything that can be known to go wrong, found by tracing shapes before anything compiles.
+
+`inspect` runs both sides by shape on the first batch; `check_plan` goes through a plan with the
+results' shapes in hand. Neither raises for what it finds: problems and warnings are gathered, so
+that one report names them all.
+"""
+
+import inspect as _inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import objective
+from .adaptors import Results, Side
+from .batches import Batch, as_call, check_ids, plain, signature_of
+from .errors import BatchError, suggest
+from .models import Model
+from .plan import KD, Match, Plan
+
+
+@dataclass
+class Findings:
+    """What preflight found.
+
+    Attributes:
+        problems: what stops the run, each with its fix.
+        warnings: what trains, but is rarely meant.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def inspect(
+    side: Side, batch: Batch, train: bool, found: Findings, keywords: Sequence[str] = ()
+) -> Results | None:
+    """Traces a side by shape.
+
+    Args:
+        side: the model and its adaptor.
+        batch: the batch it would get.
+        train: the mode it would run in.
+        found: gets what is wrong.
+        keywords: the keywords of ``train`` itself, to suggest for one the model does not know.
+
+    Returns:
+        The adaptor's results as `jax.ShapeDtypeStruct`, or None if it could not be run.
+    """
+    name = f"model_{side.role}"
+    args, kwargs = as_call(plain(batch), side.args)
+    signature = side.model.signature()
+    if not _fits(signature, args, kwargs, name, found, (side.args, keywords)):
+        return None
+    try:
+        check_ids(batch, signature, side.model.id_limits, name)
+    except BatchError as error:
+        found.problems.append(str(error))
+        return None
+
+    def run(params: Any, state: Any, inputs: Any) -> Results:
+        outputs, _ = side.model.apply(
+            params, state, jax.random.key(0), *as_call(plain(inputs), side.args), train
+        )
+        return _Adapted(side, inputs, outputs).results
+
+    try:
+        return jax.eval_shape(run, side.model.params, side.model.state, batch)
+    except _AdaptorError as error:
+        found.problems.append(str(error))
+    except Exception as error:  # noqa: BLE001  the user's model may raise anything
+        found.problems.append(
+            f"{name} failed on the batch ({signature_of(batch)}): {type(error).__name__}: {error}"
+        )
+    return None
+
+
+class _AdaptorError(Exception):
+    """An adaptor failed, not its model."""
+
+
+class _Adapted:
+    """Runs an adaptor and tells its failures from the model's."""
+
+    def __init__(self, side: Side, batch: Batch, outputs: Any):
+        try:
+            self.results = side.adapt(batch, outputs)
+        except ValueError as error:
+            raise _AdaptorError(str(error)) from error
+        except Exception as error:
+            inputs = (
+                f"keys {', '.join(map(str, batch))}"
+                if isinstance(batch, dict)
+                else f"{len(batch)} items"
+            )
+            raise _AdaptorError(
+                f"adaptor_{side.role} failed: {type(error).__name__}: {error}. It got a batch with "
+                f"{inputs}, and the model's outputs, {_outline(outputs)}"
+            ) from error
+
+
+def _outline(outputs: Any) -> str:
+    if hasattr(outputs, "shape"):
+        return f"one array {list(outputs.shape)}"
+    if isinstance(outputs, Mapping):
+        return f"a {type(outputs).__name__} with keys {', '.join(map(str, outputs))}"
+    if isinstance(outputs, tuple | list):
+        return f"a {type(outputs).__name__} of {len(outputs)}"
+    fields = (
+        [name for name in vars(outputs) if not name.startswith("_")]
+        if hasattr(outputs, "__dict__")
+        else []
+    )
+    return f"a {type(outputs).__name__}" + (f" with {', '.join(fields)}" if fields else "")
+
+
+def _fits(
+    signature: _inspect.Signature, args: tuple, kwargs: dict, name: str, found: Findings, extra: Any
+) -> bool:
+    """Checks a batch against a model's call signature."""
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    ours, keywords = extra
+    good = True
+    for keyword in kwargs if not takes_any else ():
+        if keyword in signature.parameters:
+            continue
+        good = False
+        if keyword in ours:
+            choices = [*keywords, *signature.parameters]
+            where = f"train(…, {keyword}=…) is passed on to {name}, which does not take it"
+        else:
+            choices = list(signature.parameters)
+            where = f"the batch has {keyword!r}, which {name} does not take"
+        found.problems.append(
+            f"{where}: {suggest(keyword, choices)}"
+            + ("" if keyword in ours else "; or drop it with train(…, batch_postprocessor=…)")
+        )
+    if good:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            found.problems.append(
+                f"the batch does not fit {name}{signature}: {error}. A dict is passed by name, a "
+                "tuple by position"
+            )
+            return False
+    return good
+
+
+def check_plan(
+    plan: Plan,
+    results_S: Results,
+    results_T: Results,
+    batch: Batch,
+    projections: Mapping[str, Model],
+    found: Findings,
+) -> None:
+    """Checks a plan against the results' shapes, term by term.
+
+    Args:
+        plan: the plan.
+        results_S: the student's results by shape.
+        results_T: the teacher's.
+        batch: the student's first batch.
+        projections: name → projection.
+        found: gets what is wrong.
+    """
+    _check_kd(plan, results_S, results_T, batch, found)
+    good = [m for m in plan.matches if _check_match(m, results_S, results_T, projections, found)]
+    if not plan.hard_label_weight.is_zero and "losses" not in results_S:
+        found.problems.append(
+            f"hard_label_weight is {plan.hard_label_weight.initial}, but adaptor_S returns no "
+            "'losses'. Return the student's loss under 'losses' (does the batch hold the labels?), "
+            "or set hard_label_weight=0"
+        )
+    if not found.problems:
+        _check_something_to_train(plan, results_S, results_T, found)
+    _warn_of_layers(good, results_S, results_T, found)
+    if "inputs_mask" in results_T and "inputs_mask" not in results_S and plan.matches:
+        found.warnings.append(
+            "only adaptor_T returns an 'inputs_mask', and only the student's is used: features are "
+            "matched on padding too. Return it from adaptor_S"
+        )
+
+
+def _check_something_to_train(
+    plan: Plan, results_S: Results, results_T: Results, found: Findings
+) -> None:
+    both = "logits" in results_S and "logits" in results_T
+    trains = [
+        both and not plan.kd_weight.is_zero,
+        "losses" in results_S and not plan.hard_label_weight.is_zero,
+        *(m.weight != 0 for m in plan.matches),
+    ]
+    if any(trains):
+        return
+    if both or plan.matches or "losses" in results_S:
+        found.problems.append(
+            "every weight is zero: set kd_loss_weight, hard_label_weight or a match's weight"
+        )
+    else:
+        found.problems.append(
+            f"nothing to optimise: adaptor_S returns {_keys(results_S)} and adaptor_T "
+            f"{_keys(results_T)}; return 'logits' from both, 'losses' from adaptor_S, or features "
+            "and intermediate_matches"
+        )
+
+
+def _keys(results: Results) -> str:
+    return ", ".join(map(repr, results)) or "nothing"
+
+
+def _check_kd(
+    plan: Plan, results_S: Results, results_T: Results, batch: Batch, found: Findings
+) -> None:
+    kd = plan.kd
+    if kd is None:
+        return
+    before = len(found.problems)
+    missing = [r for r, results in (("S", results_S), ("T", results_T)) if "logits" not in results]
+    if missing:
+        if kd.required:
+            found.problems.extend(
+                f"adaptor_{role} returns no 'logits', which this distiller compares; it returns "
+                f"{_keys(results_S if role == 'S' else results_T)}"
+                for role in missing
+            )
+        elif len(missing) == 1:
+            found.warnings.append(
+                f"adaptor_{missing[0]} returns no 'logits' while the other side does: there will "
+                "be no KD loss"
+            )
+        return
+    masked = _check_logits(results_S, results_T, found)
+    if kd.probability_shift:
+        _check_labels(results_S, masked, batch, found)
+    if masked:
+        _check_under_mask(kd, found)
+    if len(found.problems) == before:
+        _trace(
+            lambda s, t: objective.kd_term(kd, s, t)[0],
+            results_S,
+            results_T,
+            f"the KD loss {kd.loss_name!r}",
+            found,
+        )
+
+
+def _check_logits(results_S: Results, results_T: Results, found: Findings) -> bool:
+    """Checks logits and their masks; returns whether masks are in use."""
+    logits_S, logits_T = results_S["logits"], results_T["logits"]
+    if len(logits_S) != len(logits_T):
+        found.problems.append(
+            f"adaptor_S returns {len(logits_S)} logits and adaptor_T {len(logits_T)}; they are "
+            "compared one by one, so return as many"
+        )
+        return False
+    for i, (l_S, l_T) in enumerate(zip(logits_S, logits_T, strict=True)):
+        if l_S.shape[-1:] != l_T.shape[-1:]:
+            found.problems.append(
+                f"logits[{i}]: the student has {l_S.shape[-1]} classes {list(l_S.shape)}, the "
+                f"teacher {l_T.shape[-1]} {list(l_T.shape)}. Give both models the same num_labels, "
+                "or for language-model logits the same vocabulary"
+            )
+    masks = {"S": results_S.get("logits_mask"), "T": results_T.get("logits_mask")}
+    if masks["S"] is None and masks["T"] is None:
+        return False
+    if all(x.ndim != 3 for x in (*logits_S, *logits_T)):
+        found.warnings.append("logits_mask has no effect on logits without a length dimension")
+        return False
+    for role, results in (("S", results_S), ("T", results_T)):
+        mask = masks[role]
+        if mask is None:
+            found.problems.append(
+                f"adaptor_{role} returns no 'logits_mask' while the other side does: each side is "
+                "selected by its own. Return it from both adaptors"
+            )
+            continue
+        if len(mask) not in (1, len(logits_S)):
+            found.problems.append(
+                f"adaptor_{role} returns {len(mask)} logits_mask for {len(logits_S)} logits; return "
+                "one for all, or one each"
+            )
+            continue
+        for i, logits in enumerate(results["logits"]):
+            one = mask[0] if len(mask) == 1 else mask[i]
+            if logits.ndim == 3 and one.shape != logits.shape[:2]:
+                found.problems.append(
+                    f"adaptor_{role}: logits_mask is {list(one.shape)}, but the logits are "
+                    f"{list(logits.shape)}: it must be [batch, length] = {list(logits.shape[:2])}"
+                )
+    return True
+
+
+def _check_labels(results_S: Results, masked: bool, batch: Batch, found: Findings) -> None:
+    labels, logits = results_S.get("labels"), results_S["logits"]
+    if labels is None:
+        found.problems.append(
+            "probability_shift needs the labels: return them from adaptor_S under 'labels' "
+            f"(it returns {_keys(results_S)})"
+        )
+        return
+    if len(labels) != len(logits):
+        found.problems.append(
+            f"adaptor_S returns {len(labels)} labels for {len(logits)} logits; return one each"
+        )
+        return
+    for i, (label, l_S) in enumerate(zip(labels, logits, strict=True)):
+        if label.shape != l_S.shape[:-1] or not jax.numpy.issubdtype(
+            label.dtype, jax.numpy.integer
+        ):
+            found.problems.append(
+                f"labels[{i}] is {label.dtype}{list(label.shape)}; probability_shift needs integers "
+                f"of shape {list(l_S.shape[:-1])} for logits {list(l_S.shape)}"
+            )
+    if not masked and any(x.ndim == 3 for x in logits) and not _has_negatives(batch):
+        found.warnings.append(
+            "probability_shift on logits with a length, without logits_mask: unless padding has "
+            "negative labels, the teacher's logits there are shifted to a padding label too"
+        )
+
+
+def _has_negatives(batch: Batch) -> bool:
+    """Whether some integers in a batch are negative: labels that mark what to leave alone."""
+    return any(
+        isinstance(x, np.ndarray) and x.dtype.kind == "i" and x.size and x.min() < 0
+        for x in jax.tree.leaves(batch)
+    )
+
+
+def _check_under_mask(kd: KD, found: Findings) -> None:
+    """Functions that take no mask must not need one."""
+    tries: list[tuple[str, Callable, Callable, str]] = [
+        (
+            f"the KD loss {kd.loss_name!r}",
+            kd.loss,
+            objective.is_position_mean,
+            "the mean of its positions' losses",
+        )
+    ]
+    if kd.temperature_scheduler is not None:
+        tries.append(
+            (
+                "the temperature scheduler",
+                kd.temperature_scheduler,
+                objective.is_positionwise,
+                "decided by each position alone",
+            )
+        )
+    for what, function, holds, wanted in tries:
+        if objective.takes_mask(function):
+            continue
+        try:
+            fine = holds(function)
+        except Exception as error:  # noqa: BLE001  the user's function may raise anything
+            found.problems.append(f"{what} failed when tried: {type(error).__name__}: {error}")
+            continue
+        if not fine:
+            found.problems.append(
+                f"{what} is used with logits_mask, but it is not {wanted}, so unselected positions "
+                "would change it. Give it a keyword mask=None ([positions], nonzero = selected) "
+                "and let it look at selected positions only"
+            )
+
+
+def _check_match(
+    match: Match,
+    results_S: Results,
+    results_T: Results,
+    projections: Mapping[str, Model],
+    found: Findings,
+) -> bool:
+    before = len(found.problems)
+    for role, results, layers in (("S", results_S, match.layer_S), ("T", results_T, match.layer_T)):
+        if match.feature not in results:
+            found.problems.append(
+                f"match {match}: adaptor_{role} returns no {match.feature!r}, only {_keys(results)}"
+            )
+            continue
+        there = results[match.feature]
+        usable = [i for i, x in enumerate(there) if x is not None]
+        for layer in (layers,) if isinstance(layers, int) else layers:
+            if not -len(there) <= layer < len(there) or there[layer] is None:
+                found.problems.append(
+                    f"match {match}: layer_{role}={layer} is not there. adaptor_{role} returns "
+                    f"{match.feature!r} for {_ranges(usable)}"
+                    + _hint(match.feature, len(there), layer)
+                )
+    if len(found.problems) == before and match.projection is not None:
+        _check_projection(match, results_S, found)
+    if len(found.problems) == before:
+        _trace_match(match, results_S, results_T, projections, found)
+    return len(found.problems) == before
+
+
+def _hint(feature: str, count: int, layer: int) -> str:
+    if feature == "hidden" and layer >= count:
+        return " (hidden 0 is the embeddings' output, so the last layer of n is n)"
+    if feature == "attention" and layer == count:
+        return " (attention is counted from 0: the last layer of n is n-1)"
+    return ""
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    if not indices:
+        return "no layer at all"
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    parts = [f"{r[0]}–{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs]
+    return ("layers " if len(indices) > 1 else "layer ") + ", ".join(parts)
+
+
+def _check_projection(match: Match, results_S: Results, found: Findings) -> None:
+    name, dim_S, dim_T = match.proj or ("", 0, 0)
+    layers = (match.layer_S,) if isinstance(match.layer_S, int) else match.layer_S
+    for layer in layers:
+        shape = results_S[match.feature][layer].shape
+        if shape[-1] != dim_S:
+            found.problems.append(
+                f"match {match}: proj=[{name!r}, {dim_S}, {dim_T}] takes {dim_S} features, but the "
+                f"student's {match.feature}[{layer}] is {list(shape)}: use "
+                f"'proj': [{name!r}, {shape[-1]}, {dim_T}] (the student's width first)"
+            )
+            return
+
+
+def _trace_match(
+    match: Match,
+    results_S: Results,
+    results_T: Results,
+    projections: Mapping[str, Model],
+    found: Findings,
+) -> None:
+    def project(name: str, feature: jax.Array) -> jax.Array:
+        model = projections[name]
+        return model.apply(model.params, model.state, jax.random.key(0), (feature,), {}, False)[0]
+
+    def run(results_S: Results, results_T: Results) -> Any:
+        return objective.match_term(match, results_S, results_T, project)
+
+    _trace(run, results_S, results_T, f"match {match}", found)
+
+
+def _trace(
+    run: Callable, results_S: Results, results_T: Results, what: str, found: Findings
+) -> None:
+    try:
+        value = jax.eval_shape(run, results_S, results_T)
+    except Exception as error:  # noqa: BLE001  a user's loss may raise anything
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        found.problems.append(f"{what}: {kind}{error}")
+        return
+    if getattr(value, "shape", None) != ():
+        shape = list(value.shape) if hasattr(value, "shape") else type(value).__name__
+        found.problems.append(f"{what} gives {shape}, not a scalar: a loss returns one number")
+
+
+def _warn_of_layers(
+    matches: Sequence[Match], results_S: Results, results_T: Results, found: Findings
+) -> None:
+    """Equal widths hide a slip in counting layers; these are its usual traces."""
+    for match in matches:
+        pairs = zip(
+            *(x if isinstance(x, tuple) else (x,) for x in (match.layer_S, match.layer_T)),
+            strict=False,
+        )
+        if match.feature == "hidden" and any((s == 0) != (t == 0) for s, t in pairs):
+            found.warnings.append(
+                f"match {match} pairs the embeddings' output (hidden 0) with the output of a block; "
+                "hidden states are counted from the embeddings, so block n is hidden n"
+            )
+    for feature in {m.feature: None for m in matches}:
+        uses_last = {}
+        for role, results in (("S", results_S), ("T", results_T)):
+            count = len(results[feature])
+            used = {
+                layer % count
+                for m in matches
+                if m.feature == feature
+                for layer in _as_tuple(m.layer_S if role == "S" else m.layer_T)
+            }
+            uses_last[role] = count - 1 in used
+        if uses_last["S"] != uses_last["T"]:
+            has, lacks = ("student", "teacher") if uses_last["S"] else ("teacher", "student")
+            start = "0 is the embeddings' output" if feature == "hidden" else "0 is the first layer"
+            found.warnings.append(
+                f"the {feature} matches use the {has}'s last layer but not the {lacks}'s; if that "
+                f"is not meant, the indices are off ({start})"
+            )
+
+
+def _as_tuple(layers: Any) -> tuple:
+    return layers if isinstance(layers, tuple) else (layers,)

@@ -1,0 +1,168 @@
+"""Name → function: one table for each kind of thing a config can name.
+
+The tables are read when a config is checked and when a distiller is built, so what is put into them
+before that counts, by assignment or with :func:`register_new`::
+
+    MATCH_LOSS_MAP['my_loss'] = my_loss          # my_loss(S, T, mask=None)
+    FEATURES.append('values')                    # then matches and adaptors know 'values'
+"""
+
+from collections import UserDict
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+from jaxbrewer.errors import UnknownNameError, suggest
+from jaxbrewer.losses import (
+    att_ce_loss,
+    att_ce_mean_loss,
+    att_mse_loss,
+    att_mse_sum_loss,
+    cos_loss,
+    fsp_loss,
+    hid_mse_loss,
+    kd_ce_loss,
+    kd_mse_loss,
+    mmd_loss,
+    pkd_loss,
+)
+from jaxbrewer.projections import linear_projection, projection_with_activation
+from jaxbrewer.schedulers import (
+    constant_temperature_scheduler,
+    cwsm_temperature_scheduler_builder,
+    flsw_temperature_scheduler_builder,
+    linear_decay_weight_scheduler,
+    linear_growth_weight_scheduler,
+)
+
+
+class DynamicKeyDict(UserDict):
+    """A table whose keys may carry arguments.
+
+    ``table['constant']`` is the entry itself; ``table[['flsw', 1, 2]]`` calls the entry ``flsw``
+    with 1 and 2, and ``table[['flsw', {'beta': 1, 'gamma': 2}]]`` with keywords.
+
+    Raises:
+        UnknownNameError: a KeyError that lists the names there are.
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, list | tuple):
+            return self._entry(key)
+        if not key:
+            raise UnknownNameError("an empty list names nothing; " + suggest("", self.data))
+        entry, arguments = self._entry(key[0]), key[1:]
+        if len(arguments) == 1 and isinstance(arguments[0], Mapping):
+            return entry(**arguments[0])
+        return entry(*arguments)
+
+    def __contains__(self, key: object) -> bool:
+        if isinstance(key, list | tuple):
+            return bool(key) and key[0] in self.data
+        return key in self.data
+
+    def _entry(self, name: Any) -> Any:
+        try:
+            return self.data[name]
+        except (KeyError, TypeError):  # TypeError: not hashable, so no name
+            raise UnknownNameError(f"unknown name {name!r}; {suggest(name, self.data)}") from None
+
+
+FEATURES: list[str] = ["hidden", "attention"]
+"""The features of inner layers that a match can name, each a key of the adaptor's dict."""
+
+ADAPTOR_KEYS: list[str] = ["logits", "logits_mask", "losses", "inputs_mask", "labels", *FEATURES]
+"""The keys of the dict an adaptor returns. What is appended to FEATURES counts besides."""
+
+KD_LOSS_MAP: dict[str, Callable[..., Any]] = {"mse": kd_mse_loss, "ce": kd_ce_loss}
+"""Losses on logits: ``kd(logits_S, logits_T, temperature)``."""
+
+MATCH_LOSS_MAP: dict[str, Callable[..., Any]] = {
+    "attention_mse_sum": att_mse_sum_loss,
+    "attention_mse": att_mse_loss,
+    "attention_ce_mean": att_ce_mean_loss,
+    "attention_ce": att_ce_loss,
+    "hidden_mse": hid_mse_loss,
+    "cos": cos_loss,
+    "pkd": pkd_loss,
+    "gram": fsp_loss,
+    "fsp": fsp_loss,
+    "mmd": mmd_loss,
+    "nst": mmd_loss,
+}
+"""Losses on features: ``loss(S, T, mask=None)``; S and T are lists of two for two-layer losses."""
+
+PROJ_MAP: dict[str, Callable[..., Any]] = {
+    "linear": linear_projection,
+    "relu": projection_with_activation("relu"),
+    "tanh": projection_with_activation("tanh"),
+}
+"""Projections: ``(dim_in, dim_out, *, rngs) -> nnx.Module``."""
+
+WEIGHT_SCHEDULER: dict[str, Callable[..., Any]] = {
+    "linear_decay": linear_decay_weight_scheduler,
+    "linear_growth": linear_growth_weight_scheduler,
+}
+"""Schedules of a loss weight: ``scheduler(x)``, x the finished fraction of the training."""
+
+TEMPERATURE_SCHEDULER = DynamicKeyDict(
+    {
+        "constant": constant_temperature_scheduler,
+        "flsw": flsw_temperature_scheduler_builder,
+        "cwsm": cwsm_temperature_scheduler_builder,
+    }
+)
+"""Schedules of the temperature, ``temperature(logits_S, logits_T, base_temperature)``.
+
+``flsw`` and ``cwsm`` are built with arguments: ``['flsw', beta, gamma]``, ``['cwsm', beta]``.
+"""
+
+MAPS: dict[str, MutableMapping[str, Callable[..., Any]]] = {
+    "kd_loss": KD_LOSS_MAP,
+    "match_Loss": MATCH_LOSS_MAP,
+    "projection": PROJ_MAP,
+    "weight_scheduler": WEIGHT_SCHEDULER,
+    "temperature_scheduler": TEMPERATURE_SCHEDULER,
+}
+"""All tables of functions, by the names :func:`register_new` and :func:`lookup` take."""
+
+
+def register_new(map_name: str, name: str, func: Callable[..., Any]) -> None:
+    """Puts a function into a table, in place of the one of that name if there is one.
+
+    Args:
+        map_name: ``'kd_loss'``, ``'match_Loss'``, ``'projection'``, ``'weight_scheduler'`` or
+            ``'temperature_scheduler'``.
+        name: what configs will call it; not ``'none'``, which stands for no schedule.
+        func: has the signature that the table's description gives.
+
+    Raises:
+        UnknownNameError: a KeyError; there is no such table.
+        TypeError: ``name`` is no text, or ``func`` cannot be called.
+        ValueError: ``name`` is empty or ``'none'``.
+    """
+    table = _table(map_name)
+    if not isinstance(name, str):
+        raise TypeError(f"a name in {map_name!r} is text, got {name!r}")
+    if name in ("", "none"):
+        raise ValueError(f"{name!r} cannot be a name in {map_name!r}: it stands for no function")
+    if not callable(func):
+        raise TypeError(f"{name!r} in {map_name!r} must be a function, got {func!r}")
+    table[name] = func
+
+
+def lookup(map_name: str, name: str) -> Callable[..., Any]:
+    """Returns the function a table has under a name.
+
+    Raises:
+        UnknownNameError: a KeyError that says what there is, for the table or the name.
+    """
+    table = _table(map_name)
+    if name not in table:
+        raise UnknownNameError(f"no {map_name} is called {name!r}; {suggest(name, table)}")
+    return table[name]
+
+
+def _table(map_name: str) -> MutableMapping[str, Callable[..., Any]]:
+    if map_name not in MAPS:
+        raise UnknownNameError(f"no table is called {map_name!r}; {suggest(map_name, MAPS)}")
+    return MAPS[map_name]

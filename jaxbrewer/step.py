@@ -1,0 +1,141 @@
+"""The train step: teacher, student, loss, gradient, update, metrics, in one compiled program."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .adaptors import Results, Side
+from .batches import Batch, sides
+from .models import Model
+from .objective import Loss, Project, Weights
+from .teachers import Teacher
+
+ComputeLoss = Callable[[Results, Results, Project, Weights], Loss]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that changes in training.
+
+    Attributes:
+        params: ``{'student': …, 'projections': {name: …}}``.
+        model_state: the same two keys: batch statistics and random keys.
+        opt_state: the optimizer's, an open accumulation window included.
+        key: the random key every step's key is folded from.
+        micro_step: int32 scalar, micro-batches seen.
+    """
+
+    params: Any
+    model_state: Any
+    opt_state: Any
+    key: jax.Array
+    micro_step: jax.Array
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a step is made of; everything here is fixed when the step is compiled.
+
+    Attributes:
+        student: the student's side.
+        teacher: the teacher.
+        projections: name → projection.
+        compute_loss: both sides' results, projections and weights → loss.
+        optimizer: see `optimizer.build`.
+        names: the terms of the loss in the order of the metrics.
+        train: whether the student runs in train mode.
+    """
+
+    student: Side
+    teacher: Teacher
+    projections: Mapping[str, Model]
+    compute_loss: ComputeLoss
+    optimizer: optax.GradientTransformationExtraArgs
+    names: tuple[str, ...]
+    train: bool
+
+    def init(self, seed: int) -> TrainState:
+        """The state before the first step, in arrays of its own: nothing the user holds is donated."""
+        params = {
+            "student": self.student.model.params,
+            "projections": {name: p.params for name, p in self.projections.items()},
+        }
+        model_state = {
+            "student": self.student.model.state,
+            "projections": {name: p.state for name, p in self.projections.items()},
+        }
+        params, model_state = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, model_state))
+        key = jax.random.key(seed)
+        return TrainState(params, model_state, self.optimizer.init(params), key, jnp.int32(0))
+
+    def loss(
+        self,
+        params: Any,
+        model_state: Any,
+        key: jax.Array,
+        batch: Batch,
+        results_T: Results,
+        weights: Weights,
+    ) -> tuple[Any, tuple[Loss, Any]]:
+        """The loss of a batch: ``total, (loss, new model state)``."""
+        student_key, projection_key = jax.random.split(key)
+        results_S, student_state = self.student(
+            params["student"], model_state["student"], student_key, batch, self.train
+        )
+        projection_states = dict(model_state["projections"])
+
+        def project(name: str, feature: jax.Array) -> jax.Array:
+            model = self.projections[name]
+            mine = params["projections"][name], projection_states[name]
+            feature, projection_states[name] = model.apply(
+                *mine, projection_key, (feature,), {}, self.train
+            )
+            return feature
+
+        loss = self.compute_loss(results_S, results_T, project, weights)
+        return loss.total, (loss, {"student": student_state, "projections": projection_states})
+
+    def step(
+        self, state: TrainState, teacher_variables: Any, batch: Batch, schedule: jax.Array
+    ) -> tuple[TrainState, jax.Array]:
+        """One micro-batch.
+
+        Args:
+            state: before the step; donated.
+            teacher_variables: the teacher's arrays.
+            batch: from `batches.own`.
+            schedule: ``[3]``: weight of the KD loss, of the hard labels, learning-rate factor.
+
+        Returns:
+            The state after the step, and the metrics ``[2 + terms]``: the total, the surplus of
+            `Loss`, then the terms in the order of `names`.
+        """
+        teacher_batch, student_batch, cache = sides(batch)
+        results_T = jax.lax.stop_gradient(self.teacher(teacher_variables, teacher_batch, cache))
+
+        key = jax.random.fold_in(state.key, state.micro_step)
+        weights = Weights(kd=schedule[0], hard_label=schedule[1])
+        gradient = jax.value_and_grad(self.loss, has_aux=True)
+        (total, (loss, model_state)), grads = gradient(
+            state.params, state.model_state, key, student_batch, results_T, weights
+        )
+        updates, opt_state = self.optimizer.update(
+            grads, state.opt_state, state.params, factor=schedule[2]
+        )
+        params = optax.apply_updates(state.params, updates)
+
+        metrics = jnp.stack([jnp.asarray(x, total.dtype) for x in self.values(loss)])
+        return TrainState(params, model_state, opt_state, state.key, state.micro_step + 1), metrics
+
+    def values(self, loss: Loss) -> list[Any]:
+        """What the metrics hold, in their order."""
+        return [loss.total, loss.surplus, *(loss.terms[name] for name in self.names)]
+
+    def compile(self) -> Any:
+        """The step, jitted; it owns the state it is given."""
+        return jax.jit(self.step, donate_argnums=0)

@@ -1,0 +1,144 @@
+"""The order in which batches reach the step: by epochs or by steps, from any position.
+
+A stream yields `Micro` for every batch and `EpochEnd` after an epoch of a run by epochs, where
+an incomplete accumulation window is dropped. Distillers differ by stream, not by loop.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .batches import own
+from .errors import BatchError
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        epoch: epochs finished.
+        batch: batches taken in the current one.
+        global_step: optimizer steps done.
+        micro_step: micro-batches trained on, in dropped windows too.
+        host_random: Python's and numpy's global random states, or None.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    global_step: int = 0
+    micro_step: int = 0
+    host_random: Any = None
+
+
+class Micro(NamedTuple):
+    """A batch: the `batch`-th (from 0) of `epoch` (from 0)."""
+
+    epoch: int
+    batch: int
+    inputs: Any
+
+
+class EpochEnd(NamedTuple):
+    """The end of `epoch`, which had `batches` batches."""
+
+    epoch: int
+    batches: int
+
+
+Event = Micro | EpochEnd
+
+
+def by_epochs(loader: Iterable, epochs: int, start: Position) -> Iterator[Event]:
+    """Passes over the loader `epochs` times, or what is left of that after `start`."""
+    for epoch in range(start.epoch if _can_jump(loader) else 0, epochs):
+        batches = yield from _one_epoch(loader, epoch, start)
+        if epoch == start.epoch and batches < start.batch:
+            raise BatchError(
+                f"the checkpoint was saved after batch {start.batch} of an epoch, but the loader "
+                f"has only {batches}; resume with the loader it was saved with"
+            )
+        if epoch >= start.epoch:
+            yield EpochEnd(epoch, batches)
+
+
+def by_steps(loader: Iterable, start: Position) -> Iterator[Event]:
+    """Passes over the loader again and again, from `start` on; the loop decides when to stop."""
+    for epoch in itertools.count(start.epoch if _can_jump(loader) else 0):
+        batches = yield from _one_epoch(loader, epoch, start)
+        if not batches:
+            raise BatchError(
+                "the loader is empty"
+                if epoch == 0
+                else f"the loader gave no batch in pass {epoch + 1}: it can be iterated only once, "
+                "and training needs more. Pass a list, or an object whose __iter__ starts anew"
+            )
+
+
+def _one_epoch(loader: Iterable, epoch: int, start: Position) -> Generator[Micro, None, int]:
+    """Yields an epoch's batches from `start` on; returns how many the epoch has in all.
+
+    Batches before `start` are taken from the loader and let go, so that its own random state moves
+    on; the host's is set just before the first batch that is new.
+    """
+    batches = 0
+    iterator = iter(_passage(loader, epoch))
+    while True:
+        here = (epoch, batches)
+        if here == (start.epoch, start.batch):
+            restore_host_random(start)
+        try:
+            inputs = next(iterator)
+        except StopIteration:
+            return batches
+        batches += 1
+        if here >= (start.epoch, start.batch):
+            yield Micro(*here, inputs)
+
+
+def _passage(loader: Iterable, epoch: int) -> Iterable:
+    """One pass; loaders that shuffle by epoch are told which."""
+    for shuffler in (loader, getattr(loader, "sampler", None)):
+        set_epoch = getattr(shuffler, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
+    return loader
+
+
+def _can_jump(loader: Iterable) -> bool:
+    """Whether an epoch's order does not depend on the epochs before it."""
+    if isinstance(loader, Sequence):
+        return True
+    return any(hasattr(x, "set_epoch") for x in (loader, getattr(loader, "sampler", None)))
+
+
+def prepared(events: Iterator[Event], postprocess: Callable[[Any], Any] | None) -> Iterator[Event]:
+    """Applies the user's postprocessor and copies every batch; see `batches.own`."""
+    for event in events:
+        if isinstance(event, Micro):
+            inputs = event.inputs if postprocess is None else postprocess(event.inputs)
+            event = event._replace(inputs=own(inputs))
+        yield event
+
+
+def host_random() -> Any:
+    """Python's and numpy's global random states as JSON: loaders and postprocessors draw on them."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    return {
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def restore_host_random(position: Position) -> None:
+    """Sets the global random states to those of a position, if it has them."""
+    if position.host_random is None:
+        return
+    np.random.set_state(tuple(position.host_random["numpy"]))
+    version, internal, gauss_next = position.host_random["python"]
+    random.setstate((version, tuple(internal), gauss_next))
