@@ -85,6 +85,7 @@ def test_gradients_equal_torchs_and_padding_gets_none(tmp_path, x64, batch):
     theirs.save_pretrained(tmp_path)
     ours = getattr(zoo, name).from_pretrained(tmp_path, param_dtype=jnp.float64)
     batch |= {"labels": np.array([0, 2, 1])}
+    batch["input_ids"][0, 3] = 0  # a padding id that the loss depends on
     theirs(**to_torch(batch)).loss.backward()
 
     grads = nnx.jit(nnx.grad(lambda model, batch: model(**batch).loss))(ours, batch)
