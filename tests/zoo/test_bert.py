@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_batch, make_torch, to_torch
+from .conftest import TINY, make_batch, make_torch, to_torch
 from flax import nnx
 
 import jaxbrewer.zoo as zoo

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TINY, make_torch, to_torch
+from .conftest import TINY, make_torch, to_torch
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 

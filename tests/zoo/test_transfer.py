@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from .conftest import TINY
 from flax import nnx
 
 import jaxbrewer.zoo as zoo
