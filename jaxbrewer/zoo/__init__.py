@@ -1,4 +1,4 @@
-"""Encoders with Hugging Face import and export."""
+"""Encoders and a recurrent student, with Hugging Face import and export."""
 
 from jaxbrewer.zoo.bert import (
     BertConfig,
@@ -7,7 +7,22 @@ from jaxbrewer.zoo.bert import (
     BertForTokenClassification,
     BertModel,
 )
-from jaxbrewer.zoo.configuration import EncoderConfig
+from jaxbrewer.zoo.bigru import BiGRUConfig, BiGRUForTokenClassification, BiGRUModel
+from jaxbrewer.zoo.configuration import EncoderConfig, ModelConfig, TransformerConfig
+from jaxbrewer.zoo.distilbert import (
+    DistilBertConfig,
+    DistilBertForQuestionAnswering,
+    DistilBertForSequenceClassification,
+    DistilBertForTokenClassification,
+    DistilBertModel,
+)
+from jaxbrewer.zoo.electra import (
+    ElectraConfig,
+    ElectraForQuestionAnswering,
+    ElectraForSequenceClassification,
+    ElectraForTokenClassification,
+    ElectraModel,
+)
 from jaxbrewer.zoo.hf import PretrainedModel, WeightsMismatchError
 from jaxbrewer.zoo.outputs import (
     BaseModelOutput,
@@ -15,6 +30,13 @@ from jaxbrewer.zoo.outputs import (
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
+)
+from jaxbrewer.zoo.roberta import (
+    RobertaConfig,
+    RobertaForQuestionAnswering,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+    RobertaModel,
 )
 from jaxbrewer.zoo.transfer import init_from_layers
 
@@ -24,6 +46,26 @@ __all__ = [
     "BertForSequenceClassification",
     "BertForTokenClassification",
     "BertForQuestionAnswering",
+    "RobertaConfig",
+    "RobertaModel",
+    "RobertaForSequenceClassification",
+    "RobertaForTokenClassification",
+    "RobertaForQuestionAnswering",
+    "ElectraConfig",
+    "ElectraModel",
+    "ElectraForSequenceClassification",
+    "ElectraForTokenClassification",
+    "ElectraForQuestionAnswering",
+    "DistilBertConfig",
+    "DistilBertModel",
+    "DistilBertForSequenceClassification",
+    "DistilBertForTokenClassification",
+    "DistilBertForQuestionAnswering",
+    "BiGRUConfig",
+    "BiGRUModel",
+    "BiGRUForTokenClassification",
+    "ModelConfig",
+    "TransformerConfig",
     "EncoderConfig",
     "PretrainedModel",
     "WeightsMismatchError",

@@ -269,7 +269,7 @@ def test_id_limits(tiny):
 def test_bad_input_is_refused(tiny):
     model = zoo.BertModel(tiny, rngs=nnx.Rngs(0))
     with pytest.raises(
-        ValueError, match="sequence of 21 is longer than max_position_embeddings=20"
+        ValueError, match="sequence of 21 is longer than the 20 positions"
     ):
         model(np.ones((1, 21), np.int32))
     with pytest.raises(ValueError, match="float32"):
