@@ -1,5 +1,6 @@
 """Encoders and a recurrent student, with Hugging Face import and export."""
 
+from jaxbrewer.zoo.auto import MODELS, from_config, from_pretrained, model_class, read_config
 from jaxbrewer.zoo.bert import (
     BertConfig,
     BertForQuestionAnswering,
@@ -38,6 +39,7 @@ from jaxbrewer.zoo.roberta import (
     RobertaForTokenClassification,
     RobertaModel,
 )
+from jaxbrewer.zoo.students import BASES, STUDENTS, student_config
 from jaxbrewer.zoo.transfer import init_from_layers
 
 __all__ = [
@@ -69,6 +71,14 @@ __all__ = [
     "EncoderConfig",
     "PretrainedModel",
     "WeightsMismatchError",
+    "MODELS",
+    "model_class",
+    "from_pretrained",
+    "from_config",
+    "read_config",
+    "BASES",
+    "STUDENTS",
+    "student_config",
     "init_from_layers",
     "ModelOutput",
     "BaseModelOutput",

@@ -163,7 +163,7 @@ class PretrainedModel(nnx.Module):
             theirs = theirs.last_hidden_state.detach().numpy()
             assert np.abs(np.asarray(ours.last_hidden_state) - theirs).max() < 1e-4
         """
-        folder = _existing_folder(folder)
+        folder = existing_folder(folder)
         if config is None:
             config = cls.config_class.from_pretrained(folder)
         constructor = inspect.signature(cls.__init__).parameters
@@ -346,7 +346,8 @@ def _advice(
     return advice
 
 
-def _existing_folder(folder: str | os.PathLike[str]) -> Path:
+def existing_folder(folder: str | os.PathLike[str]) -> Path:
+    """The path of a folder; raises ``ValueError``, with the way to get one, if there is none."""
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from .conftest import TINY
 from flax import nnx
 
 import jaxbrewer.zoo as zoo
 from jaxbrewer.zoo import BertConfig, init_from_layers
+
+from .conftest import TINY
 
 
 @pytest.fixture
