@@ -15,7 +15,7 @@ from . import presets, training
 from .adaptors import Adaptor, Results, Side
 from .batches import Batch, own
 from .configurations import DistillationConfig, TrainingConfig
-from .models import Model, as_model
+from .models import Model, as_model, refuse_shared_variables
 from .objective import Loss, Project, Weights, distillation_loss, hard_label_term
 from .optimizer import Optimizer
 from .plan import Plan, resolve
@@ -318,6 +318,7 @@ class BasicDistiller(Trainable):
     def _check_teacher(self) -> None:
         as_model(self.model_T, "model_T")
         _check_callable(self.adaptor_T, "adaptor_T")
+        refuse_shared_variables(self.model_S, self.model_T)
 
     @property
     def kd_loss(self) -> Callable:

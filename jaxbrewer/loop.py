@@ -192,6 +192,7 @@ class Loop:
         names = [tag.split("/", 1)[1] for tag in self.tags[1:]]
         bad = [f"{n} = {v}" for n, v in zip(names, terms, strict=True) if not np.isfinite(v)]
         what = ", ".join(bad) if bad else "none of its terms, so a weight or their sum"
+        self.checkpoints.wait()  # one may still be in writing
         saved = self.checkpoints.latest()
         return (
             f"the loss is {total} at global step {global_step + 1} (micro-batch {micro_step}): "

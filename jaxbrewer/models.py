@@ -278,6 +278,30 @@ class FunctionModel:
         return signature.replace(parameters=kept)
 
 
+def refuse_shared_variables(student: Any, teacher: Any) -> None:
+    """Refuses NNX models that share variables, for training one would change the other.
+
+    Sharing arrays is fine, since arrays do not change.
+
+    Raises:
+        ValueError: naming the variables, and how to part them.
+    """
+    if not (isinstance(student, nnx.Module) and isinstance(teacher, nnx.Module)):
+        return
+    named = {
+        id(node): ".".join(map(str, path))
+        for path, node in nnx.iter_graph(student)
+        if isinstance(node, nnx.Variable)
+    }
+    shared = [named[id(node)] for _, node in nnx.iter_graph(teacher) if id(node) in named]
+    if shared:
+        raise ValueError(
+            f"student and teacher share {', '.join(shared[:5])}{' …' if len(shared) > 5 else ''}: "
+            "training the student would change the teacher. Give the student its own: "
+            "student.part = nnx.clone(teacher.part)"
+        )
+
+
 def as_model(model: Any, role: str = "model") -> Model:
     """Wraps what a user passes as a model.
 

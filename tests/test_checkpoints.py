@@ -178,7 +178,9 @@ def test_load_student_by_checkpoint_and_by_folder(whole):
 
 def test_load_student_refuses_what_does_not_fit(tmp_path, whole):
     folder, *_ = whole
-    with pytest.raises(CheckpointError, match=r"embed\.embedding: saved as \[20, 4\], wanted \[20, 5\]"):
+    with pytest.raises(
+        CheckpointError, match=r"embed\.embedding: saved as \[20, 4\], wanted \[20, 5\]"
+    ):
         jaxbrewer.load_student(folder / "out", tiny.Encoder(2, 5))
     with pytest.raises(CheckpointError, match="is not there"):
         jaxbrewer.load_student(tmp_path / "nowhere", tiny.Encoder(2, 4))
