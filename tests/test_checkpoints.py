@@ -95,10 +95,10 @@ def test_shuffling_loader_resumes_in_its_own_order(tmp_path):
             return iter([self.batches[i] for i in self.rng.permutation(7)])
 
     def noisy(batch):
-        return batch | {"input_ids": np.random.randint(0, tiny.VOCABULARY, (4, 5))}  # noqa: NPY002
+        return batch | {"input_ids": np.random.randint(0, tiny.VOCABULARY, (4, 5))}
 
     def run(folder, callback=None, **training):
-        np.random.seed(0)  # noqa: NPY002
+        np.random.seed(0)
         distiller = make(folder, **training)
         with distiller:
             distiller.train(
