@@ -3,7 +3,14 @@
 from . import data_utils, presets, schedulers, utils, zoo
 from .checkpoints import export_hf, load_student
 from .configurations import DistillationConfig, IntermediateMatch, TrainingConfig
-from .distillers import BasicDistiller, BasicTrainer, GeneralDistiller
+from .custom import CustomMatch
+from .distillers import (
+    BasicDistiller,
+    BasicTrainer,
+    GeneralDistiller,
+    MultiTaskDistiller,
+    MultiTeacherDistiller,
+)
 from .loop import CallbackResult
 from .models import FunctionModel, LinenModel
 from .objective import Loss
@@ -23,6 +30,8 @@ __version__ = "0.1.0"
 Distillers = {
     "Basic": BasicDistiller,
     "General": GeneralDistiller,
+    "MultiTeacher": MultiTeacherDistiller,
+    "MultiTask": MultiTaskDistiller,
     "Train": BasicTrainer,
 }
 
@@ -37,6 +46,7 @@ __all__ = [
     "BasicDistiller",
     "BasicTrainer",
     "CallbackResult",
+    "CustomMatch",
     "DistillationConfig",
     "Distillers",
     "FunctionModel",
@@ -44,6 +54,8 @@ __all__ = [
     "IntermediateMatch",
     "LinenModel",
     "Loss",
+    "MultiTaskDistiller",
+    "MultiTeacherDistiller",
     "TrainingConfig",
     "export_hf",
     "load_student",

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,18 @@ class Static:
 
     def __hash__(self) -> int:
         return hash(self.value)
+
+
+class Served(NamedTuple):
+    """A batch that brings the teacher's results along; see `caching`.
+
+    Attributes:
+        student: the student's batch.
+        results: the teacher's results, as `adaptors.freeze` gives them.
+    """
+
+    student: Any
+    results: Any
 
 
 def own(batch: Any) -> Batch:
@@ -97,6 +109,8 @@ def sides(batch: Batch) -> tuple[Batch, Batch, Any]:
     A dict with both ``'teacher'`` and ``'student'`` feeds each side its own part, and may carry
     the teacher's outputs as ``'teacher_cache'``; any other batch feeds both.
     """
+    if isinstance(batch, Served):
+        return None, batch.student, batch.results
     if isinstance(batch, dict) and "teacher" in batch and "student" in batch:
         return batch["teacher"], batch["student"], batch.get("teacher_cache")
     return batch, batch, None

@@ -92,19 +92,55 @@ class NNXModel:
         self, params: PyTree, state: PyTree, key: jax.Array, args: tuple, kwargs: dict, train: bool
     ) -> tuple[Any, PyTree]:
         """See `Model.apply`."""
+        (outputs, _), state = self.apply_and_capture((), params, state, key, args, kwargs, train)
+        return outputs, state
+
+    def apply_and_capture(
+        self,
+        paths: Sequence[str],
+        params: PyTree,
+        state: PyTree,
+        key: jax.Array,
+        args: tuple,
+        kwargs: dict,
+        train: bool,
+    ) -> tuple[tuple[Any, dict[str, Any]], PyTree]:
+        """Runs the model and keeps what the submodules at `paths` returned.
+
+        Returns:
+            ``((outputs, {path: output}), new state)``; of a submodule that is called more than
+            once, the last output.
+        """
         module = nnx.merge(
             self._train_graph if train else self._eval_graph,
             self._nested(0, params),
             self._nested(1, _fold_keys(state["rngs"], key)),
             self._nested(2, state["other"]),
         )
-        outputs = module(*args, **kwargs)
+        captured: dict[str, Any] = {}
+        if paths:
+            for path, submodule in nnx.iter_modules(module):
+                name = ".".join(map(str, path))
+                if name in paths:
+                    _record_calls(submodule, name, captured)
+        outputs = module(*args, **kwargs), captured
         if not (train and state["other"]):
             return outputs, state
         after: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
         changed = flatten_dict(nnx.to_pure_dict(after[3]))  # values the call sowed are not kept
         other = {name: changed[path] for name, path in self._paths[2].items()}
         return outputs, {"rngs": state["rngs"], "other": other}
+
+    def module_paths(self, args: tuple, kwargs: dict) -> list[str]:
+        """The dotted paths of all submodules."""
+        return [".".join(map(str, path)) for path, _ in nnx.iter_modules(self.module) if path]
+
+    def path_of(self, module: Any) -> str | None:
+        """The dotted path of a submodule given as an object, or None if it is none."""
+        for path, submodule in nnx.iter_modules(self.module):
+            if submodule is module:
+                return ".".join(map(str, path))
+        return None
 
     def write(self, params: PyTree, state: PyTree) -> None:
         """See `Model.write`."""
@@ -115,6 +151,20 @@ class NNXModel:
     def signature(self) -> inspect.Signature:
         """See `Model.signature`."""
         return inspect.signature(type(self.module).__call__.__get__(self.module))
+
+
+def _record_calls(module: nnx.Module, name: str, captured: dict[str, Any]) -> None:
+    """Lets a module, made for one call of the model, note what its ``__call__`` returns.
+
+    `nnx.capture` does not see methods a class inherits, so the class itself is replaced.
+    """
+    base: Any = type(module)
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        captured[name] = base.__call__(self, *args, **kwargs)
+        return captured[name]
+
+    object.__setattr__(module, "__class__", type(base.__name__, (base,), {"__call__": recorded}))
 
 
 def _fold_keys(rngs: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
@@ -189,21 +239,61 @@ class LinenModel:
         self, params: PyTree, state: PyTree, key: jax.Array, args: tuple, kwargs: dict, train: bool
     ) -> tuple[Any, PyTree]:
         """See `Model.apply`."""
+        (outputs, _), state = self.apply_and_capture((), params, state, key, args, kwargs, train)
+        return outputs, state
+
+    def apply_and_capture(
+        self,
+        paths: Sequence[str] | None,
+        params: PyTree,
+        state: PyTree,
+        key: jax.Array,
+        args: tuple,
+        kwargs: dict,
+        train: bool,
+    ) -> tuple[tuple[Any, dict[str, Any]], PyTree]:
+        """As `NNXModel.apply_and_capture`; paths of None captures every submodule."""
         variables = self._variables(params, state)
         if self.train_argument is not None:
-            kwargs = {
-                **kwargs,
-                self.train_argument: train ^ (self.train_argument in self._INVERTED),
-            }
-        if not train:
-            return self.module.apply(variables, *args, **kwargs), state
-        rngs = dict(zip(self._rngs, jax.random.split(key, len(self._rngs)), strict=True))
-        mutable = [name for name in variables if name != "params"]
-        outputs = self.module.apply(variables, *args, rngs=rngs, mutable=mutable, **kwargs)
-        if not mutable:
-            return outputs[0], state
-        changed = dotted(outputs[1])
-        return outputs[0], {name: changed.get(name, leaf) for name, leaf in state.items()}
+            mode = train ^ (self.train_argument in self._INVERTED)
+            kwargs = {**kwargs, self.train_argument: mode}
+        options: dict[str, Any] = {}
+        mutable = [name for name in variables if name != "params"] if train else []
+        if train:
+            keys = jax.random.split(key, len(self._rngs))
+            options["rngs"] = dict(zip(self._rngs, keys, strict=True))
+        if paths is None or paths:
+            options["capture_intermediates"] = lambda module, method: (
+                method == "__call__" and (paths is None or ".".join(module.path) in paths)
+            )
+            mutable = [*mutable, "intermediates"]
+        outputs, changed = self.module.apply(variables, *args, mutable=mutable, **options, **kwargs)
+        calls = flatten_dict(dict(changed).pop("intermediates", {}))
+        captured = {
+            ".".join(path[:-1]): value[-1]
+            for path, value in calls.items()
+            if path[-1] == "__call__"
+        }
+        new = dotted({k: v for k, v in changed.items() if k != "intermediates"})
+        return (outputs, captured), (
+            {name: new.get(name, leaf) for name, leaf in state.items()} if train else state
+        )
+
+    def module_paths(self, args: tuple, kwargs: dict) -> list[str]:
+        """The dotted paths of all submodules that a call with these inputs reaches."""
+
+        def run(args: tuple, kwargs: dict) -> dict[str, Any]:
+            key = jax.random.key(0)
+            (_, captured), _ = self.apply_and_capture(
+                None, self.params, self.state, key, args, kwargs, False
+            )
+            return captured
+
+        return [path for path in jax.eval_shape(run, args, kwargs) if path]
+
+    def path_of(self, module: Any) -> str | None:
+        """None: Linen submodules are made anew in each call, so only paths name them."""
+        return None
 
     def write(self, params: PyTree, state: PyTree) -> None:
         """See `Model.write`; the weights are then in ``variables`` (and in ``params``)."""

@@ -90,7 +90,7 @@ def match_term(match: Match, results_S: Results, results_T: Results, project: Pr
 
     def pick(results: Results, layers: Any) -> Any:
         feature = results[match.feature]
-        if isinstance(layers, int):
+        if isinstance(layers, int | str):
             return _full(feature[layers])
         return [_full(feature[layer]) for layer in layers]
 

@@ -14,7 +14,7 @@ from .configurations import DistillationConfig, IntermediateMatch, TrainingConfi
 from .errors import suggest
 from .schedulers import tabulate
 
-Layers = int | Sequence[int]
+Layers = int | str | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ class Match:
     """One intermediate match.
 
     Attributes:
-        feature: the adaptor's key: ``'hidden'``, ``'attention'``, …
-        layer_S: the student's layer, or several.
+        feature: the adaptor's key: ``'hidden'``, ``'attention'``, …; ``'captured'`` for
+            submodules.
+        layer_S: the student's layer, or several; a submodule's path.
         layer_T: the teacher's.
         loss: ``(feature_S, feature_T, mask=None)``; lists where several layers are matched.
         loss_name: its name in `presets.MATCH_LOSS_MAP`.
@@ -178,7 +179,7 @@ def _weight(value: float, scheduler: str | None) -> Weight:
 
 
 def _layers(layers: Layers) -> str:
-    return "-".join(map(str, layers)) if isinstance(layers, Sequence) else str(layers)
+    return str(layers) if isinstance(layers, int | str) else "-".join(map(str, layers))
 
 
 @dataclass(frozen=True)

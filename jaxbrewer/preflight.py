@@ -380,8 +380,10 @@ def _check_match(
             )
             continue
         there = results[match.feature]
+        if isinstance(there, dict):  # submodules, which were found before
+            continue
         usable = [i for i, x in enumerate(there) if x is not None]
-        for layer in (layers,) if isinstance(layers, int) else layers:
+        for layer in _as_tuple(layers):
             if not -len(there) <= layer < len(there) or there[layer] is None:
                 found.problems.append(
                     f"match {match}: layer_{role}={layer} is not there. adaptor_{role} returns "
@@ -418,7 +420,7 @@ def _ranges(indices: Sequence[int]) -> str:
 
 def _check_projection(match: Match, results_S: Results, found: Findings) -> None:
     name, dim_S, dim_T = match.proj or ("", 0, 0)
-    layers = (match.layer_S,) if isinstance(match.layer_S, int) else match.layer_S
+    layers = _as_tuple(match.layer_S)
     for layer in layers:
         shape = results_S[match.feature][layer].shape
         if shape[-1] != dim_S:
@@ -465,6 +467,7 @@ def _warn_of_layers(
     matches: Sequence[Match], results_S: Results, results_T: Results, found: Findings
 ) -> None:
     """Equal widths hide a slip in counting layers; these are its usual traces."""
+    matches = [match for match in matches if match.feature != "captured"]
     for match in matches:
         pairs = zip(
             *(x if isinstance(x, tuple) else (x,) for x in (match.layer_S, match.layer_T)),
