@@ -11,6 +11,7 @@ from .distillers import (
     MultiTaskDistiller,
     MultiTeacherDistiller,
 )
+from .emd import EMDDistiller
 from .loop import CallbackResult
 from .models import FunctionModel, LinenModel
 from .objective import Loss
@@ -32,6 +33,7 @@ Distillers = {
     "General": GeneralDistiller,
     "MultiTeacher": MultiTeacherDistiller,
     "MultiTask": MultiTaskDistiller,
+    "EMD": EMDDistiller,
     "Train": BasicTrainer,
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "CustomMatch",
     "DistillationConfig",
     "Distillers",
+    "EMDDistiller",
     "FunctionModel",
     "GeneralDistiller",
     "IntermediateMatch",

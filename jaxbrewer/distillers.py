@@ -86,6 +86,7 @@ class BasicDistiller(Trainable):
 
     _logits_required: ClassVar[bool] = True
     _matches_allowed: ClassVar[bool] = False
+    _losses_required: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -127,7 +128,11 @@ class BasicDistiller(Trainable):
         return student, OneTeacher(teacher)
 
     def _resolve(self) -> list[str]:
-        self._plan, problems = resolve(self.d_config, logits_required=self._logits_required)
+        self._plan, problems = resolve(
+            self.d_config,
+            logits_required=self._logits_required,
+            losses_required=self._losses_required,
+        )
         return problems
 
     def _weights(self) -> tuple[Any, Any]:
@@ -296,6 +301,8 @@ class MultiTaskDistiller(GeneralDistiller):
         adaptor_T: task → the teacher's adaptor.
         adaptor_S: task → the student's adaptor.
     """
+
+    _losses_required = False  # some tasks may have labels and others not
 
     def __init__(
         self,

@@ -57,7 +57,7 @@ def distillation_loss(
     total: Any = 0.0
     terms: dict[str, Any] = {}
     surplus: Any = 0
-    if plan.kd is not None and "logits" in results_S and "logits" in results_T:
+    if "logits" in results_S and "logits" in results_T:
         value, surplus = kd_term(plan.kd, _detached_if(plan.kd_weight, results_S), results_T)
         terms["unweighted_kd_loss"] = value
         if not plan.kd_weight.is_zero:

@@ -103,20 +103,33 @@ class Match:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the objective needs to know of a config."""
+    """All that the objective needs to know of a config.
 
-    kd: KD | None
+    Attributes:
+        kd: the loss on logits.
+        matches: the intermediate matches.
+        kd_weight: the KD loss's weight.
+        hard_label_weight: the weight of the student's own losses.
+        losses_required: whether a hard-label weight without ``losses`` is a mistake; with several
+            tasks it may be meant for some of them.
+    """
+
+    kd: KD
     matches: tuple[Match, ...]
     kd_weight: Weight
     hard_label_weight: Weight
+    losses_required: bool
 
 
-def resolve(config: DistillationConfig, *, logits_required: bool) -> tuple[Plan | None, list[str]]:
+def resolve(
+    config: DistillationConfig, *, logits_required: bool, losses_required: bool = True
+) -> tuple[Plan | None, list[str]]:
     """Looks up every name of a config.
 
     Args:
         config: the config.
         logits_required: whether the distiller cannot do without logits.
+        losses_required: see `Plan`.
 
     Returns:
         The plan, or None, and what is wrong.
@@ -144,6 +157,7 @@ def resolve(config: DistillationConfig, *, logits_required: bool) -> tuple[Plan 
         matches,
         _weight(config.kd_loss_weight, config.kd_loss_weight_scheduler),
         _weight(config.hard_label_weight, config.hard_label_weight_scheduler),
+        losses_required,
     ), problems
 
 

@@ -170,7 +170,8 @@ def check_plan(
     _check_kd(plan, results_S, results_T, batch, found)
     good = [m for m in plan.matches if _check_match(m, results_S, results_T, projections, found)]
     if not plan.hard_label_weight.is_zero and "losses" not in results_S:
-        found.problems.append(
+        report = found.problems if plan.losses_required else found.warnings
+        report.append(
             f"hard_label_weight is {plan.hard_label_weight.initial}, but adaptor_S returns no "
             "'losses'. Return the student's loss under 'losses' (does the batch hold the labels?), "
             "or set hard_label_weight=0"
@@ -216,8 +217,6 @@ def _check_kd(
     plan: Plan, results_S: Results, results_T: Results, batch: Batch, found: Findings
 ) -> None:
     kd = plan.kd
-    if kd is None:
-        return
     before = len(found.problems)
     missing = [r for r, results in (("S", results_S), ("T", results_T)) if "logits" not in results]
     if missing:

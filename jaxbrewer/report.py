@@ -52,7 +52,7 @@ def plan_terms(plan: Plan) -> list[str]:
 
 
 def _kd(plan: Plan) -> str:
-    return f"KD by {plan.kd.loss_name!r}, temperature {plan.kd.temperature}" if plan.kd else "no KD"
+    return f"KD by {plan.kd.loss_name!r}, temperature {plan.kd.temperature}"
 
 
 def _objective(distiller: "Trainable", program: Program) -> list[str]:

@@ -387,7 +387,7 @@ def report(
 ) -> str:
     """Checks as `train` would, and describes what would be trained and at what cost."""
     refuse_unbuilt(distiller.t_config)
-    programs = prepare(distiller, batches, optimizer or optax.sgd(1.0), args)
+    programs = prepare(distiller, batches, optimizer or (lambda **options: optax.sgd(1.0)), args)
     lines = [f"{type(distiller).__name__}: nothing wrong was found"]
     for task, program in programs.items():
         lines += ["", f"task {task!r}"] if task else [""]
