@@ -67,17 +67,27 @@ class Side:
         self, params: Any, state: Any, key: jax.Array, batch: Batch, train: bool
     ) -> tuple[Results, Any]:
         """Runs the model on a batch; returns the adaptor's results and the model's new state."""
-        batch = plain(batch)
-        args, kwargs = as_call(batch, self.args)
+        outputs, captured, state = self.forward(params, state, key, batch, train)
+        return self.adapt(batch, outputs) | captured, state
+
+    def forward(
+        self, params: Any, state: Any, key: jax.Array, batch: Batch, train: bool
+    ) -> tuple[Any, Results, Any]:
+        """Runs the model alone; returns its outputs, what was captured, and its new state."""
+        args, kwargs = as_call(plain(batch), self.args)
         if not self.capture:
             outputs, state = self.model.apply(params, state, key, args, kwargs, train)
-            return self.adapt(batch, outputs), state
+            return outputs, {}, state
         model: Any = self.model
         (outputs, captured), state = model.apply_and_capture(
             self.capture, params, state, key, args, kwargs, train
         )
         arrays = {path: self._array(path, captured.get(path)) for path in self.capture}
-        return self.adapt(batch, outputs) | {"captured": arrays}, state
+        return outputs, {"captured": arrays}, state
+
+    def adapt(self, batch: Batch, outputs: Any) -> Results:
+        """Runs and checks the adaptor alone: for outputs that were computed before."""
+        return freeze(self.adaptor(plain(batch), outputs), self.role)
 
     def _array(self, path: str, output: Any) -> Any:
         """A submodule's output as one array: of a tuple, its first item."""
@@ -89,10 +99,6 @@ class Side:
                 + "; custom_matches need one that returns an array, or a tuple that begins with one"
             )
         return first
-
-    def adapt(self, batch: Batch, outputs: Any) -> Results:
-        """Runs and checks the adaptor alone: for outputs that were computed before."""
-        return freeze(self.adaptor(plain(batch), outputs), self.role)
 
 
 def check_adaptor(adaptor: Any, name: str) -> None:

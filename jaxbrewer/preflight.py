@@ -61,10 +61,8 @@ def inspect(
         return None
 
     def run(params: Any, state: Any, inputs: Any) -> Results:
-        outputs, _ = side.model.apply(
-            params, state, jax.random.key(0), *as_call(plain(inputs), side.args), train
-        )
-        return _Adapted(side, inputs, outputs).results
+        outputs, captured, _ = side.forward(params, state, jax.random.key(0), inputs, train)
+        return _Adapted(side, inputs, outputs).results | captured
 
     try:
         return jax.eval_shape(run, side.model.params, side.model.state, batch)
