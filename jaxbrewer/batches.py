@@ -35,7 +35,8 @@ def own(batch: Any) -> Batch:
 
     Args:
         batch: a mapping (any kind, `BatchEncoding` too), a tuple or a list, nested at will, of
-            numpy, JAX or torch arrays, numbers, flags or None.
+            numpy, JAX or torch arrays, numbers, flags or None. Other classes that JAX knows as
+            pytrees, such as a model's outputs, may stand inside and are kept.
 
     Raises:
         BatchError: for anything else, naming the place in the batch.
@@ -67,8 +68,11 @@ def _own(value: Any, where: str) -> Any:
         return array.astype(jax.numpy.bfloat16) if half else array.copy()
     if isinstance(value, np.ndarray | np.generic | int | float):
         array = np.array(value)
-        if array.dtype.kind in "biufV" and array.dtype.names is None:
+        if array.dtype.kind in "biufV" and array.dtype.type is not np.void:  # V: bfloat16
             return array
+    if not jax.tree_util.all_leaves([value]):
+        parts, structure = jax.tree_util.tree_flatten(value, is_leaf=lambda x: x is not value)
+        return structure.unflatten([_own(v, f"{where}[{i}]") for i, v in enumerate(parts)])
     raise BatchError(
         f"{where} is {_describe(value)}, which cannot go to the device. Batches hold numbers; drop "
         "or convert it in the loader or with train(…, batch_postprocessor=…)"
@@ -124,10 +128,8 @@ def check_ids(
     """
     if not limits:
         return
-    if isinstance(batch, dict):
-        named = batch
-    else:
-        named = dict(zip(signature.parameters, batch, strict=False))
+    args, named = as_call(batch, {})
+    named |= dict(zip(signature.parameters, args, strict=False))
     for name, limit in limits.items():
         ids = named.get(name)
         if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or not ids.size:
