@@ -179,7 +179,9 @@ class LinenModel:
         self._rngs = tuple(rngs)
         self.id_limits: Mapping[str, int] = dict(id_limits or {})
         self.params: PyTree = dotted(self.variables["params"])
-        self.state: PyTree = dotted({k: v for k, v in self.variables.items() if k != "params"})
+        rest = dotted({k: v for k, v in self.variables.items() if k != "params"})
+        # A tuple is what init sowed; it would grow with every step.
+        self.state: PyTree = {k: v for k, v in rest.items() if not isinstance(v, tuple)}
 
     def _variables(self, params: PyTree, state: PyTree) -> dict:
         names = dotted_paths(self.variables)

@@ -250,6 +250,14 @@ class Modeless(linen.Module):
         return linen.Dense(5, name="only")(x)
 
 
+class LinenSowing(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Dense(5)(x)
+        self.sow("losses", "aside", x)
+        return x
+
+
 @pytest.fixture(scope="module")
 def linen_model():
     module = LinenNet()
@@ -303,6 +311,17 @@ def test_a_flag_and_a_stream_of_ones_own():
     first, second = (run(model, train=True, key=k)[0] for k in (KEY, OTHER))
     assert not same(first, second)
     assert same(run(model, train=False)[0], module.apply(model.variables, X))
+
+
+def test_what_a_linen_module_sows_is_not_kept():
+    module = LinenSowing()
+    variables = module.init(jax.random.key(0), X)
+    assert "losses" in variables
+    model = LinenModel(module, variables)
+    for train in (True, False):
+        out, state = run(model, train=train)
+        assert out.shape == (6, 5)
+        assert state == model.state == {}
 
 
 def test_linen_weights_are_written_back(linen_model):
