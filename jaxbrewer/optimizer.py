@@ -8,7 +8,7 @@ of a window's gradients.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import jax
@@ -21,7 +21,7 @@ Optimizer: TypeAlias = optax.GradientTransformation | Callable[..., optax.Gradie
 
 STUDENT = "student"
 
-_TORCH_NAMES = {"lr": "learning_rate"}
+_TORCH_NAMES = {"lr": "learning_rate", "alpha": "decay"}
 
 
 def build(
@@ -115,6 +115,7 @@ def make_optimizer(
             "optax.GradientTransformation, or a factory of one such as "
             "functools.partial(optax.adamw, learning_rate=1e-4)"
         )
+    optimizer = _by_name(optimizer)
     own = _translate(optimizer, options or {})
     try:
         made = optimizer(**own)
@@ -135,10 +136,14 @@ def _translate(factory: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
     """Gives torch's option names their Optax ones, and checks the factory takes them."""
     own: dict[str, Any] = {}
     for name, value in options.items():
-        if name == "betas":
+        if name != "betas":
+            own[_TORCH_NAMES.get(name, name)] = value
+        elif isinstance(value, Sequence) and len(value) == 2:
             own["b1"], own["b2"] = value
         else:
-            own[_TORCH_NAMES.get(name, name)] = value
+            raise TypeError(f"a projection asks for betas={value!r}; expected two numbers")
+    if not own:
+        return own
     parameters = inspect.signature(factory).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return own
@@ -149,6 +154,17 @@ def _translate(factory: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
                 f"not take: {suggest(name, parameters)}"
             )
     return own
+
+
+def _by_name(factory: Callable) -> Callable:
+    """Names the arguments that a partial holds by position, so that options can override them."""
+    if not isinstance(factory, functools.partial) or not factory.args:
+        return factory
+    parameters = list(inspect.signature(factory.func).parameters.values())[: len(factory.args)]
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
+        return factory
+    named = {p.name: value for p, value in zip(parameters, factory.args, strict=True)}
+    return functools.partial(factory.func, **named, **factory.keywords)
 
 
 def _name(factory: Callable) -> str:
