@@ -72,7 +72,8 @@ def _own(value: Any, where: str) -> Any:
             return array
     if not jax.tree_util.all_leaves([value]):
         parts, structure = jax.tree_util.tree_flatten(value, is_leaf=lambda x: x is not value)
-        return structure.unflatten([_own(v, f"{where}[{i}]") for i, v in enumerate(parts)])
+        parts = [_own(v, f"{where}[{i}]") for i, v in enumerate(parts)]
+        return jax.tree_util.tree_unflatten(structure, parts)
     raise BatchError(
         f"{where} is {_describe(value)}, which cannot go to the device. Batches hold numbers; drop "
         "or convert it in the loader or with train(…, batch_postprocessor=…)"

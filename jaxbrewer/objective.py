@@ -33,8 +33,9 @@ class Loss(NamedTuple):
     Attributes:
         total: scalar.
         terms: log name → scalar, unweighted.
-        surplus: selected positions of the student minus those of the teacher, over all logits
-            that are aligned by two masks: anything but 0 is an error in the data.
+        surplus: selected positions of the student minus those of the teacher, where logits are
+            aligned by two masks (of several, the largest difference): anything but 0 is an error
+            in the data.
     """
 
     total: Any
@@ -107,9 +108,10 @@ def kd_term(kd: KD, results_S: Results, results_T: Results) -> tuple[Any, Any]:
     """The KD losses of all logits, summed; and the surplus of `Loss`."""
     total: Any = 0.0
     surplus: Any = 0
-    for pair in pairs(results_S, results_T):
+    shift_labels = results_S.get("labels") if kd.probability_shift else None
+    for pair in pairs(results_S, results_T, shift_labels):
         logits_S, logits_T, mask, labels, difference = pair
-        surplus += difference
+        surplus = jnp.where(jnp.abs(difference) > jnp.abs(surplus), difference, surplus)
         if kd.probability_shift:
             if labels is None:
                 raise ValueError("probability_shift needs adaptor_S to return 'labels'")
@@ -133,8 +135,8 @@ class Pair(NamedTuple):
     surplus: Any
 
 
-def pairs(results_S: Results, results_T: Results) -> Iterator[Pair]:
-    """Pairs the logits of both sides, each selected by its own mask.
+def pairs(results_S: Results, results_T: Results, labels: tuple | None = None) -> Iterator[Pair]:
+    """Pairs the logits of both sides, each selected by its own mask; labels go with the student's.
 
     TextBrewer selects positions on each side and compares what is left in order: this is how two
     tokenizers are aligned on first word pieces. Here both sides keep a fixed size: where both
@@ -144,7 +146,7 @@ def pairs(results_S: Results, results_T: Results) -> Iterator[Pair]:
     logits_S, logits_T = results_S["logits"], results_T["logits"]
     masks_S = _spread(results_S.get("logits_mask"), len(logits_S))
     masks_T = _spread(results_T.get("logits_mask"), len(logits_T))
-    labels = results_S.get("labels") or (None,) * len(logits_S)
+    labels = labels or (None,) * len(logits_S)
     for l_S, l_T, m_S, m_T, label in zip(logits_S, logits_T, masks_S, masks_T, labels, strict=True):
         l_S, l_T = _full(l_S), _full(l_T)
         if l_S.ndim != 3 or (m_S is None and m_T is None):
@@ -250,6 +252,21 @@ def is_positionwise(scheduler: Callable) -> bool:
     half = jnp.asarray(scheduler(logits_S[::2], logits_T[::2], 4.0))
     expected = whole[::2] if whole.ndim else whole
     return half.shape == expected.shape and bool(jnp.allclose(half, expected, rtol=1e-4))
+
+
+def heeds_mask(function: Callable) -> bool:
+    """Tries whether a function that takes ``mask=`` looks at selected positions only.
+
+    It may be a KD loss or a temperature scheduler. One that swallows the mask with ``**kwargs``
+    does not.
+    """
+    logits_S, logits_T = _probe_logits()
+    every = jnp.ones(len(logits_S) // 2, bool)
+    mask = jnp.arange(len(logits_S)) % 2 == 0
+    whole = jnp.asarray(function(logits_S, logits_T, 2.0, mask=mask))
+    alone = jnp.asarray(function(logits_S[::2], logits_T[::2], 2.0, mask=every))
+    whole = whole[::2] if whole.ndim else whole
+    return whole.shape == alone.shape and bool(jnp.allclose(whole, alone, rtol=1e-4))
 
 
 def _probe_logits() -> tuple[Array, Array]:

@@ -52,8 +52,11 @@ def inspect(
     name = f"model_{side.role}"
     args, kwargs = as_call(plain(batch), side.args)
     signature = side.model.signature()
+    if side.role == "S":
+        _check_trainable(side.model.params, name, found)
     if not _fits(signature, args, kwargs, name, found, (side.args, keywords)):
         return None
+    _check_arguments(side, plain(batch), signature, keywords, found)
     try:
         check_ids(batch, signature, side.model.id_limits, name)
     except BatchError as error:
@@ -75,6 +78,46 @@ def inspect(
             f"{name} failed on the batch ({signature_of(batch)}): {type(error).__name__}: {error}"
         )
     return None
+
+
+def _check_trainable(params: Any, name: str, found: Findings) -> None:
+    """Gradients need floating point, which a pytree of parameters may lack."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    wrong = [
+        f"{jax.tree_util.keystr(path, simple=True, separator='.')} ({dtype})"
+        for path, leaf in leaves
+        if not jax.numpy.issubdtype(dtype := jax.numpy.result_type(leaf), jax.numpy.floating)
+    ]
+    if not leaves:
+        found.problems.append(f"{name} has no parameters to train")
+    if wrong:
+        shown = ", ".join(wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
+        found.problems.append(
+            f"{name} cannot be trained: {shown} among its parameters is not floating point. Keep "
+            "such values out of them (a FunctionModel's state, an nnx.Variable that is no Param)"
+        )
+
+
+def _check_arguments(
+    side: Side,
+    batch: Batch,
+    signature: _inspect.Signature,
+    keywords: Sequence[str],
+    found: Findings,
+) -> None:
+    """Looks at what ``train(…, **args)`` passes on to a model that takes it."""
+    for keyword in side.args:
+        if isinstance(batch, dict) and keyword in batch:
+            found.problems.append(
+                f"model_{side.role} gets {keyword!r} twice: from the batch and from "
+                f"train(…, {keyword}=…). Drop one of them"
+            )
+        elif keyword not in signature.parameters:  # it goes into the model's **kwargs
+            hint = suggest(keyword, keywords)
+            if hint.startswith("did you mean"):
+                found.warnings.append(
+                    f"train(…, {keyword}=…) is passed on to model_{side.role}; {hint}"
+                )
 
 
 class _AdaptorError(Exception):
@@ -170,10 +213,11 @@ def check_plan(
     _check_kd(plan, results_S, results_T, batch, found)
     good = [m for m in plan.matches if _check_match(m, results_S, results_T, projections, found)]
     if not plan.hard_label_weight.is_zero and "losses" not in results_S:
+        scheduled = ", then scheduled" if plan.hard_label_weight.scheduler else ""
         found.problems.append(
-            f"hard_label_weight is {plan.hard_label_weight.initial}, but adaptor_S returns no "
-            "'losses'. Return the student's loss under 'losses' (does the batch hold the labels?), "
-            "or set hard_label_weight=0"
+            f"hard_label_weight is {plan.hard_label_weight.initial}{scheduled}, but adaptor_S "
+            "returns no 'losses'. Return the student's loss under 'losses' (does the batch hold "
+            "the labels?), or set hard_label_weight=0 without a scheduler"
         )
     if not found.problems:
         _check_something_to_train(plan, results_S, results_T, found)
@@ -331,38 +375,40 @@ def _has_negatives(batch: Batch) -> bool:
 
 
 def _check_under_mask(kd: KD, found: Findings) -> None:
-    """Functions that take no mask must not need one."""
-    tries: list[tuple[str, Callable, Callable, str]] = [
+    """Functions that take a mask must heed it; those that take none must not need one."""
+    tries: list[tuple[str, Callable | None, Callable, str]] = [
         (
             f"the KD loss {kd.loss_name!r}",
             kd.loss,
             objective.is_position_mean,
             "the mean of its positions' losses",
-        )
+        ),
+        (
+            "the temperature scheduler",
+            kd.temperature_scheduler,
+            objective.is_positionwise,
+            "decided by each position alone",
+        ),
     ]
-    if kd.temperature_scheduler is not None:
-        tries.append(
-            (
-                "the temperature scheduler",
-                kd.temperature_scheduler,
-                objective.is_positionwise,
-                "decided by each position alone",
-            )
-        )
     for what, function, holds, wanted in tries:
-        if objective.takes_mask(function):
+        if function is None:
             continue
+        takes_mask = objective.takes_mask(function)
         try:
-            fine = holds(function)
+            fine = objective.heeds_mask(function) if takes_mask else holds(function)
         except Exception as error:  # noqa: BLE001  the user's function may raise anything
             found.problems.append(f"{what} failed when tried: {type(error).__name__}: {error}")
             continue
-        if not fine:
-            found.problems.append(
-                f"{what} is used with logits_mask, but it is not {wanted}, so unselected positions "
-                "would change it. Give it a keyword mask=None ([positions], nonzero = selected) "
-                "and let it look at selected positions only"
-            )
+        if fine:
+            continue
+        found.problems.append(
+            f"{what} is used with logits_mask and takes mask=, but unselected positions change "
+            "what it gives. Let it look at positions where mask is not 0 only"
+            if takes_mask
+            else f"{what} is used with logits_mask, but it is not {wanted}, so unselected positions "
+            "would change it. Give it a keyword mask=None ([positions], nonzero = selected) "
+            "and let it look at selected positions only"
+        )
 
 
 def _check_match(
