@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .adaptors import Results
@@ -240,18 +241,18 @@ def takes_mask(function: Callable) -> bool:
 
 def is_position_mean(loss: Callable) -> bool:
     """Tries whether a KD loss of ``[positions, classes]`` is the mean of its positions' losses."""
-    logits_S, logits_T = _probe_logits()
-    each = jnp.mean(position_by_position(loss, logits_S, logits_T, 2.0))
-    return bool(jnp.allclose(each, loss(logits_S, logits_T, 2.0), rtol=1e-4, atol=1e-6))
+    return _agree(
+        lambda S, T: jnp.mean(position_by_position(loss, S, T, 2.0)),
+        lambda S, T: loss(S, T, 2.0),
+    )
 
 
 def is_positionwise(scheduler: Callable) -> bool:
     """Tries whether a temperature scheduler gives each position what it would get alone."""
-    logits_S, logits_T = _probe_logits()
-    whole = jnp.asarray(scheduler(logits_S, logits_T, 4.0))
-    half = jnp.asarray(scheduler(logits_S[::2], logits_T[::2], 4.0))
-    expected = whole[::2] if whole.ndim else whole
-    return half.shape == expected.shape and bool(jnp.allclose(half, expected, rtol=1e-4))
+    return _agree(
+        lambda S, T: scheduler(S[::2], T[::2], 2.0),
+        lambda S, T: _every_other(scheduler(S, T, 2.0)),
+    )
 
 
 def heeds_mask(function: Callable) -> bool:
@@ -260,19 +261,21 @@ def heeds_mask(function: Callable) -> bool:
     It may be a KD loss or a temperature scheduler. One that swallows the mask with ``**kwargs``
     does not.
     """
-    logits_S, logits_T = _probe_logits()
-    every = jnp.ones(len(logits_S) // 2, bool)
-    mask = jnp.arange(len(logits_S)) % 2 == 0
-    whole = jnp.asarray(function(logits_S, logits_T, 2.0, mask=mask))
-    alone = jnp.asarray(function(logits_S[::2], logits_T[::2], 2.0, mask=every))
-    whole = whole[::2] if whole.ndim else whole
-    return whole.shape == alone.shape and bool(jnp.allclose(whole, alone, rtol=1e-4))
+    return _agree(
+        lambda S, T: function(S[::2], T[::2], 2.0, mask=jnp.ones(3, bool)),
+        lambda S, T: _every_other(function(S, T, 2.0, mask=jnp.arange(6) % 2 == 0)),
+    )
 
 
-def _probe_logits() -> tuple[Array, Array]:
-    """Fixed random logits on which functions of unknown behaviour are tried."""
-    logits_S, logits_T = 3 * jax.random.normal(jax.random.key(0), (2, 6, 5))
-    return logits_S, logits_T
+def _every_other(x: Any) -> Any:
+    return x[::2] if jnp.ndim(x) else x
+
+
+def _agree(one: Callable, other: Callable) -> bool:
+    """Whether two functions of logits agree on fixed random ones, six positions of five classes."""
+    logits_S, logits_T = 3 * np.random.default_rng(0).normal(size=(2, 6, 5)).astype(np.float32)
+    first, second = jax.jit(lambda S, T: (one(S, T), other(S, T)))(logits_S, logits_T)
+    return first.shape == second.shape and np.allclose(first, second, rtol=1e-4, atol=1e-6)
 
 
 def _full(x: Array) -> Array:

@@ -158,15 +158,17 @@ def test_names_become_functions_and_tags():
 
 def test_unknown_losses_are_all_named():
     config = DistillationConfig(
-        kd_loss_type="cee", intermediate_matches=[match(loss="hidden_msee"), match(loss="zzz")]
+        kd_loss_type="cee",
+        intermediate_matches=[match(loss="hidden_msee"), match(layer_S=1), match(loss="zzz")],
     )
     plan, problems = resolve(config, logits_required=True)
-    assert plan is None
+    assert plan.kd is None
+    assert [m.layer_S for m in plan.matches] == [1]  # what is known can still be checked
     assert len(problems) == 3
     assert problems[0] == "kd_loss_type='cee' is not a known loss: did you mean 'ce'?"
     assert "intermediate_matches[0].loss='hidden_msee'" in problems[1]
     assert "did you mean 'hidden_mse'" in problems[1]
-    assert "intermediate_matches[1].loss='zzz'" in problems[2]
+    assert "intermediate_matches[2].loss='zzz'" in problems[2]
     assert "choose from" in problems[2]
 
 
