@@ -17,7 +17,7 @@ from jaxbrewer.batches import Static
 from jaxbrewer.errors import BatchError
 from jaxbrewer.zoo.outputs import SequenceClassifierOutput
 
-from . import tiny
+from . import small
 
 Pair = collections.namedtuple("Pair", ["ids", "mask"])
 
@@ -220,7 +220,7 @@ def aligned(array):
 
 
 def test_a_buffer_the_loader_reuses_does_not_corrupt_a_batch(tmp_path):
-    made = tiny.batches(12, size=512)
+    made = small.batches(12, size=512)
 
     class Reusing:
         """Yields one dict over and over, its arrays overwritten; numpy for two, torch for one."""
@@ -240,11 +240,11 @@ def test_a_buffer_the_loader_reuses_does_not_corrupt_a_batch(tmp_path):
 
     trained = {}
     for name, loader in (("copied", made), ("reused", Reusing())):
-        distiller = tiny.distiller(
+        distiller = small.distiller(
             tmp_path / name, config={"hard_label_weight": 1}, keys=("logits", "losses")
         )
         with distiller:
-            distiller.train(tiny.SGD, loader, num_epochs=1)
+            distiller.train(small.SGD, loader, num_epochs=1)
         trained[name] = distiller.model_S.params
     jax.tree.map(np.testing.assert_array_equal, trained["copied"], trained["reused"])
 

@@ -14,7 +14,7 @@ import jaxbrewer
 from jaxbrewer import FunctionModel, LinenModel, batches, training
 from jaxbrewer.models import Model, NNXModel, as_model, dotted
 
-from . import tiny
+from . import small
 
 X = np.linspace(-1, 1, 24, dtype=np.float32).reshape(6, 4)
 KEY, OTHER = jax.random.key(1), jax.random.key(2)
@@ -432,10 +432,10 @@ class Student(nnx.Module):
 
     def __init__(self, teacher=None):
         rngs = nnx.Rngs(3)
-        self.embed = nnx.Embed(tiny.VOCABULARY, 4, rngs=rngs)
+        self.embed = nnx.Embed(small.VOCABULARY, 4, rngs=rngs)
         self.norm = nnx.BatchNorm(4, rngs=rngs)
         self.drop = nnx.Dropout(0.3, rngs=rngs)
-        self.head = nnx.Linear(4, tiny.CLASSES, rngs=rngs)
+        self.head = nnx.Linear(4, small.CLASSES, rngs=rngs)
         if teacher is not None:
             self.embed.embedding[...] = teacher.embed.embedding[...]
             self.norm.mean[...] = teacher.norm.mean[...]
@@ -454,10 +454,10 @@ def test_a_student_that_shares_arrays_with_its_teacher(tmp_path):
         jaxbrewer.DistillationConfig(),
         teacher,
         student,
-        tiny.adaptor("logits"),
-        tiny.adaptor("logits"),
+        small.adaptor("logits"),
+        small.adaptor("logits"),
     )
-    loader = [{"ids": batch["ids"]} for batch in tiny.batches(4)]
+    loader = [{"ids": batch["ids"]} for batch in small.batches(4)]
     with distiller:
         distiller.train(optax.sgd(0.5), loader, num_epochs=1)
         seeds = two_steps(distiller, loader, seeds=(0, 0, 1))
@@ -491,15 +491,15 @@ def test_self_distillation_keeps_the_teacher_it_started_with(tmp_path):
     """One object on both sides: the teacher is what it was when training began."""
     curves = {}
     for name, shared in (("one object", True), ("two", False)):
-        teacher = tiny.encoder(1)
-        student = teacher if shared else FunctionModel(tiny.encode, teacher.params)
-        distiller = tiny.distiller(
+        teacher = small.encoder(1)
+        student = teacher if shared else FunctionModel(small.encode, teacher.params)
+        distiller = small.distiller(
             tmp_path / name, teacher=teacher, student=student, config={"hard_label_weight": 1},
             keys=("logits", "losses"), ckpt_frequency=2,
         )  # fmt: skip
         with distiller:
             distiller.train(
-                tiny.SGD, tiny.batches(4), num_epochs=1, callback=lambda model, step: None
+                small.SGD, small.batches(4), num_epochs=1, callback=lambda model, step: None
             )
         curves[name] = student.params
     assert same(*curves.values())

@@ -15,8 +15,8 @@ from jaxbrewer import BasicDistiller, BasicTrainer, FunctionModel, TrainingConfi
 from jaxbrewer.batches import own
 from jaxbrewer.errors import PreflightError, PreflightWarning
 
-from . import tiny
-from .tiny import adaptor, encoder, match
+from . import small
+from .small import adaptor, encoder, match
 
 
 @pytest.fixture
@@ -33,10 +33,10 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def failure(distiller, loader=None, optimizer=tiny.SGD, **arguments):
+def failure(distiller, loader=None, optimizer=small.SGD, **arguments):
     """The problems that stop a training, which must have left nothing behind."""
     with distiller, pytest.raises(PreflightError) as caught:
-        distiller.train(optimizer, loader or tiny.batches(2), num_epochs=1, **arguments)
+        distiller.train(optimizer, loader or small.batches(2), num_epochs=1, **arguments)
     assert not Path(distiller.t_config.output_dir).exists()
     return caught.value.problems
 
@@ -189,7 +189,7 @@ MISTAKES = {
         [r"logits\[0\]: the student has 3 classes \[3, 3\], the teacher 4 \[3, 4\].*num_labels"],
     ),
     "vocabularies that differ": (
-        {"teacher": encoder(1, classes=9), "keys": adaptor(logits=tiny.tokens)},
+        {"teacher": encoder(1, classes=9), "keys": adaptor(logits=small.tokens)},
         {},
         ["student has 3 classes.*the teacher 9.*the same vocabulary"],
     ),
@@ -199,13 +199,13 @@ MISTAKES = {
         ["adaptor_S returns 2 logits and adaptor_T 1"],
     ),
     "a distiller of logits without them": (
-        {"cls": BasicDistiller, "keys_S": ("hidden",), "keys_T": adaptor(labels=tiny.KEYS["labels"])},
+        {"cls": BasicDistiller, "keys_S": ("hidden",), "keys_T": adaptor(labels=small.KEYS["labels"])},
         {},
         ["adaptor_S returns no 'logits', which this distiller compares; it returns 'hidden'",
          "adaptor_T returns no 'logits'.* it returns 'labels'"],
     ),
     "a mask on one side only": (
-        {"keys_S": adaptor("logits_mask", logits=tiny.tokens), "keys_T": adaptor(logits=tiny.tokens)},
+        {"keys_S": adaptor("logits_mask", logits=small.tokens), "keys_T": adaptor(logits=small.tokens)},
         {},
         ["adaptor_T returns no 'logits_mask' while the other side does"],
     ),
@@ -338,7 +338,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_found_before_anything_compiles(name, tmp_path, compiled):
     made, arguments, expected = MISTAKES[name]
-    distiller = tiny.distiller(tmp_path, **made)
+    distiller = small.distiller(tmp_path, **made)
     del compiled[:]
     problems = failure(distiller, **arguments)
     assert compiled == []
@@ -348,7 +348,7 @@ def test_a_mistake_is_found_before_anything_compiles(name, tmp_path, compiled):
 
 
 def test_all_mistakes_are_in_one_report(tmp_path, compiled):
-    distiller = tiny.distiller(
+    distiller = small.distiller(
         tmp_path,
         keys=(*FEATURES, "logits_mask"),
         keys_T=adaptor("hidden", logits=several(2)),
@@ -386,9 +386,9 @@ def test_all_mistakes_are_in_one_report(tmp_path, compiled):
 
 
 def test_mistakes_of_both_models_and_the_rest_come_together(tmp_path):
-    distiller = tiny.distiller(
+    distiller = small.distiller(
         tmp_path,
-        keys_S=adaptor(logit=tiny.KEYS["logits"]),
+        keys_S=adaptor(logit=small.KEYS["logits"]),
         teacher=FunctionModel(raises(ValueError("broken")), 1.0),
         config={"kd_loss_type": "xx"},
     )
@@ -421,7 +421,7 @@ def swallowing(S, T, base, **options):
     return base + jnp.mean(S, -1) - jnp.mean(S)
 
 
-TOKENS = adaptor("logits_mask", logits=tiny.tokens)
+TOKENS = adaptor("logits_mask", logits=small.tokens)
 
 
 @pytest.mark.parametrize(
@@ -436,10 +436,10 @@ TOKENS = adaptor("logits_mask", logits=tiny.tokens)
 def test_losses_of_ones_own_under_masks(loss, message, tmp_path, compiled, monkeypatch):
     monkeypatch.setitem(presets.KD_LOSS_MAP, "mine", loss)
     made = {"config": {"kd_loss_type": "mine"}, "keys": TOKENS}
-    distiller = tiny.distiller(tmp_path, **made)
+    distiller = small.distiller(tmp_path, **made)
     if message is None:
         with distiller:
-            training.prepare(distiller, own(tiny.batches(1)[0]), tiny.SGD, {})
+            training.prepare(distiller, own(small.batches(1)[0]), small.SGD, {})
         return
     (problem,) = failure(distiller)
     assert re.search(message, problem)
@@ -458,10 +458,10 @@ def test_losses_of_ones_own_under_masks(loss, message, tmp_path, compiled, monke
 def test_temperatures_of_ones_own_under_masks(scheduler, message, tmp_path, monkeypatch):
     monkeypatch.setitem(presets.TEMPERATURE_SCHEDULER.data, "mine", scheduler)
     made = {"config": {"temperature_scheduler": "mine"}, "keys": TOKENS}
-    distiller = tiny.distiller(tmp_path, **made)
+    distiller = small.distiller(tmp_path, **made)
     if message is None:
         with distiller:
-            training.prepare(distiller, own(tiny.batches(1)[0]), tiny.SGD, {})
+            training.prepare(distiller, own(small.batches(1)[0]), small.SGD, {})
         return
     (problem,) = failure(distiller)
     assert re.search(message, problem)
@@ -478,7 +478,7 @@ def test_temperatures_of_ones_own_under_masks(scheduler, message, tmp_path, monk
 )
 def test_match_losses_of_ones_own(loss, message, tmp_path, monkeypatch):
     monkeypatch.setitem(presets.MATCH_LOSS_MAP, "mine", loss)
-    distiller = tiny.distiller(tmp_path, keys=FEATURES, config=matched(match(0, 0, "mine")))
+    distiller = small.distiller(tmp_path, keys=FEATURES, config=matched(match(0, 0, "mine")))
     (problem,) = failure(distiller)
     assert re.search(message, problem)
 
@@ -489,12 +489,12 @@ def test_a_feature_of_ones_own(tmp_path, monkeypatch):
     try:
         keys = adaptor(values=lambda batch, outputs: outputs["hidden"])
         made = {"keys": keys, "config": matched(match(0, 0, feature="values"))}
-        distiller = tiny.distiller(tmp_path, **made)
+        distiller = small.distiller(tmp_path, **made)
         with distiller:
-            program = training.prepare(distiller, own(tiny.batches(1)[0]), tiny.SGD, {})
+            program = training.prepare(distiller, own(small.batches(1)[0]), small.SGD, {})
         assert program.names == ("unweighted_values_hidden_mse_0_0",)
         made["config"] = matched(match(0, 9, feature="values"))
-        (problem,) = failure(tiny.distiller(tmp_path, **made))
+        (problem,) = failure(small.distiller(tmp_path, **made))
         assert "'values' for layers 0–2" in problem
     finally:
         presets.FEATURES.remove("values")
@@ -512,17 +512,17 @@ def test_a_trainer_without_losses(tmp_path):
 
 def warned(distiller, **arguments):
     """The warnings of a training that would go on, without compiling it."""
-    batch = arguments.pop("batch", None) or tiny.batches(1)[0]
+    batch = arguments.pop("batch", None) or small.batches(1)[0]
     with distiller, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        training.prepare(distiller, own(batch), tiny.SGD, arguments)
+        training.prepare(distiller, own(batch), small.SGD, arguments)
     assert all(w.category is PreflightWarning for w in caught)
     return [str(w.message) for w in caught]
 
 
-TOKEN_LABELS = {**tiny.batches(1)[0], "labels": np.zeros((3, 4), np.int32)}
+TOKEN_LABELS = {**small.batches(1)[0], "labels": np.zeros((3, 4), np.int32)}
 PADDED_LABELS = {**TOKEN_LABELS, "labels": np.where(TOKEN_LABELS["mask"], 1, -100)}
-TOKEN_KEYS = adaptor("labels", logits=tiny.tokens)
+TOKEN_KEYS = adaptor("labels", logits=small.tokens)
 
 
 def token_model():
@@ -594,7 +594,7 @@ SUSPECT = {
 @pytest.mark.parametrize("name", SUSPECT)
 def test_likely_slips_are_warned_of(name, tmp_path):
     made, arguments, expected = SUSPECT[name]
-    found = warned(tiny.distiller(tmp_path, **made), **arguments)
+    found = warned(small.distiller(tmp_path, **made), **arguments)
     assert len(found) == len(expected), found
     for warning, message in zip(found, expected, strict=True):
         assert re.search(message, warning), warning
@@ -604,7 +604,7 @@ def test_likely_slips_are_warned_of(name, tmp_path):
 
 
 def test_looking_at_the_first_batch_does_not_lose_it(tmp_path):
-    loader = tiny.batches(5)
+    loader = small.batches(5)
     trained, seen = [], []
 
     def once():
@@ -613,16 +613,16 @@ def test_looking_at_the_first_batch_does_not_lose_it(tmp_path):
             yield batch
 
     for name, source in (("list", loader), ("generator", once())):
-        distiller = tiny.distiller(tmp_path / name)
+        distiller = small.distiller(tmp_path / name)
         with distiller:
-            distiller.train(tiny.SGD, source, num_steps=5)
+            distiller.train(small.SGD, source, num_steps=5)
         trained.append(distiller.model_S.params)
     assert len(seen) == 5
     jax.tree.map(np.testing.assert_array_equal, *trained)
 
 
 def test_models_without_logits_are_distilled_on_features(tmp_path):
-    distiller = tiny.distiller(
+    distiller = small.distiller(
         tmp_path,
         keys=("hidden", "attention", "inputs_mask"),
         teacher=encoder(1, width=6),
@@ -632,14 +632,14 @@ def test_models_without_logits_are_distilled_on_features(tmp_path):
     )
     before = distiller.model_S.params
     with distiller:
-        distiller.train(tiny.SGD, tiny.batches(3), num_epochs=1)
+        distiller.train(small.SGD, small.batches(3), num_epochs=1)
     after = distiller.model_S.params
     assert not np.array_equal(before["layers"][1], after["layers"][1])
     assert np.array_equal(before["head"], after["head"])
 
 
 def test_check_tells_what_would_be_trained(tmp_path, capsys):
-    distiller = tiny.distiller(
+    distiller = small.distiller(
         tmp_path,
         keys=("logits", "hidden", "losses"),
         teacher=encoder(1, width=6),
@@ -649,7 +649,7 @@ def test_check_tells_what_would_be_trained(tmp_path, capsys):
             "intermediate_matches": [match(2, 2, weight=0.5, proj=["linear", 5, 6])],
         },
     )
-    report = distiller.check(tiny.batches(1)[0], optax.adam(1e-3))
+    report = distiller.check(small.batches(1)[0], optax.adam(1e-3))
     assert capsys.readouterr().out == report + "\n"
     for line in [
         r"GeneralDistiller: nothing wrong was found",
@@ -668,10 +668,10 @@ def test_check_tells_what_would_be_trained(tmp_path, capsys):
 
 
 def test_check_finds_what_train_would_find(tmp_path, compiled):
-    distiller = tiny.distiller(tmp_path, config={"hard_label_weight": 1}, keys=("logits",))
+    distiller = small.distiller(tmp_path, config={"hard_label_weight": 1}, keys=("logits",))
     del compiled[:]
     with pytest.raises(PreflightError, match="returns no 'losses'"):
-        distiller.check(tiny.batches(1)[0])
+        distiller.check(small.batches(1)[0])
     with pytest.raises(PreflightError, match="model_S gets 'mask' twice"):
-        distiller.check(tiny.batches(1)[0], mask=None)
+        distiller.check(small.batches(1)[0], mask=None)
     assert compiled == []

@@ -26,26 +26,26 @@ from jaxbrewer import (
 from jaxbrewer.batches import own
 from jaxbrewer.errors import BatchError, PreflightError, PreflightWarning
 
-from . import tiny
+from . import small
 from .parity.reference import read_events
-from .tiny import adaptor, encoder
+from .small import adaptor, encoder
 
 
 class Lengthless:
     """Batches without end or length, as a stream gives them."""
 
     def __iter__(self):
-        yield from tiny.batches(3)
+        yield from small.batches(3)
 
 
 class Dataset(torch.utils.data.IterableDataset):
     def __iter__(self):
-        yield from tiny.batches(2)
+        yield from small.batches(2)
 
 
 # ------------------------------------------------------------------------------------ arguments
 
-LOADER = tiny.batches(4)
+LOADER = small.batches(4)
 EPOCH = {"num_epochs": 1}
 TORCH = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
 WARM_UP = {"num_warmup_steps": 1, "num_training_steps": 4}
@@ -126,23 +126,23 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_arguments_are_refused_before_anything_is_written(name, tmp_path):
     error, message, arguments, config = WRONG[name]
-    distiller = tiny.distiller(tmp_path, **config)
+    distiller = small.distiller(tmp_path, **config)
     with distiller, pytest.raises(error) as caught:
-        distiller.train(tiny.SGD, **{"dataloader": LOADER, **arguments})
+        distiller.train(small.SGD, **{"dataloader": LOADER, **arguments})
     assert re.search(message, str(caught.value), re.DOTALL), caught.value
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("options", [{"fp16": True}, {"data_parallel": True}, {"local_rank": 0}])
 def test_what_is_not_built_is_refused(options, tmp_path):
-    distiller = tiny.distiller(tmp_path, **options)
+    distiller = small.distiller(tmp_path, **options)
     (name,) = options
     with distiller, pytest.raises(ValueError, match=f"{name}=.*not built yet"):
-        distiller.train(tiny.SGD, LOADER, num_epochs=1)
+        distiller.train(small.SGD, LOADER, num_epochs=1)
     with pytest.raises(ValueError, match="is_caching_logits=True is not built yet"):
-        tiny.distiller(tmp_path, config={"is_caching_logits": True})
+        small.distiller(tmp_path, config={"is_caching_logits": True})
     with pytest.raises(ValueError, match="custom_matches are not built yet"):
-        tiny.distiller(tmp_path, cls=functools.partial(GeneralDistiller, custom_matches=[1]))
+        small.distiller(tmp_path, cls=functools.partial(GeneralDistiller, custom_matches=[1]))
 
 
 CONFIGS = TrainingConfig(device="cpu"), DistillationConfig()
@@ -159,7 +159,7 @@ MODELS = encoder(1), encoder(2), adaptor("logits"), adaptor("logits")
         (lambda: GeneralDistiller(*CONFIGS, MODELS[0], None, *MODELS[2:]), "model_S is a .*NoneType"),
         (lambda: GeneralDistiller(*CONFIGS, *MODELS[:2], {}, MODELS[3]), "adaptor_T is a dict"),
         (lambda: GeneralDistiller(*CONFIGS, *MODELS[:3], None), "adaptor_S is a NoneType"),
-        (lambda: BasicTrainer(CONFIGS[0], tiny.encode, MODELS[2]), "model is a .*FunctionModel"),
+        (lambda: BasicTrainer(CONFIGS[0], small.encode, MODELS[2]), "model is a .*FunctionModel"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_of_distillers(make, message):
@@ -168,16 +168,16 @@ def test_wrong_arguments_of_distillers(make, message):
 
 
 def test_a_distiller_of_logits_refuses_matches(tmp_path):
-    config = {"intermediate_matches": [tiny.match(0, 0)]}
+    config = {"intermediate_matches": [small.match(0, 0)]}
     with pytest.raises(ValueError, match=r"BasicDistiller matches logits only.*GeneralDistiller"):
-        tiny.distiller(tmp_path, cls=BasicDistiller, config=config)
+        small.distiller(tmp_path, cls=BasicDistiller, config=config)
 
 
 def test_a_projection_must_be_a_module(tmp_path, monkeypatch):
     monkeypatch.setitem(jaxbrewer.PROJ_MAP, "mine", lambda dim_in, dim_out, *, rngs: jnp.tanh)
-    config = {"intermediate_matches": [tiny.match(0, 0, proj=["mine", 5, 5])]}
+    config = {"intermediate_matches": [small.match(0, 0, proj=["mine", 5, 5])]}
     with pytest.raises(TypeError, match=r"'mine' made a .*\(dim_in, dim_out, \*, rngs\)"):
-        tiny.distiller(tmp_path, config=config)
+        small.distiller(tmp_path, config=config)
 
 
 # ------------------------------------------------------------------------------------ the schedule
@@ -198,7 +198,7 @@ def test_rows_hold_weights_and_the_factor(tmp_path):
         "kd_loss_weight_scheduler": "linear_decay",
         "hard_label_weight": 2,
     }
-    distiller = tiny.distiller(tmp_path, config=config)
+    distiller = small.distiller(tmp_path, config=config)
     table = rows(distiller)
     np.testing.assert_allclose(table[:, 0], [0.3, *(1 - np.arange(1, 8) / 8)], rtol=1e-6)
     np.testing.assert_allclose(table[:, 1:], [[2, 1]] * 8)
@@ -213,7 +213,7 @@ def test_rows_hold_weights_and_the_factor(tmp_path):
 def test_small_factors_that_rise_later_are_factors(tmp_path):
     """A run that ends inside its warm-up stays below 0.1, and is no absolute rate."""
     table = rows(
-        tiny.distiller(tmp_path),
+        small.distiller(tmp_path),
         scheduler_class=schedulers.get_constant_schedule_with_warmup,
         scheduler_args={"num_warmup_steps": 1000},
     )
@@ -228,10 +228,10 @@ class Noisy(nnx.Module):
 
     def __init__(self):
         rngs = nnx.Rngs(0)
-        self.embed = nnx.Embed(tiny.VOCABULARY, 8, rngs=rngs)
+        self.embed = nnx.Embed(small.VOCABULARY, 8, rngs=rngs)
         self.norm = nnx.BatchNorm(8, rngs=rngs)
         self.drop = nnx.Dropout(0.5, rngs=rngs)
-        self.head = nnx.Linear(8, tiny.CLASSES, rngs=rngs)
+        self.head = nnx.Linear(8, small.CLASSES, rngs=rngs)
 
     def __call__(self, ids, mask=None, labels=None):
         dropped = self.drop(self.norm(self.embed(ids).mean(1)))
@@ -254,10 +254,10 @@ def test_outside_with_dropout_is_off_and_a_warning_says_so(tmp_path):
         if place == "inside":
             with trainer, warnings.catch_warnings():
                 warnings.simplefilter("error", PreflightWarning)
-                trainer.train(tiny.SGD, LOADER, num_epochs=1)
+                trainer.train(small.SGD, LOADER, num_epochs=1)
         else:
             with pytest.warns(PreflightWarning, match="outside `with distiller:`.*dropout is off"):
-                trainer.train(tiny.SGD, LOADER, num_epochs=1)
+                trainer.train(small.SGD, LOADER, num_epochs=1)
         (curves[place],) = read_events(tmp_path / place / "log").values()
         moved[place] = bool(np.any(trainer.model.norm.mean[...]))
     assert curves["outside"] == [0] * 4
@@ -267,7 +267,7 @@ def test_outside_with_dropout_is_off_and_a_warning_says_so(tmp_path):
 
 
 def test_the_context_ends_with_the_block(tmp_path):
-    distiller = tiny.distiller(tmp_path)
+    distiller = small.distiller(tmp_path)
     with distiller as same:
         assert same is distiller
         assert distiller._in_context
@@ -316,7 +316,7 @@ class OnlyMine(BasicDistiller):
 
 @pytest.mark.parametrize("cls", [WithPenalty, OnlyMine])
 def test_a_loss_of_ones_own_is_trained_on_and_logged(cls, tmp_path):
-    distiller = tiny.distiller(tmp_path, cls=cls, log_dir=tmp_path / "log")
+    distiller = small.distiller(tmp_path, cls=cls, log_dir=tmp_path / "log")
     student = encoder(2)
     teacher = encoder(1)
     with distiller:
@@ -350,9 +350,9 @@ def test_a_loss_that_is_no_scalar_is_refused(total, message, tmp_path):
         def compute_loss(self, results_S, results_T, project, weights):
             return total(results_S["logits"][0]), {}
 
-    distiller = tiny.distiller(tmp_path, cls=Wrong)
+    distiller = small.distiller(tmp_path, cls=Wrong)
     with distiller, pytest.raises(PreflightError, match=message):
-        distiller.train(tiny.SGD, LOADER, num_epochs=1)
+        distiller.train(small.SGD, LOADER, num_epochs=1)
 
 
 # ------------------------------------------------------------------------------ what clients read
@@ -362,11 +362,11 @@ def test_the_attributes_clients_read(tmp_path):
     config = {
         "kd_loss_type": "mse",
         "intermediate_matches": [
-            tiny.match(0, 0),
-            tiny.match(2, 2, proj=["linear", 5, 5, {"lr": 0.1}]),
+            small.match(0, 0),
+            small.match(2, 2, proj=["linear", 5, 5, {"lr": 0.1}]),
         ],
     }
-    distiller = tiny.distiller(tmp_path, config=config)
+    distiller = small.distiller(tmp_path, config=config)
     assert distiller.t_config.device == "cpu"
     assert distiller.d_config.kd_loss_type == "mse"
     assert distiller.kd_loss is jaxbrewer.KD_LOSS_MAP["mse"]
@@ -381,11 +381,11 @@ def test_the_attributes_clients_read(tmp_path):
 
 
 def test_projections_are_drawn_from_the_seed(tmp_path):
-    config = {"intermediate_matches": [tiny.match(1, 1, proj=["linear", 5, 5]) for _ in range(2)]}
+    config = {"intermediate_matches": [small.match(1, 1, proj=["linear", 5, 5]) for _ in range(2)]}
     drawn = [
         [
             np.asarray(p.kernel[...])
-            for p in tiny.distiller(tmp_path, config=config, seed=seed).projs
+            for p in small.distiller(tmp_path, config=config, seed=seed).projs
         ]
         for seed in (0, 0, 1)
     ]
@@ -395,10 +395,10 @@ def test_projections_are_drawn_from_the_seed(tmp_path):
 
 
 def test_presets_changed_after_the_config_count(tmp_path, monkeypatch):
-    distiller = tiny.distiller(tmp_path)
+    distiller = small.distiller(tmp_path)
     monkeypatch.setitem(jaxbrewer.KD_LOSS_MAP, "ce", lambda S, T, t: jnp.float32(7) + 0 * S.sum())
     with distiller:
-        program = training.prepare(distiller, own(LOADER[0]), tiny.SGD, {})
+        program = training.prepare(distiller, own(LOADER[0]), small.SGD, {})
     model = distiller.model_S
     _, (loss, _) = program.loss(
         {"student": model.params, "projections": {}},
