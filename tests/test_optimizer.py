@@ -29,6 +29,12 @@ def tree(seed, projections=("0", "1")):
     }
 
 
+def update(made, grads, params, state=None, factor=1.0):
+    """One update, compiled: ``updates, new state``."""
+    state = made.init(params) if state is None else state
+    return jax.jit(made.update)(grads, state, params, factor=jnp.float32(factor))
+
+
 def probe(seen):
     """An optimizer that notes the trees it is shown."""
 
@@ -55,8 +61,7 @@ def test_each_group_sees_its_own_tree_only():
     projections = {"0": {"group": "first"}, "1": {"group": "second"}}
     made = build(factory, projections, max_grad_norm=1.0)
     params = tree(0)
-    state = made.init(params)
-    updates, _ = made.update(tree(1), state, params, factor=ONE)
+    updates, _ = made.update(tree(1), made.init(params), params, factor=ONE)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     own = {
         "student": params["student"],
@@ -70,10 +75,10 @@ def test_a_projections_options_override_the_factorys_own():
     projections = {"0": {"lr": 0.01, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.0}}
     made = build(ADAMW, {**projections, "1": {}})
     params, grads = tree(0), tree(1)
-    updates, _ = made.update(grads, made.init(params), params, factor=ONE)
+    updates, _ = update(made, grads, params)
 
     def alone(opt, grads, params):
-        return opt.update(grads, opt.init(params), params)[0]
+        return jax.jit(opt.update)(grads, opt.init(params), params)[0]
 
     expected = {
         "student": alone(optax.adamw(0.1), grads["student"], params["student"]),
@@ -127,7 +132,7 @@ def test_clipping_is_torchs(dtype, max_norm, x64):
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = torch.from_numpy(np.array(grad))
     torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    ours = clip_by_norm([jnp.asarray(g) for g in grads], max_norm)
+    ours = jax.jit(clip_by_norm)([jnp.asarray(g) for g in grads], max_norm)
     for parameter, grad in zip(parameters, ours, strict=True):
         assert grad.dtype == dtype
         tolerance = 1e-6 if dtype == "float32" else 1e-14
@@ -146,7 +151,7 @@ def test_clipping_half_gradients_counts_in_full_precision():
 def test_the_student_is_clipped_and_projections_are_not():
     params, grads = tree(0), tree(1)
     made = build(optax.sgd(1.0), {"0": None, "1": None}, max_grad_norm=0.1)
-    updates, _ = made.update(grads, made.init(params), params, factor=ONE)
+    updates, _ = update(made, grads, params)
     np.testing.assert_allclose(optax.tree.norm(updates["student"]), 0.1, rtol=1e-5)
     jax.tree.map(
         lambda u, g: np.testing.assert_array_equal(u, -g),
@@ -155,16 +160,15 @@ def test_the_student_is_clipped_and_projections_are_not():
     )
     for off in (-1.0, 0.0):
         made = build(optax.sgd(1.0), {"0": None, "1": None}, max_grad_norm=off)
-        updates, _ = made.update(grads, made.init(params), params, factor=ONE)
+        updates, _ = update(made, grads, params)
         np.testing.assert_array_equal(updates["student"]["a"], -grads["student"]["a"])
 
 
 def test_the_factor_scales_every_group():
     params, grads = tree(0), tree(1)
     made = build(ADAMW, {"0": {"lr": 0.3}, "1": None})
-    state = made.init(params)
-    whole, moments = made.update(grads, state, params, factor=ONE)
-    quarter, same = made.update(grads, state, params, factor=jnp.float32(0.25))
+    whole, moments = update(made, grads, params)
+    quarter, same = update(made, grads, params, factor=0.25)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6),
                  quarter, jax.tree.map(lambda u: u / 4, whole))  # fmt: skip
     jax.tree.map(np.testing.assert_array_equal, moments, same)
@@ -174,14 +178,14 @@ def test_a_window_hands_on_the_mean_and_clips_that():
     params = tree(0)
     window = [tree(seed) for seed in (1, 2, 3)]
     made = build(optax.sgd(1.0), {"0": None, "1": None}, max_grad_norm=0.1, accumulation=3)
-    state = made.init(params)
+    state, step = made.init(params), jax.jit(made.update)
     for i, grads in enumerate(window):
-        updates, state = made.update(grads, state, params, factor=jnp.float32(0.5 + i))
+        updates, state = step(grads, state, params, factor=jnp.float32(0.5 + i))
         if i < 2:
             assert not any(np.any(u) for u in jax.tree.leaves(updates))
     mean = jax.tree.map(lambda *g: sum(g) / 3, *window)
     single = build(optax.sgd(1.0), {"0": None, "1": None}, max_grad_norm=0.1)
-    expected, _ = single.update(mean, single.init(params), params, factor=jnp.float32(2.5))
+    expected, _ = update(single, mean, params, factor=2.5)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), updates, expected
     )
@@ -191,7 +195,7 @@ def test_a_dropped_window_leaves_no_trace():
     params = tree(0)
     made = build(ADAMW, {"0": None, "1": None}, accumulation=2)
     fresh = made.init(params)
-    _, opened = made.update(tree(1), fresh, params, factor=ONE)
+    _, opened = update(made, tree(1), params, fresh)
     assert opened.mini_step == 1
     jax.tree.map(np.testing.assert_array_equal, drop_window(opened), fresh)
 
