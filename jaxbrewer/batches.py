@@ -48,6 +48,10 @@ def own(batch: Any) -> Batch:
         )
     if not batch:
         raise BatchError("the loader gave an empty batch, with no inputs for the model")
+    if isinstance(batch, Mapping) and any(not isinstance(key, str) for key in batch):
+        raise BatchError(
+            f"a batch that is a dict names the model's inputs, but has the keys {list(batch)}"
+        )
     return _own(batch, "batch")
 
 
@@ -65,9 +69,11 @@ def _own(value: Any, where: str) -> Any:
         tensor = value.detach().cpu()
         half = str(tensor.dtype) == "torch.bfloat16"  # numpy has no such type of its own
         array = (tensor.float() if half else tensor).numpy()
+        _check_range(array, where)
         return array.astype(jax.numpy.bfloat16) if half else array.copy()
     if isinstance(value, np.ndarray | np.generic | int | float):
         array = np.array(value)
+        _check_range(array, where)
         if array.dtype.kind in "biufV" and array.dtype.type is not np.void:  # V: bfloat16
             return array
     if not jax.tree_util.all_leaves([value]):
@@ -78,6 +84,24 @@ def _own(value: Any, where: str) -> Any:
         f"{where} is {_describe(value)}, which cannot go to the device. Batches hold numbers; drop "
         "or convert it in the loader or with train(…, batch_postprocessor=…)"
     )
+
+
+def _check_range(array: np.ndarray, where: str) -> None:
+    """Refuses integers that would lose their upper half where JAX has no 64 bits."""
+    if array.dtype not in (np.int64, np.uint64) or not array.size or _has_64_bits():
+        return
+    low, high = int(array.min()), int(array.max())
+    kept = np.iinfo(np.int32 if array.dtype == np.int64 else np.uint32)
+    if low < kept.min or high > kept.max:
+        raise BatchError(
+            f"{where} holds {low if low < kept.min else high}, which does not fit the 32 bits JAX "
+            "keeps of an integer. Drop it in the loader or with train(…, batch_postprocessor=…), "
+            "or turn jax_enable_x64 on"
+        )
+
+
+def _has_64_bits() -> bool:
+    return jax.numpy.result_type(int).itemsize == 8
 
 
 def _describe(value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .errors import suggest
@@ -45,8 +46,13 @@ def build(
         accumulation: micro-batches whose gradients are averaged into one update.
 
     Raises:
-        TypeError: if `optimizer` is neither, or cannot take a projection's options.
+        TypeError: if `optimizer` is neither, or cannot take a projection's options; if
+            `max_grad_norm` is no number.
     """
+    if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, int | float | np.number):
+        raise TypeError(
+            f"max_grad_norm is {max_grad_norm!r}; expected a number, below 0 for no clipping"
+        )
     student = make_optimizer(optimizer)
     groups = {name: make_optimizer(optimizer, options) for name, options in projections.items()}
 

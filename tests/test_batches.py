@@ -201,6 +201,28 @@ def test_neither_dict_nor_tuple(batch, what):
         batches.own(batch)
 
 
+@pytest.mark.parametrize(
+    "array",
+    [np.array([0, 2**31]), np.array([-(2**31) - 1]), np.array([2**32], np.uint64), 2**40,
+     torch.tensor([1, 2**50])],
+)  # fmt: skip
+def test_integers_that_would_be_cut_are_refused(array):
+    with pytest.raises(
+        BatchError, match=r"batch\['stamp'\] holds -?\d+, which does not fit the 32"
+    ):
+        batches.own({"stamp": array})
+    with jax.enable_x64(True):
+        batches.own({"stamp": array})
+    batches.own({"stamp": np.array([2**31 - 1, -(2**31)]), "unsigned": np.uint64(2**32 - 1)})
+
+
+def test_keys_of_a_dict_are_text():
+    with pytest.raises(
+        BatchError, match=r"names the model's inputs, but has the keys \[1, 'ids'\]"
+    ):
+        batches.own({1: np.ones(2), "ids": np.ones(2)})
+
+
 @pytest.mark.parametrize("empty", [{}, (), []])
 def test_empty(empty):
     with pytest.raises(BatchError, match="empty batch"):

@@ -252,6 +252,12 @@ def test_what_is_no_optimizer(name):
         build(make(), {})
 
 
+@pytest.mark.parametrize("norm", [None, "1", True])
+def test_a_norm_that_is_no_number(norm):
+    with pytest.raises(TypeError, match=f"max_grad_norm is {norm!r}; expected a number"):
+        build(optax.sgd(1.0), {}, max_grad_norm=norm)
+
+
 def test_names_in_messages():
     assert optimizer._name(ADAMW) == "adamw"
     assert "partial" not in optimizer._name(functools.partial(optax.sgd, 0.1))
