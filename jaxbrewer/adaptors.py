@@ -152,9 +152,12 @@ def _one_form(name: str, value: Any, role: str, wrong: list[str]) -> Any:
         return value
     if name in _LISTS:
         items = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if not items:
+            wrong.append(f"{what} is an empty list; leave the key out, or set it to None")
         for i, item in enumerate(items):
             if not (_is_array(item) or (name == "losses" and isinstance(item, int | float))):
-                wrong.append(f"{what}[{i}] is a {type(item).__name__}, not an array")
+                hint = " (did the model get the labels?)" if name == "losses" else ""
+                wrong.append(f"{what}[{i}] is a {type(item).__name__}, not an array{hint}")
         return tuple(jnp.asarray(x) if isinstance(x, int | float) else x for x in items)
     if not isinstance(value, list | tuple):
         shape = f" {list(value.shape)}" if _is_array(value) else f" {type(value).__name__}"

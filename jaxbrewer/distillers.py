@@ -13,11 +13,12 @@ from .arguments import Feed, Request
 from .batches import Batch, as_call, own, plain, sides
 from .configurations import DistillationConfig, TrainingConfig
 from .custom import CustomMatch, make_projection, resolve_custom
+from .inspection import Findings
 from .models import as_model, refuse_shared_variables
 from .objective import Loss, Project, Weights, distillation_loss, hard_label_term
 from .optimizer import Optimizer
 from .plan import Plan, resolve
-from .preflight import Findings, check_plan
+from .preflight import check_plan
 from .report import plan_terms
 from .teachers import MeanTeacher, NoTeacher, OneTeacher, Teacher
 from .trainable import Trainable
@@ -203,10 +204,15 @@ class GeneralDistiller(BasicDistiller):
         custom_matches: Sequence[CustomMatch | Mapping[str, Any]] | None = None,
     ):
         super().__init__(train_config, distill_config, model_T, model_S, adaptor_T, adaptor_S)
-        self._custom = [
-            m if isinstance(m, CustomMatch) else CustomMatch.from_dict(m)
-            for m in custom_matches or ()
-        ]
+        self._custom = []
+        for i, match in enumerate(custom_matches or ()):
+            if not isinstance(match, CustomMatch | Mapping):
+                raise TypeError(
+                    f"custom_matches[{i}] is a {type(match).__name__}; give a CustomMatch, or a "
+                    "dict of its fields"
+                )
+            given = isinstance(match, CustomMatch)
+            self._custom.append(match if given else CustomMatch.from_dict(match))
         for match in distill_config.intermediate_matches:
             proj = match.proj
             self._add_projection(proj, proj[3] if proj is not None else None)

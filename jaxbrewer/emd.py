@@ -13,8 +13,8 @@ from .configurations import DistillationConfig, TrainingConfig
 from .custom import make_projection
 from .distillers import BasicDistiller
 from .errors import ConfigError, suggest
+from .inspection import Findings
 from .objective import Loss, Project, Weights, distillation_loss
-from .preflight import Findings
 from .transport import exact_transport
 
 _REQUIRED = ("layer_num_S", "layer_num_T", "feature", "loss", "weight")

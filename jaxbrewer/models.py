@@ -71,6 +71,7 @@ class NNXModel:
     def __init__(self, module: nnx.Module):
         self.module = module
         twin = nnx.merge(*nnx.split(module))
+        nnx.pop(twin, nnx.Intermediate)  # what earlier calls sowed would grow with every step
         twin.train()
         train_graph, *states = nnx.split(twin, nnx.Param, nnx.RngState, ...)
         self._train_graph: Any = train_graph
@@ -169,12 +170,14 @@ def _record_calls(module: nnx.Module, name: str, captured: dict[str, Any]) -> No
 
 def _fold_keys(rngs: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
     salt = jax.random.bits(key)
-    return {
-        name: jax.random.fold_in(leaf, salt)
-        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key) and leaf.ndim == 0
-        else leaf
-        for name, leaf in rngs.items()
-    }
+
+    def fold(leaf: jax.Array) -> jax.Array:
+        if not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf  # a counter
+        keys = jax.vmap(lambda one: jax.random.fold_in(one, salt))(leaf.reshape(-1))
+        return keys.reshape(leaf.shape)  # layers that are stacked hold one key each
+
+    return {name: fold(leaf) for name, leaf in rngs.items()}
 
 
 class LinenModel:
@@ -226,7 +229,9 @@ class LinenModel:
         self._rngs = tuple(rngs)
         self.id_limits: Mapping[str, int] = dict(id_limits or {})
         self.params: PyTree = dotted(self.variables["params"])
-        self.state: PyTree = dotted({k: v for k, v in self.variables.items() if k != "params"})
+        rest = dotted({k: v for k, v in self.variables.items() if k != "params"})
+        # A tuple is what init sowed; it would grow with every step.
+        self.state: PyTree = {k: v for k, v in rest.items() if not isinstance(v, tuple)}
 
     def _variables(self, params: PyTree, state: PyTree) -> dict:
         names = dotted_paths(self.variables)
@@ -407,7 +412,9 @@ def as_model(model: Any, role: str = "model") -> Model:
     if isinstance(model, Model):
         return model
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    if hasattr(model, "init") and hasattr(model, "apply"):
+    if isinstance(model, type):
+        fix = f"{model.__name__} is the class itself: make an instance of it"
+    elif hasattr(model, "init") and hasattr(model, "apply"):
         fix = "a Linen module comes with its variables: LinenModel(module, variables)"
     elif hasattr(model, "state_dict"):
         fix = "a torch module does not run here: load its weights into a model of jaxbrewer.zoo"

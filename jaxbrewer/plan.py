@@ -106,7 +106,7 @@ class Plan:
     """All that the objective needs to know of a config.
 
     Attributes:
-        kd: the loss on logits.
+        kd: the loss on logits, or None where its name is not known.
         matches: the intermediate matches.
         kd_weight: the KD loss's weight.
         hard_label_weight: the weight of the student's own losses.
@@ -114,7 +114,7 @@ class Plan:
             tasks it may be meant for some of them.
     """
 
-    kd: KD
+    kd: KD | None
     matches: tuple[Match, ...]
     kd_weight: Weight
     hard_label_weight: Weight
@@ -123,7 +123,7 @@ class Plan:
 
 def resolve(
     config: DistillationConfig, *, logits_required: bool, losses_required: bool = True
-) -> tuple[Plan | None, list[str]]:
+) -> tuple[Plan, list[str]]:
     """Looks up every name of a config.
 
     Args:
@@ -132,18 +132,17 @@ def resolve(
         losses_required: see `Plan`.
 
     Returns:
-        The plan, or None, and what is wrong.
+        The plan, without what names no known loss, so that the rest can still be checked; and
+        what is wrong.
     """
     problems: list[str] = []
     kd_loss = _look_up(presets.KD_LOSS_MAP, config.kd_loss_type, "kd_loss_type", problems)
     temperature = None
     if config.temperature_scheduler != "none":
         temperature = presets.TEMPERATURE_SCHEDULER[config.temperature_scheduler]
-    matches = tuple(
+    matches = [
         _resolve_match(i, match, problems) for i, match in enumerate(config.intermediate_matches)
-    )
-    if problems:
-        return None, problems
+    ]
     kd = KD(
         kd_loss,
         config.kd_loss_type,
@@ -153,17 +152,19 @@ def resolve(
         logits_required,
     )
     return Plan(
-        kd,
-        matches,
+        None if kd_loss is None else kd,
+        tuple(match for match in matches if match is not None),
         _weight(config.kd_loss_weight, config.kd_loss_weight_scheduler),
         _weight(config.hard_label_weight, config.hard_label_weight_scheduler),
         losses_required,
     ), problems
 
 
-def _resolve_match(i: int, match: IntermediateMatch, problems: list[str]) -> Match:
+def _resolve_match(i: int, match: IntermediateMatch, problems: list[str]) -> Match | None:
     where = f"intermediate_matches[{i}].loss"
     loss = _look_up(presets.MATCH_LOSS_MAP, match.loss, where, problems)
+    if loss is None:
+        return None
     layers = f"{_layers(match.layer_S)}_{_layers(match.layer_T)}"
     return Match(
         match.feature,

@@ -52,7 +52,7 @@ def plan_terms(plan: Plan) -> list[str]:
 
 
 def _kd(plan: Plan) -> str:
-    return f"KD by {plan.kd.loss_name!r}, temperature {plan.kd.temperature}"
+    return f"KD by {plan.kd.loss_name!r}, temperature {plan.kd.temperature}" if plan.kd else "KD"
 
 
 def _objective(distiller: "Trainable", program: Program) -> list[str]:

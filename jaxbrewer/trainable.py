@@ -13,10 +13,10 @@ from .adaptors import Adaptor, Results, Side, check_adaptor
 from .arguments import Feed, Request
 from .batches import Batch, own
 from .configurations import TrainingConfig
+from .inspection import Findings
 from .models import Model, as_model
 from .objective import Loss, Project, Weights
 from .optimizer import Optimizer
-from .preflight import Findings
 from .teachers import Teacher
 
 logger = logging.getLogger(__name__)

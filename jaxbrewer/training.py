@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import caching, preflight
+from . import caching
 from . import optimizer as optimizers
 from .adaptors import Results, Side
 from .arguments import Request, make_factor, make_schedule, refuse_unbuilt
@@ -22,12 +22,13 @@ from .checkpoints import Checkpoints, load_student
 from .configurations import TrainingConfig
 from .devices import resolve_device
 from .errors import CheckpointError, PreflightError, PreflightWarning
+from .inspection import Findings
+from .inspection import inspect as inspect_side
 from .loop import CallbackResult, Loop, Task
 from .metrics import MetricsWriter
 from .objective import Loss, Weights
 from .optimizer import Optimizer
 from .plan import Schedule, Weight
-from .preflight import Findings
 from .report import describe
 from .schedulers import tabulate
 from .step import Program, TrainState
@@ -259,16 +260,16 @@ def _trace(
     train = distiller._in_context
     student, teacher = distiller._sides(task, args)
     teacher_batch, student_batch, cache = sides(batch)
-    results_S = preflight.inspect(student, student_batch, train, found, keywords)
+    results_S = inspect_side(student, student_batch, train, found, keywords)
     results_T: Any = None
     before = len(found.problems)
     if cache is None:
         for side in teacher.sides:
-            preflight.inspect(side, teacher_batch, False, found, keywords)
+            inspect_side(side, teacher_batch, False, found, keywords)
     if len(found.problems) == before and results_S is not None:
         student, teacher = distiller._resolve_modules(student, teacher, batch, found)
         if student.capture:
-            results_S = preflight.inspect(student, student_batch, train, found, keywords)
+            results_S = inspect_side(student, student_batch, train, found, keywords)
         try:
             results_T = jax.eval_shape(teacher.__call__, teacher.variables, teacher_batch, cache)
         except ValueError as error:
