@@ -204,15 +204,17 @@ class GeneralDistiller(BasicDistiller):
         custom_matches: Sequence[CustomMatch | Mapping[str, Any]] | None = None,
     ):
         super().__init__(train_config, distill_config, model_T, model_S, adaptor_T, adaptor_S)
-        self._custom = []
+        self._custom: list[CustomMatch] = []
         for i, match in enumerate(custom_matches or ()):
-            if not isinstance(match, CustomMatch | Mapping):
+            if isinstance(match, CustomMatch):
+                self._custom.append(match)
+            elif isinstance(match, Mapping):
+                self._custom.append(CustomMatch.from_dict(match))
+            else:
                 raise TypeError(
                     f"custom_matches[{i}] is a {type(match).__name__}; give a CustomMatch, or a "
                     "dict of its fields"
                 )
-            given = isinstance(match, CustomMatch)
-            self._custom.append(match if given else CustomMatch.from_dict(match))
         for match in distill_config.intermediate_matches:
             proj = match.proj
             self._add_projection(proj, proj[3] if proj is not None else None)
