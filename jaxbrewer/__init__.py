@@ -3,7 +3,15 @@
 from . import data_utils, presets, schedulers, utils, zoo
 from .checkpoints import export_hf, load_student
 from .configurations import DistillationConfig, IntermediateMatch, TrainingConfig
-from .distillers import BasicDistiller, BasicTrainer, GeneralDistiller
+from .custom import CustomMatch
+from .distillers import (
+    BasicDistiller,
+    BasicTrainer,
+    GeneralDistiller,
+    MultiTaskDistiller,
+    MultiTeacherDistiller,
+)
+from .emd import EMDDistiller
 from .loop import CallbackResult
 from .models import FunctionModel, LinenModel
 from .objective import Loss
@@ -23,6 +31,9 @@ __version__ = "0.1.0"
 Distillers = {
     "Basic": BasicDistiller,
     "General": GeneralDistiller,
+    "MultiTeacher": MultiTeacherDistiller,
+    "MultiTask": MultiTaskDistiller,
+    "EMD": EMDDistiller,
     "Train": BasicTrainer,
 }
 
@@ -37,13 +48,17 @@ __all__ = [
     "BasicDistiller",
     "BasicTrainer",
     "CallbackResult",
+    "CustomMatch",
     "DistillationConfig",
     "Distillers",
+    "EMDDistiller",
     "FunctionModel",
     "GeneralDistiller",
     "IntermediateMatch",
     "LinenModel",
     "Loss",
+    "MultiTaskDistiller",
+    "MultiTeacherDistiller",
     "TrainingConfig",
     "export_hf",
     "load_student",

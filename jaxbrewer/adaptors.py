@@ -54,25 +54,60 @@ class Side:
         model: the model.
         adaptor: its adaptor.
         args: further keyword arguments for the model, from ``train(…, **args)``.
+        capture: paths of submodules whose outputs are wanted too, under ``'captured'``.
     """
 
     role: str
     model: Model
     adaptor: Adaptor
     args: Mapping[str, Any]
+    capture: tuple[str, ...] = ()
 
     def __call__(
         self, params: Any, state: Any, key: jax.Array, batch: Batch, train: bool
     ) -> tuple[Results, Any]:
         """Runs the model on a batch; returns the adaptor's results and the model's new state."""
-        batch = plain(batch)
-        args, kwargs = as_call(batch, self.args)
-        outputs, state = self.model.apply(params, state, key, args, kwargs, train)
-        return self.adapt(batch, outputs), state
+        outputs, captured, state = self.forward(params, state, key, batch, train)
+        return self.adapt(batch, outputs) | captured, state
+
+    def forward(
+        self, params: Any, state: Any, key: jax.Array, batch: Batch, train: bool
+    ) -> tuple[Any, Results, Any]:
+        """Runs the model alone; returns its outputs, what was captured, and its new state."""
+        args, kwargs = as_call(plain(batch), self.args)
+        if not self.capture:
+            outputs, state = self.model.apply(params, state, key, args, kwargs, train)
+            return outputs, {}, state
+        model: Any = self.model
+        (outputs, captured), state = model.apply_and_capture(
+            self.capture, params, state, key, args, kwargs, train
+        )
+        arrays = {path: self._array(path, captured.get(path)) for path in self.capture}
+        return outputs, {"captured": arrays}, state
 
     def adapt(self, batch: Batch, outputs: Any) -> Results:
         """Runs and checks the adaptor alone: for outputs that were computed before."""
         return freeze(self.adaptor(plain(batch), outputs), self.role)
+
+    def _array(self, path: str, output: Any) -> Any:
+        """A submodule's output as one array: of a tuple, its first item."""
+        first = output[0] if isinstance(output, tuple | list) and output else output
+        if not _is_array(first):
+            raise AdaptorError(
+                f"model_{self.role}'s submodule {path!r} "
+                + ("is not called" if output is None else f"returns a {type(output).__name__}")
+                + "; custom_matches need one that returns an array, or a tuple that begins with one"
+            )
+        return first
+
+
+def check_adaptor(adaptor: Any, name: str) -> None:
+    """Refuses an adaptor that cannot be called."""
+    if not callable(adaptor):
+        raise TypeError(
+            f"{name} is a {type(adaptor).__name__}; it must be a function "
+            "(batch, model_outputs) -> dict"
+        )
 
 
 def adaptor_keys() -> list[str]:
@@ -117,9 +152,12 @@ def _one_form(name: str, value: Any, role: str, wrong: list[str]) -> Any:
         return value
     if name in _LISTS:
         items = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if not items:
+            wrong.append(f"{what} is an empty list; leave the key out, or set it to None")
         for i, item in enumerate(items):
             if not (_is_array(item) or (name == "losses" and isinstance(item, int | float))):
-                wrong.append(f"{what}[{i}] is a {type(item).__name__}, not an array")
+                hint = " (did the model get the labels?)" if name == "losses" else ""
+                wrong.append(f"{what}[{i}] is a {type(item).__name__}, not an array{hint}")
         return tuple(jnp.asarray(x) if isinstance(x, int | float) else x for x in items)
     if not isinstance(value, list | tuple):
         shape = f" {list(value.shape)}" if _is_array(value) else f" {type(value).__name__}"

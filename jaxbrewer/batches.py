@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +26,18 @@ class Static:
         return hash(self.value)
 
 
+class Served(NamedTuple):
+    """A batch that brings the teacher's results along; see `caching`.
+
+    Attributes:
+        student: the student's batch.
+        results: the teacher's results, as `adaptors.freeze` gives them.
+    """
+
+    student: Any
+    results: Any
+
+
 def own(batch: Any) -> Batch:
     """Copies a batch into arrays nobody else writes to.
 
@@ -35,7 +47,8 @@ def own(batch: Any) -> Batch:
 
     Args:
         batch: a mapping (any kind, `BatchEncoding` too), a tuple or a list, nested at will, of
-            numpy, JAX or torch arrays, numbers, flags or None.
+            numpy, JAX or torch arrays, numbers, flags or None. Other classes that JAX knows as
+            pytrees, such as a model's outputs, may stand inside and are kept.
 
     Raises:
         BatchError: for anything else, naming the place in the batch.
@@ -47,6 +60,10 @@ def own(batch: Any) -> Batch:
         )
     if not batch:
         raise BatchError("the loader gave an empty batch, with no inputs for the model")
+    if isinstance(batch, Mapping) and any(not isinstance(key, str) for key in batch):
+        raise BatchError(
+            f"a batch that is a dict names the model's inputs, but has the keys {list(batch)}"
+        )
     return _own(batch, "batch")
 
 
@@ -64,15 +81,39 @@ def _own(value: Any, where: str) -> Any:
         tensor = value.detach().cpu()
         half = str(tensor.dtype) == "torch.bfloat16"  # numpy has no such type of its own
         array = (tensor.float() if half else tensor).numpy()
+        _check_range(array, where)
         return array.astype(jax.numpy.bfloat16) if half else array.copy()
     if isinstance(value, np.ndarray | np.generic | int | float):
         array = np.array(value)
-        if array.dtype.kind in "biufV" and array.dtype.names is None:
+        _check_range(array, where)
+        if array.dtype.kind in "biufV" and array.dtype.type is not np.void:  # V: bfloat16
             return array
+    if not jax.tree_util.all_leaves([value]):
+        parts, structure = jax.tree_util.tree_flatten(value, is_leaf=lambda x: x is not value)
+        parts = [_own(v, f"{where}[{i}]") for i, v in enumerate(parts)]
+        return jax.tree_util.tree_unflatten(structure, parts)
     raise BatchError(
         f"{where} is {_describe(value)}, which cannot go to the device. Batches hold numbers; drop "
         "or convert it in the loader or with train(…, batch_postprocessor=…)"
     )
+
+
+def _check_range(array: np.ndarray, where: str) -> None:
+    """Refuses integers that would lose their upper half where JAX has no 64 bits."""
+    if array.dtype not in (np.int64, np.uint64) or not array.size or _has_64_bits():
+        return
+    low, high = int(array.min()), int(array.max())
+    kept = np.iinfo(np.int32 if array.dtype == np.int64 else np.uint32)
+    if low < kept.min or high > kept.max:
+        raise BatchError(
+            f"{where} holds {low if low < kept.min else high}, which does not fit the 32 bits JAX "
+            "keeps of an integer. Drop it in the loader or with train(…, batch_postprocessor=…), "
+            "or turn jax_enable_x64 on"
+        )
+
+
+def _has_64_bits() -> bool:
+    return jax.numpy.result_type(int).itemsize == 8
 
 
 def _describe(value: Any) -> str:
@@ -97,6 +138,8 @@ def sides(batch: Batch) -> tuple[Batch, Batch, Any]:
     A dict with both ``'teacher'`` and ``'student'`` feeds each side its own part, and may carry
     the teacher's outputs as ``'teacher_cache'``; any other batch feeds both.
     """
+    if isinstance(batch, Served):
+        return None, batch.student, batch.results
     if isinstance(batch, dict) and "teacher" in batch and "student" in batch:
         return batch["teacher"], batch["student"], batch.get("teacher_cache")
     return batch, batch, None
@@ -124,10 +167,8 @@ def check_ids(
     """
     if not limits:
         return
-    if isinstance(batch, dict):
-        named = batch
-    else:
-        named = dict(zip(signature.parameters, batch, strict=False))
+    args, named = as_call(batch, {})
+    named |= dict(zip(signature.parameters, args, strict=False))
     for name, limit in limits.items():
         ids = named.get(name)
         if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or not ids.size:

@@ -22,11 +22,17 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from .errors import CheckpointError, suggest
-from .models import Model, as_model
-from .step import TrainState
+# Importing Orbax puts a handler on the root logger, after which a user's logging.basicConfig would
+# do nothing, in silence.
+_handlers = logging.root.handlers[:]
+import orbax.checkpoint as ocp  # noqa: E402
+
+logging.root.handlers[:] = _handlers
+
+from .errors import CheckpointError, suggest  # noqa: E402
+from .models import Model, as_model  # noqa: E402
+from .step import TrainState  # noqa: E402
 
 Folder = str | os.PathLike[str]
 
@@ -86,24 +92,9 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, position: Mapping[str, Any]) -> None:
         """Saves a state as ``gs{step}``; returns once the arrays are copied, before they are written."""
-        student, projections = (
-            {"params": state.params[part], "state": state.model_state[part]}
-            for part in ("student", "projections")
-        )
-        training = {
-            "opt_state": state.opt_state,
-            "key": state.key,
-            "micro_step": state.micro_step,
-        }
-        self._checkpointer.save(
-            self.folder / f"gs{step}",
-            args=ocp.args.Composite(
-                student=ocp.args.StandardSave(student),
-                projections=ocp.args.StandardSave(projections),
-                training=ocp.args.StandardSave(training),
-                position=ocp.args.JsonSave({"format": FORMAT, **position}),
-            ),
-        )
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        items["position"] = ocp.args.JsonSave({"format": FORMAT, **position})
+        self._checkpointer.save(self.folder / f"gs{step}", args=ocp.args.Composite(**items))
         self._prune(step)
 
     def score(self, step: int, score: float) -> None:
@@ -151,22 +142,14 @@ class Checkpoints:
             CheckpointError: if the checkpoint is of another model, optimizer or config.
         """
         path = self.folder / f"gs{step}"
-        targets = {
-            "student": {"params": like.params["student"], "state": like.model_state["student"]},
-            "projections": {
-                "params": like.params["projections"],
-                "state": like.model_state["projections"],
-            },
-            "training": {
-                "opt_state": like.opt_state,
-                "key": like.key,
-                "micro_step": like.micro_step,
-            },
-        }
+        targets = _items(like)
         for name, target in targets.items():
             _check_fits(path, name, target)
         read = _read(path, **{k: ocp.args.StandardRestore(v) for k, v in targets.items()})
-        student, projections, training = (read[name] for name in targets)
+        student, training = read["student"], read["training"]
+        projections = (
+            read["projections"] if "projections" in targets else _part(like, "projections")
+        )
         return TrainState(
             {"student": student["params"], "projections": projections["params"]},
             {"student": student["state"], "projections": projections["state"]},
@@ -191,6 +174,24 @@ def _handler() -> ocp.CompositeCheckpointHandler:
         training=ocp.StandardCheckpointHandler(),
         position=ocp.JsonCheckpointHandler(),
     )
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The arrays of a state, parted into items; without projections, there is no such item."""
+    items = {
+        "student": _part(state, "student"),
+        "projections": _part(state, "projections"),
+        "training": {
+            "opt_state": state.opt_state,
+            "key": state.key,
+            "micro_step": state.micro_step,
+        },
+    }
+    return items if state.params["projections"] else {k: items[k] for k in ("student", "training")}
+
+
+def _part(state: TrainState, name: str) -> dict[str, Any]:
+    return {"params": state.params[name], "state": state.model_state[name]}
 
 
 @contextlib.contextmanager
@@ -250,7 +251,7 @@ def _described(tree: Any) -> dict[str, str]:
 
 def _stored_shape(leaf: Any) -> tuple[int, ...]:
     """The shape in the file, where a typed random key is the array behind it."""
-    if jax.numpy.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+    if hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.eval_shape(jax.random.key_data, leaf).shape
     return tuple(leaf.shape)
 

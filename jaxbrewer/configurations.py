@@ -329,7 +329,12 @@ class DistillationConfig(Config):
         probability_shift: swap the teacher's largest logit with the label's.
         intermediate_matches: a list of :class:`IntermediateMatch` or dicts of its fields. Kept as
             a tuple.
-        is_caching_logits: run the teacher once over the data and keep its logits.
+        is_caching_logits: run the teacher once over the data, keep what the objective uses of its
+            results, and draw the batches' order anew each epoch. Not with ``num_steps``.
+        cache_dir: folder to keep them in, and to find them in again; None: host memory. Only with
+            ``is_caching_logits``.
+        cache_dtype: the type their floats are kept in: ``'float32'`` (as the teacher gives them),
+            ``'float16'`` or ``'bfloat16'``.
 
     Raises:
         ConfigError: a ValueError that lists everything wrong.
@@ -346,6 +351,9 @@ class DistillationConfig(Config):
     probability_shift: bool = False
     intermediate_matches: Any = None
     is_caching_logits: bool = False
+    _: KW_ONLY
+    cache_dir: str | os.PathLike[str] | None = None
+    cache_dtype: str = "float32"
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         "temperature": checks.positive,
@@ -358,4 +366,12 @@ class DistillationConfig(Config):
         "probability_shift": checks.boolean,
         "intermediate_matches": _matches,
         "is_caching_logits": checks.boolean,
+        "cache_dir": checks.optional(checks.folder),
+        "cache_dtype": checks.one_of(("float32", "float16", "bfloat16")),
     }
+
+    @classmethod
+    def _check_together(cls, kept: Mapping[str, Any]) -> list[str]:
+        if kept.get("cache_dir") is None or kept.get("is_caching_logits", True):
+            return []
+        return ["cache_dir is given, but is_caching_logits is False: set it to use the cache"]

@@ -1,228 +1,27 @@
-"""TextBrewer's classes: they differ by teacher and objective; plan, step and loop are shared."""
+"""TextBrewer's classes: they differ by teacher, objective and stream; all else is shared."""
 
-import inspect
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from flax import nnx
-from tensorboardX import SummaryWriter
 
 from . import presets, training
-from .adaptors import Adaptor, Results, Side
-from .batches import Batch, own
+from .adaptors import Adaptor, Results, Side, check_adaptor
+from .arguments import Feed, Request
+from .batches import Batch, as_call, own, plain, sides
 from .configurations import DistillationConfig, TrainingConfig
-from .models import Model, as_model
+from .custom import CustomMatch, make_projection, resolve_custom
+from .inspection import Findings
+from .models import as_model, refuse_shared_variables
 from .objective import Loss, Project, Weights, distillation_loss, hard_label_term
 from .optimizer import Optimizer
 from .plan import Plan, resolve
-from .preflight import Findings, check_plan
-from .teachers import NoTeacher, OneTeacher, Teacher
-
-logger = logging.getLogger(__name__)
-
-
-class Trainable:
-    """What every trainer and distiller shares: `train`, `check`, and the ``with`` block.
-
-    Inside ``with`` the student runs in train mode (dropout on, batch statistics updated); outside
-    it, in evaluation mode, with a warning. Teachers always run in evaluation mode.
-
-    Attributes:
-        t_config: the `TrainingConfig`.
-        model_S: the student (or the model to train), as it was passed.
-        projs: the projections' modules, one for each intermediate match, None where it has none.
-        projs_group: their optimizer options, likewise.
-        best_checkpoint: the folder of the best-scored checkpoint, see `loop.CallbackResult`.
-        print_freq: log lines in an epoch.
-        rank: this process; 0 is the one that logs.
-    """
-
-    _replaced: ClassVar[Mapping[str, str]] = {
-        "train_on_batch": "override compute_loss (the pure part), or wrap the models",
-        "save_and_callback": "pass train(…, callback=…); checkpoints are written before it runs",
-        "initialize_training": "pass an optimizer factory; projections get their own groups",
-        "write_loss": "terms returned by compute_loss are logged by their names",
-        "train_with_num_steps": "pass train(…, num_steps=…)",
-        "train_with_num_epochs": "pass train(…, num_epochs=…)",
-        "cache_logits": "set is_caching_logits in DistillationConfig",
-    }
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuses methods of TextBrewer's that would never be called here."""
-        super().__init_subclass__(**kwargs)
-        for name, instead in cls._replaced.items():
-            if name in cls.__dict__:
-                raise TypeError(
-                    f"{cls.__name__} overrides {name}, which does not exist here and would never "
-                    f"run. Instead: {instead}"
-                )
-
-    def __init__(self, train_config: TrainingConfig, model_S: Any, adaptor_S: Adaptor):
-        if not isinstance(train_config, TrainingConfig):
-            raise TypeError(
-                f"train_config is a {type(train_config).__name__}, not a TrainingConfig"
-            )
-        as_model(model_S, self._student_name)
-        _check_callable(adaptor_S, "adaptor_S")
-        self.t_config = train_config
-        self.model_S = model_S
-        self.adaptor_S = adaptor_S
-        self.projs: list[nnx.Module | None] = []
-        self.projs_group: list[Mapping[str, Any] | None] = []
-        self.best_checkpoint: Path | None = None
-        self.print_freq = 20
-        self.rank = 0
-        self.local_rank = train_config.local_rank
-        self._in_context = False
-        self._tb_writer: SummaryWriter | None = None
-
-    _student_name: ClassVar[str] = "model_S"
-
-    def __enter__(self) -> Self:
-        """Turns train mode on."""
-        self._in_context = True
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        """Turns train mode off."""
-        self._in_context = False
-
-    @property
-    def tb_writer(self) -> SummaryWriter | None:
-        """The tensorboard writer, opened when first asked for; None without ``log_dir``."""
-        if self._tb_writer is None and self.t_config.log_dir is not None:
-            self._tb_writer = SummaryWriter(str(self.t_config.log_dir))
-        return self._tb_writer
-
-    # What subclasses fill in ------------------------------------------------------------------
-
-    def _teacher(self, args: Mapping[str, Any]) -> Teacher:
-        """The teacher, with `args` for its models."""
-        raise TypeError(f"{type(self).__name__} is a base class; use one of the distillers")
-
-    def _check(self, results_S: Results, results_T: Results, batch: Batch, found: Findings) -> None:
-        """Checks the objective against results by shape."""
-
-    def _resolve(self) -> list[str]:
-        """Looks up the config's names anew, since presets may have changed; returns problems."""
-        return []
-
-    def _weights(self) -> tuple[Any, Any]:
-        """The scheduled weights of the KD loss and the hard labels, as `plan.Weight` or None."""
-        return None, None
-
-    def compute_loss(
-        self, results_S: Results, results_T: Results, project: Project, weights: Weights
-    ) -> Loss:
-        """The loss of a batch: override it for an objective of your own.
-
-        Must be a pure function of its arguments, since it is compiled.
-
-        Args:
-            results_S: what adaptor_S returned, checked (`adaptors.freeze`): lists are tuples.
-            results_T: what adaptor_T returned.
-            project: ``project(str(i), feature)`` applies the projection of match i.
-            weights: the scheduled ``kd`` and ``hard_label`` weights at this update.
-
-        Returns:
-            A `Loss`, or the pair ``(total, {name: term})``; the terms are logged.
-        """
-        raise TypeError(f"{type(self).__name__} has no objective; override compute_loss")
-
-    # The surface ------------------------------------------------------------------------------
-
-    def train(
-        self,
-        optimizer: Optimizer,
-        dataloader: Iterable,
-        num_epochs: int | None = None,
-        scheduler_class: Callable[..., Any] | None = None,
-        scheduler_args: Mapping[str, Any] | None = None,
-        scheduler: None = None,
-        max_grad_norm: float = -1.0,
-        num_steps: int | None = None,
-        callback: Callable[..., Any] | None = None,
-        batch_postprocessor: Callable[[Any], Any] | None = None,
-        **args: Any,
-    ) -> None:
-        """Trains the student; afterwards the object that was passed holds the trained weights.
-
-        Args:
-            optimizer: an `optax.GradientTransformation`, or a factory of one such as
-                ``functools.partial(optax.adamw, learning_rate=1e-4)``. Torch's AdamW decays by
-                0.01, Optax's by 1e-4, transformers' old one by 0: state it.
-            dataloader: an iterable of batches, dicts or tuples of numpy, JAX or torch arrays.
-            num_epochs: passes over it; it must have a length. An accumulation window that an
-                epoch leaves incomplete is dropped.
-            scheduler_class: called with `scheduler_args`, returns the learning-rate *factor* as a
-                function of the optimizer step; see `jaxbrewer.schedulers`.
-            scheduler_args: its arguments.
-            scheduler: always None (TextBrewer's deprecated argument).
-            max_grad_norm: clips the norm of the student's gradient, if positive.
-            num_steps: optimizer steps to train for, instead of `num_epochs`; the loader is cycled
-                and needs no length.
-            callback: called as ``callback(model=student, step=step)`` after each checkpoint, with
-                the weights of that step; may return a `CallbackResult`. What it does to the
-                weights is not kept.
-            batch_postprocessor: applied to each batch.
-            **args: further keyword arguments for the models.
-
-        Raises:
-            PreflightError: all that is wrong, found on the first batch before compiling.
-            FloatingPointError: a loss that is not finite, with the term and the step.
-        """
-        training.train(
-            self,
-            training.Request(
-                optimizer,
-                dataloader,
-                num_epochs,
-                scheduler_class,
-                scheduler_args,
-                scheduler,
-                max_grad_norm,
-                num_steps,
-                callback,
-                batch_postprocessor,
-                args,
-            ),
-        )
-
-    def check(self, batch: Any, optimizer: Optimizer | None = None, **args: Any) -> str:
-        """Checks everything by shape, and tells what would be trained and at what cost.
-
-        Args:
-            batch: as the loader would give it.
-            optimizer: as for `train`; without it, its state is left out of the memory.
-            **args: as for `train`.
-
-        Returns:
-            The report, which is also printed.
-
-        Raises:
-            PreflightError: all that is wrong.
-        """
-        report = training.report(self, own(batch), optimizer, args)
-        print(report)
-        return report
-
-    # For the training module --------------------------------------------------------------------
-
-    def _student(self, args: Mapping[str, Any]) -> Side:
-        return Side("S", as_model(self.model_S, self._student_name), self.adaptor_S, args)
-
-    def _projections(self) -> dict[str, Model]:
-        return {str(i): as_model(p) for i, p in enumerate(self.projs) if p is not None}
-
-    def _projection_options(self) -> dict[str, Mapping[str, Any] | None]:
-        return {str(i): self.projs_group[i] for i, p in enumerate(self.projs) if p is not None}
-
-    def _describe(self) -> dict[str, Any]:
-        return {"class": type(self).__name__, "train_config": self.t_config.to_dict()}
+from .preflight import check_plan
+from .report import plan_terms
+from .teachers import MeanTeacher, NoTeacher, OneTeacher, Teacher
+from .trainable import Trainable
 
 
 class BasicTrainer(Trainable):
@@ -249,8 +48,11 @@ class BasicTrainer(Trainable):
         """Its adaptor."""
         return self.adaptor_S
 
-    def _teacher(self, args: Mapping[str, Any]) -> Teacher:
-        return NoTeacher()
+    def _sides(self, task: str, args: Mapping[str, Any]) -> tuple[Side, Teacher]:
+        return Side("S", as_model(self.model_S, "model"), self.adaptor_S, args), NoTeacher()
+
+    def _terms(self) -> list[str]:
+        return ["the sum of the losses the adaptor returns"]
 
     def _check(self, results_S: Results, results_T: Results, batch: Batch, found: Findings) -> None:
         if "losses" not in results_S:
@@ -285,6 +87,7 @@ class BasicDistiller(Trainable):
 
     _logits_required: ClassVar[bool] = True
     _matches_allowed: ClassVar[bool] = False
+    _losses_required: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -292,8 +95,8 @@ class BasicDistiller(Trainable):
         distill_config: DistillationConfig,
         model_T: Any,
         model_S: Any,
-        adaptor_T: Adaptor,
-        adaptor_S: Adaptor,
+        adaptor_T: Any,
+        adaptor_S: Any,
     ):
         super().__init__(train_config, model_S, adaptor_S)
         if not isinstance(distill_config, DistillationConfig):
@@ -304,11 +107,6 @@ class BasicDistiller(Trainable):
                 f"{type(self).__name__} matches logits only; for intermediate_matches use "
                 "GeneralDistiller"
             )
-        if distill_config.is_caching_logits:
-            raise ValueError(
-                "is_caching_logits=True is not built yet; without it the result is the same, at "
-                "the price of one teacher pass a batch"
-            )
         self.d_config = distill_config
         self.model_T = model_T
         self.adaptor_T = adaptor_T
@@ -317,26 +115,52 @@ class BasicDistiller(Trainable):
 
     def _check_teacher(self) -> None:
         as_model(self.model_T, "model_T")
-        _check_callable(self.adaptor_T, "adaptor_T")
+        check_adaptor(self.adaptor_T, "adaptor_T")
+        refuse_shared_variables(self.model_S, self.model_T)
 
     @property
     def kd_loss(self) -> Callable:
         """The KD loss the config names."""
         return presets.KD_LOSS_MAP[self.d_config.kd_loss_type]
 
-    def _teacher(self, args: Mapping[str, Any]) -> Teacher:
-        return OneTeacher(Side("T", as_model(self.model_T, "model_T"), self.adaptor_T, args))
+    def _sides(self, task: str, args: Mapping[str, Any]) -> tuple[Side, Teacher]:
+        student = Side("S", as_model(self.model_S, "model_S"), self.adaptor_S, args)
+        teacher = Side("T", as_model(self.model_T, "model_T"), self.adaptor_T, args)
+        return student, OneTeacher(teacher)
 
     def _resolve(self) -> list[str]:
-        self._plan, problems = resolve(self.d_config, logits_required=self._logits_required)
+        self._plan, problems = resolve(
+            self.d_config,
+            logits_required=self._logits_required,
+            losses_required=self._losses_required,
+        )
         return problems
 
     def _weights(self) -> tuple[Any, Any]:
         return (self._plan.kd_weight, self._plan.hard_label_weight) if self._plan else (None, None)
 
     def _check(self, results_S: Results, results_T: Results, batch: Batch, found: Findings) -> None:
-        if self._plan is not None:
+        own_objective = type(self).compute_loss is BasicDistiller.compute_loss
+        if self._plan is not None and own_objective:  # an overridden one is checked by running it
             check_plan(self._plan, results_S, results_T, batch, self._projections(), found)
+
+    def _terms(self) -> list[str] | None:
+        own_objective = type(self).compute_loss is BasicDistiller.compute_loss
+        return plan_terms(self._plan) if self._plan is not None and own_objective else None
+
+    def _cache(self) -> dict[str, Any] | None:
+        if not self.d_config.is_caching_logits or self._plan is None:
+            return None
+        used: dict[str, set[Any]] = {}
+        for match in self._plan.matches:
+            layers = match.layer_T if isinstance(match.layer_T, Sequence) else (match.layer_T,)
+            used.setdefault(match.feature, set()).update(layers)
+        return {
+            "used": used,
+            "folder": self.d_config.cache_dir,
+            "dtype": self.d_config.cache_dtype,
+            "seed": self.t_config.seed,
+        }
 
     def compute_loss(
         self, results_S: Results, results_T: Results, project: Project, weights: Weights
@@ -362,7 +186,8 @@ class GeneralDistiller(BasicDistiller):
         model_S: the student.
         adaptor_T: the teacher's adaptor.
         adaptor_S: the student's.
-        custom_matches: not built yet; must be None.
+        custom_matches: matches of submodules, as `CustomMatch` or dicts of its fields. Their
+            projections follow those of the intermediate matches in ``projs``.
     """
 
     _logits_required = False
@@ -374,49 +199,226 @@ class GeneralDistiller(BasicDistiller):
         distill_config: DistillationConfig,
         model_T: Any,
         model_S: Any,
-        adaptor_T: Adaptor,
-        adaptor_S: Adaptor,
-        custom_matches: Sequence[Any] | None = None,
+        adaptor_T: Any,
+        adaptor_S: Any,
+        custom_matches: Sequence[CustomMatch | Mapping[str, Any]] | None = None,
     ):
         super().__init__(train_config, distill_config, model_T, model_S, adaptor_T, adaptor_S)
-        if custom_matches:
-            raise ValueError(
-                "custom_matches are not built yet; let the models return the features and match "
-                "them with intermediate_matches"
-            )
-        keys = jax.random.split(
-            jax.random.key(train_config.seed), len(distill_config.intermediate_matches)
-        )
-        for key, match in zip(keys, distill_config.intermediate_matches, strict=True):
-            self._add_projection(key, match.proj)
+        self._custom: list[CustomMatch] = []
+        for i, match in enumerate(custom_matches or ()):
+            if isinstance(match, CustomMatch):
+                self._custom.append(match)
+            elif isinstance(match, Mapping):
+                self._custom.append(CustomMatch.from_dict(match))
+            else:
+                raise TypeError(
+                    f"custom_matches[{i}] is a {type(match).__name__}; give a CustomMatch, or a "
+                    "dict of its fields"
+                )
+        for match in distill_config.intermediate_matches:
+            proj = match.proj
+            self._add_projection(proj, proj[3] if proj is not None else None)
 
-    def _add_projection(self, key: jax.Array, proj: Sequence[Any] | None) -> None:
-        if proj is None:
-            self.projs.append(None)
-            self.projs_group.append(None)
-            return
-        name, dim_S, dim_T, options = proj
-        module = presets.PROJ_MAP[name](dim_S, dim_T, rngs=nnx.Rngs(key))
-        if not isinstance(module, nnx.Module):
-            raise TypeError(
-                f"the projection {name!r} made a {type(module).__name__}; PROJ_MAP holds functions "
-                "(dim_in, dim_out, *, rngs) -> nnx.Module"
-            )
+    def _add_projection(self, proj: Any, options: Mapping[str, Any] | None) -> None:
+        key = jax.random.fold_in(jax.random.key(self.t_config.seed), len(self.projs))
+        module = make_projection(proj, key)
         self.projs.append(module)
-        self.projs_group.append(options)
+        self.projs_group.append(options if module is not None else None)
+
+    def _resolve_modules(
+        self, student: Side, teacher: Teacher, batch: Batch, found: Findings
+    ) -> tuple[Side, Teacher]:
+        if not self._custom or self._plan is None:
+            return student, teacher
+        parts = sides(plain(batch))
+        (side_T,) = teacher.sides
+        first = len(self.d_config.intermediate_matches)
+        matches, projections, options = resolve_custom(
+            self._custom,
+            (side_T.model, *as_call(parts[0], side_T.args)),
+            (student.model, *as_call(parts[1], student.args)),
+            first,
+            found.problems,
+        )
+        if len(self.projs) == first:  # the first time; later trainings go on with the same ones
+            for proj, group in zip(projections, options, strict=True):
+                self._add_projection(proj, group)
+        self._plan = replace(self._plan, matches=(*self._plan.matches, *matches))
+        paths_T, paths_S = (
+            tuple(dict.fromkeys(str(getattr(m, name)) for m in matches))
+            for name in ("layer_T", "layer_S")
+        )
+        return replace(student, capture=paths_S), OneTeacher(replace(side_T, capture=paths_T))
 
 
-def _check_callable(adaptor: Any, name: str) -> None:
-    if not callable(adaptor):
-        raise TypeError(
-            f"{name} is a {type(adaptor).__name__}; it must be a function "
-            "(batch, model_outputs) -> dict"
+class MultiTeacherDistiller(BasicDistiller):
+    """Distils several teachers of one task: their logits are averaged, then compared.
+
+    The teachers may be of different architectures. The first one's ``logits_mask`` is used.
+
+    Args:
+        train_config: how to train.
+        distill_config: what to train on; no intermediate matches.
+        model_T: the list of teachers.
+        model_S: the student.
+        adaptor_T: one adaptor for all teachers, or a list with one for each.
+        adaptor_S: the student's adaptor.
+    """
+
+    def _check_teacher(self) -> None:
+        if not isinstance(self.model_T, list | tuple) or not self.model_T:
+            raise TypeError(
+                f"model_T is a {type(self.model_T).__name__}; MultiTeacherDistiller takes a list of "
+                "teachers, of one at least"
+            )
+        adaptors = self._adaptors()
+        if len(adaptors) != len(self.model_T):
+            raise ValueError(
+                f"there are {len(self.model_T)} teachers and {len(adaptors)} adaptors; give one "
+                "adaptor for all, or one each"
+            )
+        for i, (model, adaptor) in enumerate(zip(self.model_T, adaptors, strict=True)):
+            as_model(model, f"model_T[{i}]")
+            check_adaptor(adaptor, f"adaptor_T[{i}]")
+            refuse_shared_variables(self.model_S, model)
+
+    def _adaptors(self) -> Sequence[Adaptor]:
+        if isinstance(self.adaptor_T, list | tuple):
+            return self.adaptor_T
+        return [self.adaptor_T] * len(self.model_T)
+
+    def _sides(self, task: str, args: Mapping[str, Any]) -> tuple[Side, Teacher]:
+        student = Side("S", as_model(self.model_S, "model_S"), self.adaptor_S, args)
+        pairs = zip(self.model_T, self._adaptors(), strict=True)
+        return student, MeanTeacher(
+            [
+                Side(f"T[{i}]", as_model(model, f"model_T[{i}]"), adaptor, args)
+                for i, (model, adaptor) in enumerate(pairs)
+            ]
         )
 
 
-def parameter_count(params: Any) -> int:
-    """The number of trained scalars in a pytree of parameters."""
-    return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(params))
+class MultiTaskDistiller(GeneralDistiller):
+    """Distils teachers of different tasks into one student.
 
+    Args:
+        train_config: how to train.
+        distill_config: what to train on, in every task.
+        model_T: task → teacher.
+        model_S: the student.
+        adaptor_T: task → the teacher's adaptor.
+        adaptor_S: task → the student's adaptor.
+    """
 
-TRAIN_KEYWORDS = tuple(inspect.signature(Trainable.train).parameters)[1:-1]
+    _losses_required = False  # some tasks may have labels and others not
+
+    def __init__(
+        self,
+        train_config: TrainingConfig,
+        distill_config: DistillationConfig,
+        model_T: Mapping[str, Any],
+        model_S: Any,
+        adaptor_T: Mapping[str, Adaptor],
+        adaptor_S: Mapping[str, Adaptor],
+    ):
+        named = {"model_T": model_T, "adaptor_T": adaptor_T, "adaptor_S": adaptor_S}
+        for name, value in named.items():
+            if not isinstance(value, Mapping) or not value:
+                kind = type(value).__name__
+                raise TypeError(f"{name} is a {kind}; MultiTaskDistiller takes a dict by task")
+            if value.keys() != model_T.keys():
+                raise ValueError(
+                    f"{name} has the tasks {', '.join(map(repr, value))}, and model_T "
+                    f"{', '.join(map(repr, model_T))}; they must be the same"
+                )
+        if distill_config.is_caching_logits:
+            raise ValueError(
+                "is_caching_logits: MultiTaskDistiller trains by steps, and does not cache"
+            )
+        self._adaptors_S = dict(adaptor_S)
+        # The base class knows one student adaptor; _sides picks each task's own.
+        super().__init__(
+            train_config,
+            distill_config,
+            model_T,
+            model_S,
+            adaptor_T,
+            next(iter(adaptor_S.values())),
+        )
+        self.adaptor_S: Any = self._adaptors_S
+
+    def _check_teacher(self) -> None:
+        for task, model in self.model_T.items():
+            as_model(model, f"model_T[{task!r}]")
+            check_adaptor(self.adaptor_T[task], f"adaptor_T[{task!r}]")
+            check_adaptor(self._adaptors_S[task], f"adaptor_S[{task!r}]")
+            refuse_shared_variables(self.model_S, model)
+
+    def _sides(self, task: str, args: Mapping[str, Any]) -> tuple[Side, Teacher]:
+        student = Side("S", as_model(self.model_S, "model_S"), self._adaptors_S[task], args)
+        model = as_model(self.model_T[task], f"model_T[{task!r}]")
+        return student, OneTeacher(Side(f"T[{task!r}]", model, self.adaptor_T[task], args))
+
+    def train(  # type: ignore[override]
+        self,
+        optimizer: Optimizer,
+        dataloaders: Mapping[str, Iterable],
+        num_steps: int,
+        scheduler_class: Callable[..., Any] | None = None,
+        scheduler_args: Mapping[str, Any] | None = None,
+        scheduler: None = None,
+        max_grad_norm: float = -1.0,
+        tau: float = 1,
+        callback: Callable[..., Any] | None = None,
+        batch_postprocessors: Mapping[str, Callable[[Any], Any]] | None = None,
+        **args: Any,
+    ) -> None:
+        """Trains the student on all tasks; see `Trainable.train` for what is not told here.
+
+        For each micro-batch a task is drawn with p ∝ (batches in its loader)^tau, or evenly where
+        a loader has no length. The draws come from `TrainingConfig.seed` (TextBrewer draws from
+        numpy's global state).
+
+        Args:
+            optimizer: see `Trainable.train`.
+            dataloaders: task → loader; each is cycled.
+            num_steps: optimizer steps to train for.
+            scheduler_class: see `Trainable.train`.
+            scheduler_args: its arguments.
+            scheduler: always None.
+            max_grad_norm: clips the norm of the student's gradient, if positive.
+            tau: see above.
+            callback: see `Trainable.train`.
+            batch_postprocessors: task → function applied to each of its batches.
+            **args: further keyword arguments for the models.
+        """
+        posts = batch_postprocessors or {}
+        for name, value in (("dataloaders", dataloaders), ("batch_postprocessors", posts)):
+            if not isinstance(value, Mapping):
+                raise TypeError(f"{name} is a {type(value).__name__}; give a dict by task")
+            extra = [task for task in value if task not in self.model_T]
+            if extra:
+                raise ValueError(
+                    f"{name} has tasks without a teacher: {', '.join(map(repr, extra))}"
+                )
+        missing = [task for task in self.model_T if task not in dataloaders]
+        if missing:
+            raise ValueError(f"dataloaders lacks the tasks {', '.join(map(repr, missing))}")
+        if not np.isfinite(tau):
+            raise ValueError(f"tau={tau!r}: expected a finite number")
+        feeds = {task: Feed(loader, posts.get(task)) for task, loader in dataloaders.items()}
+        schedule = (scheduler_class, scheduler_args, scheduler)
+        training.train(
+            self,
+            Request(
+                optimizer, feeds, None, num_steps, *schedule, max_grad_norm, callback, args, tau
+            ),
+        )
+
+    def check(
+        self, batch: Mapping[str, Any], optimizer: Optimizer | None = None, **args: Any
+    ) -> str:
+        """As `Trainable.check`, with a dict of batches by task."""
+        report = training.report(self, {t: own(b) for t, b in batch.items()}, optimizer, args)
+        print(report)
+        return report

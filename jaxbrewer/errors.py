@@ -57,6 +57,10 @@ class PreflightError(ValueError):
         return "\n  - ".join([head, *self.problems])
 
 
+class CacheError(ValueError):
+    """A cache of teacher results that cannot be used as it is."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that is missing, does not fit, or cannot be written."""
 

@@ -6,7 +6,7 @@ started: metrics are read `LOOK_BACK` micro-batches later, and all of them befor
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,18 +44,32 @@ class CallbackResult:
     score: float | None = None
 
 
+@dataclass(frozen=True)
+class Task:
+    """What differs between tasks; a run of one task has one, named ''.
+
+    Attributes:
+        step: the compiled step: ``(state, teacher_variables, batch, row) -> (state, metrics)``.
+        teacher_variables: the teacher's arrays.
+        tags: tensorboard names of the metrics: the total first, then the terms.
+        check_batch: called with each batch before it is used.
+    """
+
+    step: Callable
+    teacher_variables: Any
+    tags: tuple[str, ...]
+    check_batch: Callable[[Batch], None]
+
+
 @dataclass
 class Loop:
     """One run of training.
 
     Attributes:
-        step: the compiled step: ``(state, teacher_variables, batch, row) -> (state, metrics)``.
+        tasks: name → task.
         state: the state, replaced after every step.
-        teacher_variables: the teacher's arrays.
         rows: ``[total_steps, 3]``: what the schedule gives each optimizer step; see `step.Program`.
         schedule: when to save.
-        tags: tensorboard names of the metrics: the total first, then the terms.
-        check_batch: called with each batch before it is used.
         checkpoints: where to save.
         metrics: where numbers go.
         position: where the run starts; kept up to date.
@@ -64,13 +78,10 @@ class Loop:
         print_freq: log lines in an epoch, or between two checkpoints of a run by steps.
     """
 
-    step: Callable
+    tasks: Mapping[str, Task]
     state: TrainState
-    teacher_variables: Any
     rows: np.ndarray
     schedule: Schedule
-    tags: tuple[str, ...]
-    check_batch: Callable[[Batch], None]
     checkpoints: Checkpoints
     metrics: MetricsWriter
     position: Position
@@ -85,7 +96,7 @@ class Loop:
             FloatingPointError: the loss is not finite; names the terms and the step.
             BatchError: a batch the models cannot take.
         """
-        self._pending: deque[tuple[int, int, jax.Array]] = deque()
+        self._pending: deque[tuple[Task, int, int, jax.Array]] = deque()
         self._opened = 0  # micro-batches in the current accumulation window
         self._log_start()
         bar = tqdm(
@@ -100,7 +111,7 @@ class Loop:
                 if isinstance(event, EpochEnd):
                     self._end_epoch(event)
                     continue
-                self._micro_step(event.inputs)
+                self._micro_step(self.tasks[event.task], event.inputs)
                 bar.update(1)
                 done = self._opened == self.schedule.accumulation
                 self._move(event.epoch, event.batch + 1, done)
@@ -113,12 +124,13 @@ class Loop:
             self.metrics.flush()
             self.checkpoints.wait()
 
-    def _micro_step(self, batch: Batch) -> None:
-        self.check_batch(batch)
+    def _micro_step(self, task: Task, batch: Batch) -> None:
+        task.check_batch(batch)
         row = self.rows[min(self.position.global_step, len(self.rows) - 1)]
-        self.state, metrics = self.step(self.state, self.teacher_variables, batch, row)
+        self.state, metrics = task.step(self.state, task.teacher_variables, batch, row)
         metrics.copy_to_host_async()
-        self._pending.append((self.position.micro_step, self.position.global_step, metrics))
+        position = self.position
+        self._pending.append((task, position.micro_step, position.global_step, metrics))
         self._opened += 1
         self._look(LOOK_BACK)
 
@@ -179,19 +191,22 @@ class Loop:
     def _look(self, leave: int) -> None:
         """Reads pending metrics but the last `leave`, and stops at numbers that cannot be."""
         while len(self._pending) > leave:
-            micro_step, global_step, metrics = self._pending.popleft()
+            task, micro_step, global_step, metrics = self._pending.popleft()
             values = np.asarray(metrics)
             total, surplus, terms = values[0], values[1], values[2:]
             if surplus != 0:
                 raise BatchError(_surplus_message(int(surplus), micro_step))
             if not np.isfinite(total):
-                raise FloatingPointError(self._not_finite(total, terms, global_step, micro_step))
-            self.metrics.write(micro_step, self.tags, np.concatenate([values[:1], terms]))
+                named = dict(zip(task.tags[1:], terms, strict=True))
+                raise FloatingPointError(self._not_finite(total, named, global_step, micro_step))
+            self.metrics.write(micro_step, task.tags, np.concatenate([values[:1], terms]))
 
-    def _not_finite(self, total: Any, terms: np.ndarray, global_step: int, micro_step: int) -> str:
-        names = [tag.split("/", 1)[1] for tag in self.tags[1:]]
-        bad = [f"{n} = {v}" for n, v in zip(names, terms, strict=True) if not np.isfinite(v)]
+    def _not_finite(
+        self, total: Any, terms: Mapping[str, Any], global_step: int, micro_step: int
+    ) -> str:
+        bad = [f"{tag.split('/', 1)[1]} = {v}" for tag, v in terms.items() if not np.isfinite(v)]
         what = ", ".join(bad) if bad else "none of its terms, so a weight or their sum"
+        self.checkpoints.wait()  # one may still be in writing
         saved = self.checkpoints.latest()
         return (
             f"the loss is {total} at global step {global_step + 1} (micro-batch {micro_step}): "

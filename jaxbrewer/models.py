@@ -71,6 +71,7 @@ class NNXModel:
     def __init__(self, module: nnx.Module):
         self.module = module
         twin = nnx.merge(*nnx.split(module))
+        nnx.pop(twin, nnx.Intermediate)  # what earlier calls sowed would grow with every step
         twin.train()
         train_graph, *states = nnx.split(twin, nnx.Param, nnx.RngState, ...)
         self._train_graph: Any = train_graph
@@ -92,19 +93,55 @@ class NNXModel:
         self, params: PyTree, state: PyTree, key: jax.Array, args: tuple, kwargs: dict, train: bool
     ) -> tuple[Any, PyTree]:
         """See `Model.apply`."""
+        (outputs, _), state = self.apply_and_capture((), params, state, key, args, kwargs, train)
+        return outputs, state
+
+    def apply_and_capture(
+        self,
+        paths: Sequence[str],
+        params: PyTree,
+        state: PyTree,
+        key: jax.Array,
+        args: tuple,
+        kwargs: dict,
+        train: bool,
+    ) -> tuple[tuple[Any, dict[str, Any]], PyTree]:
+        """Runs the model and keeps what the submodules at `paths` returned.
+
+        Returns:
+            ``((outputs, {path: output}), new state)``; of a submodule that is called more than
+            once, the last output.
+        """
         module = nnx.merge(
             self._train_graph if train else self._eval_graph,
             self._nested(0, params),
             self._nested(1, _fold_keys(state["rngs"], key)),
             self._nested(2, state["other"]),
         )
-        outputs = module(*args, **kwargs)
+        captured: dict[str, Any] = {}
+        if paths:
+            for path, submodule in nnx.iter_modules(module):
+                name = ".".join(map(str, path))
+                if name in paths:
+                    _record_calls(submodule, name, captured)
+        outputs = module(*args, **kwargs), captured
         if not (train and state["other"]):
             return outputs, state
         after: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
         changed = flatten_dict(nnx.to_pure_dict(after[3]))  # values the call sowed are not kept
         other = {name: changed[path] for name, path in self._paths[2].items()}
         return outputs, {"rngs": state["rngs"], "other": other}
+
+    def module_paths(self, args: tuple, kwargs: dict) -> list[str]:
+        """The dotted paths of all submodules."""
+        return [".".join(map(str, path)) for path, _ in nnx.iter_modules(self.module) if path]
+
+    def path_of(self, module: Any) -> str | None:
+        """The dotted path of a submodule given as an object, or None if it is none."""
+        for path, submodule in nnx.iter_modules(self.module):
+            if submodule is module:
+                return ".".join(map(str, path))
+        return None
 
     def write(self, params: PyTree, state: PyTree) -> None:
         """See `Model.write`."""
@@ -117,14 +154,30 @@ class NNXModel:
         return inspect.signature(type(self.module).__call__.__get__(self.module))
 
 
+def _record_calls(module: nnx.Module, name: str, captured: dict[str, Any]) -> None:
+    """Lets a module, made for one call of the model, note what its ``__call__`` returns.
+
+    `nnx.capture` does not see methods a class inherits, so the class itself is replaced.
+    """
+    base: Any = type(module)
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        captured[name] = base.__call__(self, *args, **kwargs)
+        return captured[name]
+
+    object.__setattr__(module, "__class__", type(base.__name__, (base,), {"__call__": recorded}))
+
+
 def _fold_keys(rngs: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
     salt = jax.random.bits(key)
-    return {
-        name: jax.random.fold_in(leaf, salt)
-        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key) and leaf.ndim == 0
-        else leaf
-        for name, leaf in rngs.items()
-    }
+
+    def fold(leaf: jax.Array) -> jax.Array:
+        if not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf  # a counter
+        keys = jax.vmap(lambda one: jax.random.fold_in(one, salt))(leaf.reshape(-1))
+        return keys.reshape(leaf.shape)  # layers that are stacked hold one key each
+
+    return {name: fold(leaf) for name, leaf in rngs.items()}
 
 
 class LinenModel:
@@ -176,7 +229,9 @@ class LinenModel:
         self._rngs = tuple(rngs)
         self.id_limits: Mapping[str, int] = dict(id_limits or {})
         self.params: PyTree = dotted(self.variables["params"])
-        self.state: PyTree = dotted({k: v for k, v in self.variables.items() if k != "params"})
+        rest = dotted({k: v for k, v in self.variables.items() if k != "params"})
+        # A tuple is what init sowed; it would grow with every step.
+        self.state: PyTree = {k: v for k, v in rest.items() if not isinstance(v, tuple)}
 
     def _variables(self, params: PyTree, state: PyTree) -> dict:
         names = dotted_paths(self.variables)
@@ -189,21 +244,61 @@ class LinenModel:
         self, params: PyTree, state: PyTree, key: jax.Array, args: tuple, kwargs: dict, train: bool
     ) -> tuple[Any, PyTree]:
         """See `Model.apply`."""
+        (outputs, _), state = self.apply_and_capture((), params, state, key, args, kwargs, train)
+        return outputs, state
+
+    def apply_and_capture(
+        self,
+        paths: Sequence[str] | None,
+        params: PyTree,
+        state: PyTree,
+        key: jax.Array,
+        args: tuple,
+        kwargs: dict,
+        train: bool,
+    ) -> tuple[tuple[Any, dict[str, Any]], PyTree]:
+        """As `NNXModel.apply_and_capture`; paths of None captures every submodule."""
         variables = self._variables(params, state)
         if self.train_argument is not None:
-            kwargs = {
-                **kwargs,
-                self.train_argument: train ^ (self.train_argument in self._INVERTED),
-            }
-        if not train:
-            return self.module.apply(variables, *args, **kwargs), state
-        rngs = dict(zip(self._rngs, jax.random.split(key, len(self._rngs)), strict=True))
-        mutable = [name for name in variables if name != "params"]
-        outputs = self.module.apply(variables, *args, rngs=rngs, mutable=mutable, **kwargs)
-        if not mutable:
-            return outputs[0], state
-        changed = dotted(outputs[1])
-        return outputs[0], {name: changed.get(name, leaf) for name, leaf in state.items()}
+            mode = train ^ (self.train_argument in self._INVERTED)
+            kwargs = {**kwargs, self.train_argument: mode}
+        options: dict[str, Any] = {}
+        mutable = [name for name in variables if name != "params"] if train else []
+        if train:
+            keys = jax.random.split(key, len(self._rngs))
+            options["rngs"] = dict(zip(self._rngs, keys, strict=True))
+        if paths is None or paths:
+            options["capture_intermediates"] = lambda module, method: (
+                method == "__call__" and (paths is None or ".".join(module.path) in paths)
+            )
+            mutable = [*mutable, "intermediates"]
+        outputs, changed = self.module.apply(variables, *args, mutable=mutable, **options, **kwargs)
+        calls = flatten_dict(dict(changed).pop("intermediates", {}))
+        captured = {
+            ".".join(path[:-1]): value[-1]
+            for path, value in calls.items()
+            if path[-1] == "__call__"
+        }
+        new = dotted({k: v for k, v in changed.items() if k != "intermediates"})
+        return (outputs, captured), (
+            {name: new.get(name, leaf) for name, leaf in state.items()} if train else state
+        )
+
+    def module_paths(self, args: tuple, kwargs: dict) -> list[str]:
+        """The dotted paths of all submodules that a call with these inputs reaches."""
+
+        def run(args: tuple, kwargs: dict) -> dict[str, Any]:
+            key = jax.random.key(0)
+            (_, captured), _ = self.apply_and_capture(
+                None, self.params, self.state, key, args, kwargs, False
+            )
+            return captured
+
+        return [path for path in jax.eval_shape(run, args, kwargs) if path]
+
+    def path_of(self, module: Any) -> str | None:
+        """None: Linen submodules are made anew in each call, so only paths name them."""
+        return None
 
     def write(self, params: PyTree, state: PyTree) -> None:
         """See `Model.write`; the weights are then in ``variables`` (and in ``params``)."""
@@ -278,6 +373,30 @@ class FunctionModel:
         return signature.replace(parameters=kept)
 
 
+def refuse_shared_variables(student: Any, teacher: Any) -> None:
+    """Refuses NNX models that share variables, for training one would change the other.
+
+    Sharing arrays is fine, since arrays do not change.
+
+    Raises:
+        ValueError: naming the variables, and how to part them.
+    """
+    if not (isinstance(student, nnx.Module) and isinstance(teacher, nnx.Module)):
+        return
+    named = {
+        id(node): ".".join(map(str, path))
+        for path, node in nnx.iter_graph(student)
+        if isinstance(node, nnx.Variable)
+    }
+    shared = [named[id(node)] for _, node in nnx.iter_graph(teacher) if id(node) in named]
+    if shared:
+        raise ValueError(
+            f"student and teacher share {', '.join(shared[:5])}{' …' if len(shared) > 5 else ''}: "
+            "training the student would change the teacher. Give the student its own: "
+            "student.part = nnx.clone(teacher.part)"
+        )
+
+
 def as_model(model: Any, role: str = "model") -> Model:
     """Wraps what a user passes as a model.
 
@@ -293,7 +412,9 @@ def as_model(model: Any, role: str = "model") -> Model:
     if isinstance(model, Model):
         return model
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    if hasattr(model, "init") and hasattr(model, "apply"):
+    if isinstance(model, type):
+        fix = f"{model.__name__} is the class itself: make an instance of it"
+    elif hasattr(model, "init") and hasattr(model, "apply"):
         fix = "a Linen module comes with its variables: LinenModel(module, variables)"
     elif hasattr(model, "state_dict"):
         fix = "a torch module does not run here: load its weights into a model of jaxbrewer.zoo"

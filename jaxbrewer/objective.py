@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .adaptors import Results
@@ -33,8 +34,9 @@ class Loss(NamedTuple):
     Attributes:
         total: scalar.
         terms: log name → scalar, unweighted.
-        surplus: selected positions of the student minus those of the teacher, over all logits
-            that are aligned by two masks: anything but 0 is an error in the data.
+        surplus: selected positions of the student minus those of the teacher, where logits are
+            aligned by two masks (of several, the largest difference): anything but 0 is an error
+            in the data.
     """
 
     total: Any
@@ -90,7 +92,7 @@ def match_term(match: Match, results_S: Results, results_T: Results, project: Pr
 
     def pick(results: Results, layers: Any) -> Any:
         feature = results[match.feature]
-        if isinstance(layers, int):
+        if isinstance(layers, int | str):
             return _full(feature[layers])
         return [_full(feature[layer]) for layer in layers]
 
@@ -107,9 +109,10 @@ def kd_term(kd: KD, results_S: Results, results_T: Results) -> tuple[Any, Any]:
     """The KD losses of all logits, summed; and the surplus of `Loss`."""
     total: Any = 0.0
     surplus: Any = 0
-    for pair in pairs(results_S, results_T):
+    shift_labels = results_S.get("labels") if kd.probability_shift else None
+    for pair in pairs(results_S, results_T, shift_labels):
         logits_S, logits_T, mask, labels, difference = pair
-        surplus += difference
+        surplus = jnp.where(jnp.abs(difference) > jnp.abs(surplus), difference, surplus)
         if kd.probability_shift:
             if labels is None:
                 raise ValueError("probability_shift needs adaptor_S to return 'labels'")
@@ -133,8 +136,8 @@ class Pair(NamedTuple):
     surplus: Any
 
 
-def pairs(results_S: Results, results_T: Results) -> Iterator[Pair]:
-    """Pairs the logits of both sides, each selected by its own mask.
+def pairs(results_S: Results, results_T: Results, labels: tuple | None = None) -> Iterator[Pair]:
+    """Pairs the logits of both sides, each selected by its own mask; labels go with the student's.
 
     TextBrewer selects positions on each side and compares what is left in order: this is how two
     tokenizers are aligned on first word pieces. Here both sides keep a fixed size: where both
@@ -144,7 +147,7 @@ def pairs(results_S: Results, results_T: Results) -> Iterator[Pair]:
     logits_S, logits_T = results_S["logits"], results_T["logits"]
     masks_S = _spread(results_S.get("logits_mask"), len(logits_S))
     masks_T = _spread(results_T.get("logits_mask"), len(logits_T))
-    labels = results_S.get("labels") or (None,) * len(logits_S)
+    labels = labels or (None,) * len(logits_S)
     for l_S, l_T, m_S, m_T, label in zip(logits_S, logits_T, masks_S, masks_T, labels, strict=True):
         l_S, l_T = _full(l_S), _full(l_T)
         if l_S.ndim != 3 or (m_S is None and m_T is None):
@@ -238,24 +241,41 @@ def takes_mask(function: Callable) -> bool:
 
 def is_position_mean(loss: Callable) -> bool:
     """Tries whether a KD loss of ``[positions, classes]`` is the mean of its positions' losses."""
-    logits_S, logits_T = _probe_logits()
-    each = jnp.mean(position_by_position(loss, logits_S, logits_T, 2.0))
-    return bool(jnp.allclose(each, loss(logits_S, logits_T, 2.0), rtol=1e-4, atol=1e-6))
+    return _agree(
+        lambda S, T: jnp.mean(position_by_position(loss, S, T, 2.0)),
+        lambda S, T: loss(S, T, 2.0),
+    )
 
 
 def is_positionwise(scheduler: Callable) -> bool:
     """Tries whether a temperature scheduler gives each position what it would get alone."""
-    logits_S, logits_T = _probe_logits()
-    whole = jnp.asarray(scheduler(logits_S, logits_T, 4.0))
-    half = jnp.asarray(scheduler(logits_S[::2], logits_T[::2], 4.0))
-    expected = whole[::2] if whole.ndim else whole
-    return half.shape == expected.shape and bool(jnp.allclose(half, expected, rtol=1e-4))
+    return _agree(
+        lambda S, T: scheduler(S[::2], T[::2], 2.0),
+        lambda S, T: _every_other(scheduler(S, T, 2.0)),
+    )
 
 
-def _probe_logits() -> tuple[Array, Array]:
-    """Fixed random logits on which functions of unknown behaviour are tried."""
-    logits_S, logits_T = 3 * jax.random.normal(jax.random.key(0), (2, 6, 5))
-    return logits_S, logits_T
+def heeds_mask(function: Callable) -> bool:
+    """Tries whether a function that takes ``mask=`` looks at selected positions only.
+
+    It may be a KD loss or a temperature scheduler. One that swallows the mask with ``**kwargs``
+    does not.
+    """
+    return _agree(
+        lambda S, T: function(S[::2], T[::2], 2.0, mask=jnp.ones(3, bool)),
+        lambda S, T: _every_other(function(S, T, 2.0, mask=jnp.arange(6) % 2 == 0)),
+    )
+
+
+def _every_other(x: Any) -> Any:
+    return x[::2] if jnp.ndim(x) else x
+
+
+def _agree(one: Callable, other: Callable) -> bool:
+    """Whether two functions of logits agree on fixed random ones, six positions of five classes."""
+    logits_S, logits_T = 3 * np.random.default_rng(0).normal(size=(2, 6, 5)).astype(np.float32)
+    first, second = jax.jit(lambda S, T: (one(S, T), other(S, T)))(logits_S, logits_T)
+    return first.shape == second.shape and np.allclose(first, second, rtol=1e-4, atol=1e-6)
 
 
 def _full(x: Array) -> Array:

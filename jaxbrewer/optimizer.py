@@ -8,11 +8,12 @@ of a window's gradients.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .errors import suggest
@@ -21,7 +22,7 @@ Optimizer: TypeAlias = optax.GradientTransformation | Callable[..., optax.Gradie
 
 STUDENT = "student"
 
-_TORCH_NAMES = {"lr": "learning_rate"}
+_TORCH_NAMES = {"lr": "learning_rate", "alpha": "decay"}
 
 
 def build(
@@ -45,8 +46,13 @@ def build(
         accumulation: micro-batches whose gradients are averaged into one update.
 
     Raises:
-        TypeError: if `optimizer` is neither, or cannot take a projection's options.
+        TypeError: if `optimizer` is neither, or cannot take a projection's options; if
+            `max_grad_norm` is no number.
     """
+    if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, int | float | np.number):
+        raise TypeError(
+            f"max_grad_norm is {max_grad_norm!r}; expected a number, below 0 for no clipping"
+        )
     student = make_optimizer(optimizer)
     groups = {name: make_optimizer(optimizer, options) for name, options in projections.items()}
 
@@ -115,6 +121,7 @@ def make_optimizer(
             "optax.GradientTransformation, or a factory of one such as "
             "functools.partial(optax.adamw, learning_rate=1e-4)"
         )
+    optimizer = _by_name(optimizer)
     own = _translate(optimizer, options or {})
     try:
         made = optimizer(**own)
@@ -135,10 +142,14 @@ def _translate(factory: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
     """Gives torch's option names their Optax ones, and checks the factory takes them."""
     own: dict[str, Any] = {}
     for name, value in options.items():
-        if name == "betas":
+        if name != "betas":
+            own[_TORCH_NAMES.get(name, name)] = value
+        elif isinstance(value, Sequence) and len(value) == 2:
             own["b1"], own["b2"] = value
         else:
-            own[_TORCH_NAMES.get(name, name)] = value
+            raise TypeError(f"a projection asks for betas={value!r}; expected two numbers")
+    if not own:
+        return own
     parameters = inspect.signature(factory).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return own
@@ -149,6 +160,17 @@ def _translate(factory: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
                 f"not take: {suggest(name, parameters)}"
             )
     return own
+
+
+def _by_name(factory: Callable) -> Callable:
+    """Names the arguments that a partial holds by position, so that options can override them."""
+    if not isinstance(factory, functools.partial) or not factory.args:
+        return factory
+    parameters = list(inspect.signature(factory.func).parameters.values())[: len(factory.args)]
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
+        return factory
+    named = {p.name: value for p, value in zip(parameters, factory.args, strict=True)}
+    return functools.partial(factory.func, **named, **factory.keywords)
 
 
 def _name(factory: Callable) -> str:

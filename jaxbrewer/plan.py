@@ -14,7 +14,7 @@ from .configurations import DistillationConfig, IntermediateMatch, TrainingConfi
 from .errors import suggest
 from .schedulers import tabulate
 
-Layers = int | Sequence[int]
+Layers = int | str | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ class Match:
     """One intermediate match.
 
     Attributes:
-        feature: the adaptor's key: ``'hidden'``, ``'attention'``, …
-        layer_S: the student's layer, or several.
+        feature: the adaptor's key: ``'hidden'``, ``'attention'``, …; ``'captured'`` for
+            submodules.
+        layer_S: the student's layer, or several; a submodule's path.
         layer_T: the teacher's.
         loss: ``(feature_S, feature_T, mask=None)``; lists where several layers are matched.
         loss_name: its name in `presets.MATCH_LOSS_MAP`.
@@ -102,34 +103,46 @@ class Match:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the objective needs to know of a config."""
+    """All that the objective needs to know of a config.
+
+    Attributes:
+        kd: the loss on logits, or None where its name is not known.
+        matches: the intermediate matches.
+        kd_weight: the KD loss's weight.
+        hard_label_weight: the weight of the student's own losses.
+        losses_required: whether a hard-label weight without ``losses`` is a mistake; with several
+            tasks it may be meant for some of them.
+    """
 
     kd: KD | None
     matches: tuple[Match, ...]
     kd_weight: Weight
     hard_label_weight: Weight
+    losses_required: bool
 
 
-def resolve(config: DistillationConfig, *, logits_required: bool) -> tuple[Plan | None, list[str]]:
+def resolve(
+    config: DistillationConfig, *, logits_required: bool, losses_required: bool = True
+) -> tuple[Plan, list[str]]:
     """Looks up every name of a config.
 
     Args:
         config: the config.
         logits_required: whether the distiller cannot do without logits.
+        losses_required: see `Plan`.
 
     Returns:
-        The plan, or None, and what is wrong.
+        The plan, without what names no known loss, so that the rest can still be checked; and
+        what is wrong.
     """
     problems: list[str] = []
     kd_loss = _look_up(presets.KD_LOSS_MAP, config.kd_loss_type, "kd_loss_type", problems)
     temperature = None
     if config.temperature_scheduler != "none":
         temperature = presets.TEMPERATURE_SCHEDULER[config.temperature_scheduler]
-    matches = tuple(
+    matches = [
         _resolve_match(i, match, problems) for i, match in enumerate(config.intermediate_matches)
-    )
-    if problems:
-        return None, problems
+    ]
     kd = KD(
         kd_loss,
         config.kd_loss_type,
@@ -139,16 +152,19 @@ def resolve(config: DistillationConfig, *, logits_required: bool) -> tuple[Plan 
         logits_required,
     )
     return Plan(
-        kd,
-        matches,
+        None if kd_loss is None else kd,
+        tuple(match for match in matches if match is not None),
         _weight(config.kd_loss_weight, config.kd_loss_weight_scheduler),
         _weight(config.hard_label_weight, config.hard_label_weight_scheduler),
+        losses_required,
     ), problems
 
 
-def _resolve_match(i: int, match: IntermediateMatch, problems: list[str]) -> Match:
+def _resolve_match(i: int, match: IntermediateMatch, problems: list[str]) -> Match | None:
     where = f"intermediate_matches[{i}].loss"
     loss = _look_up(presets.MATCH_LOSS_MAP, match.loss, where, problems)
+    if loss is None:
+        return None
     layers = f"{_layers(match.layer_S)}_{_layers(match.layer_T)}"
     return Match(
         match.feature,
@@ -178,7 +194,7 @@ def _weight(value: float, scheduler: str | None) -> Weight:
 
 
 def _layers(layers: Layers) -> str:
-    return "-".join(map(str, layers)) if isinstance(layers, Sequence) else str(layers)
+    return str(layers) if isinstance(layers, int | str) else "-".join(map(str, layers))
 
 
 @dataclass(frozen=True)

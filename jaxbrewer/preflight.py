@@ -1,152 +1,24 @@
 """Everything that can be known to go wrong, found by tracing shapes before anything compiles.
 
-`inspect` runs both sides by shape on the first batch; `check_plan` goes through a plan with the
-results' shapes in hand. Neither raises for what it finds: problems and warnings are gathered, so
+`inspect` runs a side by shape on the first batch; `check_plan` goes through a plan with both
+sides' results in hand. Neither raises for what it finds: problems and warnings are gathered, so
 that one report names them all.
 """
 
-import inspect as _inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 
 from . import objective
-from .adaptors import Results, Side
-from .batches import Batch, as_call, check_ids, plain, signature_of
-from .errors import BatchError, suggest
+from .adaptors import Results
+from .batches import Batch
+from .inspection import Findings, inspect
 from .models import Model
 from .plan import KD, Match, Plan
 
-
-@dataclass
-class Findings:
-    """What preflight found.
-
-    Attributes:
-        problems: what stops the run, each with its fix.
-        warnings: what trains, but is rarely meant.
-    """
-
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-def inspect(
-    side: Side, batch: Batch, train: bool, found: Findings, keywords: Sequence[str] = ()
-) -> Results | None:
-    """Traces a side by shape.
-
-    Args:
-        side: the model and its adaptor.
-        batch: the batch it would get.
-        train: the mode it would run in.
-        found: gets what is wrong.
-        keywords: the keywords of ``train`` itself, to suggest for one the model does not know.
-
-    Returns:
-        The adaptor's results as `jax.ShapeDtypeStruct`, or None if it could not be run.
-    """
-    name = f"model_{side.role}"
-    args, kwargs = as_call(plain(batch), side.args)
-    signature = side.model.signature()
-    if not _fits(signature, args, kwargs, name, found, (side.args, keywords)):
-        return None
-    try:
-        check_ids(batch, signature, side.model.id_limits, name)
-    except BatchError as error:
-        found.problems.append(str(error))
-        return None
-
-    def run(params: Any, state: Any, inputs: Any) -> Results:
-        outputs, _ = side.model.apply(
-            params, state, jax.random.key(0), *as_call(plain(inputs), side.args), train
-        )
-        return _Adapted(side, inputs, outputs).results
-
-    try:
-        return jax.eval_shape(run, side.model.params, side.model.state, batch)
-    except _AdaptorError as error:
-        found.problems.append(str(error))
-    except Exception as error:  # noqa: BLE001  the user's model may raise anything
-        found.problems.append(
-            f"{name} failed on the batch ({signature_of(batch)}): {type(error).__name__}: {error}"
-        )
-    return None
-
-
-class _AdaptorError(Exception):
-    """An adaptor failed, not its model."""
-
-
-class _Adapted:
-    """Runs an adaptor and tells its failures from the model's."""
-
-    def __init__(self, side: Side, batch: Batch, outputs: Any):
-        try:
-            self.results = side.adapt(batch, outputs)
-        except ValueError as error:
-            raise _AdaptorError(str(error)) from error
-        except Exception as error:
-            inputs = (
-                f"keys {', '.join(map(str, batch))}"
-                if isinstance(batch, dict)
-                else f"{len(batch)} items"
-            )
-            raise _AdaptorError(
-                f"adaptor_{side.role} failed: {type(error).__name__}: {error}. It got a batch with "
-                f"{inputs}, and the model's outputs, {_outline(outputs)}"
-            ) from error
-
-
-def _outline(outputs: Any) -> str:
-    if hasattr(outputs, "shape"):
-        return f"one array {list(outputs.shape)}"
-    if isinstance(outputs, Mapping):
-        return f"a {type(outputs).__name__} with keys {', '.join(map(str, outputs))}"
-    if isinstance(outputs, tuple | list):
-        return f"a {type(outputs).__name__} of {len(outputs)}"
-    fields = (
-        [name for name in vars(outputs) if not name.startswith("_")]
-        if hasattr(outputs, "__dict__")
-        else []
-    )
-    return f"a {type(outputs).__name__}" + (f" with {', '.join(fields)}" if fields else "")
-
-
-def _fits(
-    signature: _inspect.Signature, args: tuple, kwargs: dict, name: str, found: Findings, extra: Any
-) -> bool:
-    """Checks a batch against a model's call signature."""
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    ours, keywords = extra
-    good = True
-    for keyword in kwargs if not takes_any else ():
-        if keyword in signature.parameters:
-            continue
-        good = False
-        if keyword in ours:
-            choices = [*keywords, *signature.parameters]
-            where = f"train(…, {keyword}=…) is passed on to {name}, which does not take it"
-        else:
-            choices = list(signature.parameters)
-            where = f"the batch has {keyword!r}, which {name} does not take"
-        found.problems.append(
-            f"{where}: {suggest(keyword, choices)}"
-            + ("" if keyword in ours else "; or drop it with train(…, batch_postprocessor=…)")
-        )
-    if good:
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
-            found.problems.append(
-                f"the batch does not fit {name}{signature}: {error}. A dict is passed by name, a "
-                "tuple by position"
-            )
-            return False
-    return good
+__all__ = ["Findings", "check_plan", "inspect"]
 
 
 def check_plan(
@@ -170,10 +42,12 @@ def check_plan(
     _check_kd(plan, results_S, results_T, batch, found)
     good = [m for m in plan.matches if _check_match(m, results_S, results_T, projections, found)]
     if not plan.hard_label_weight.is_zero and "losses" not in results_S:
-        found.problems.append(
-            f"hard_label_weight is {plan.hard_label_weight.initial}, but adaptor_S returns no "
-            "'losses'. Return the student's loss under 'losses' (does the batch hold the labels?), "
-            "or set hard_label_weight=0"
+        scheduled = ", then scheduled" if plan.hard_label_weight.scheduler else ""
+        report = found.problems if plan.losses_required else found.warnings
+        report.append(
+            f"hard_label_weight is {plan.hard_label_weight.initial}{scheduled}, but adaptor_S "
+            "returns no 'losses'. Return the student's loss under 'losses' (does the batch hold "
+            "the labels?), or set hard_label_weight=0 without a scheduler"
         )
     if not found.problems:
         _check_something_to_train(plan, results_S, results_T, found)
@@ -331,38 +205,44 @@ def _has_negatives(batch: Batch) -> bool:
 
 
 def _check_under_mask(kd: KD, found: Findings) -> None:
-    """Functions that take no mask must not need one."""
-    tries: list[tuple[str, Callable, Callable, str]] = [
+    """Functions that take a mask must heed it; those that take none must not need one."""
+    tries: list[tuple[str, Callable | None, Callable, str]] = [
         (
             f"the KD loss {kd.loss_name!r}",
             kd.loss,
             objective.is_position_mean,
             "the mean of its positions' losses",
-        )
+        ),
+        (
+            "the temperature scheduler",
+            kd.temperature_scheduler,
+            objective.is_positionwise,
+            "decided by each position alone",
+        ),
     ]
-    if kd.temperature_scheduler is not None:
-        tries.append(
-            (
-                "the temperature scheduler",
-                kd.temperature_scheduler,
-                objective.is_positionwise,
-                "decided by each position alone",
-            )
-        )
     for what, function, holds, wanted in tries:
-        if objective.takes_mask(function):
-            continue
+        if function is None or _is_ours(function):
+            continue  # our own heed their mask
+        takes_mask = objective.takes_mask(function)
         try:
-            fine = holds(function)
+            fine = objective.heeds_mask(function) if takes_mask else holds(function)
         except Exception as error:  # noqa: BLE001  the user's function may raise anything
             found.problems.append(f"{what} failed when tried: {type(error).__name__}: {error}")
             continue
-        if not fine:
-            found.problems.append(
-                f"{what} is used with logits_mask, but it is not {wanted}, so unselected positions "
-                "would change it. Give it a keyword mask=None ([positions], nonzero = selected) "
-                "and let it look at selected positions only"
-            )
+        if fine:
+            continue
+        found.problems.append(
+            f"{what} is used with logits_mask and takes mask=, but unselected positions change "
+            "what it gives. Let it look at positions where mask is not 0 only"
+            if takes_mask
+            else f"{what} is used with logits_mask, but it is not {wanted}, so unselected positions "
+            "would change it. Give it a keyword mask=None ([positions], nonzero = selected) "
+            "and let it look at selected positions only"
+        )
+
+
+def _is_ours(function: Callable) -> bool:
+    return str(getattr(function, "__module__", "")).startswith(f"{__package__}.")
 
 
 def _check_match(
@@ -380,8 +260,10 @@ def _check_match(
             )
             continue
         there = results[match.feature]
+        if isinstance(there, dict):  # submodules, which were found before
+            continue
         usable = [i for i, x in enumerate(there) if x is not None]
-        for layer in (layers,) if isinstance(layers, int) else layers:
+        for layer in _as_tuple(layers):
             if not -len(there) <= layer < len(there) or there[layer] is None:
                 found.problems.append(
                     f"match {match}: layer_{role}={layer} is not there. adaptor_{role} returns "
@@ -418,7 +300,7 @@ def _ranges(indices: Sequence[int]) -> str:
 
 def _check_projection(match: Match, results_S: Results, found: Findings) -> None:
     name, dim_S, dim_T = match.proj or ("", 0, 0)
-    layers = (match.layer_S,) if isinstance(match.layer_S, int) else match.layer_S
+    layers = _as_tuple(match.layer_S)
     for layer in layers:
         shape = results_S[match.feature][layer].shape
         if shape[-1] != dim_S:
@@ -444,7 +326,20 @@ def _trace_match(
     def run(results_S: Results, results_T: Results) -> Any:
         return objective.match_term(match, results_S, results_T, project)
 
+    before = len(found.problems)
     _trace(run, results_S, results_T, f"match {match}", found)
+    if match.proj is None or len(found.problems) == before:
+        return
+    name, dim_S, dim_T = match.proj
+    for layer in _as_tuple(match.layer_T):
+        shape = results_T[match.feature][layer].shape
+        if shape[-1:] != (dim_T,):
+            found.problems[before:] = [
+                f"match {match}: proj=[{name!r}, {dim_S}, {dim_T}] gives {dim_T} features, but the "
+                f"teacher's {match.feature}[{layer}] is {list(shape)}: use 'proj': [{name!r}, "
+                f"{dim_S}, {shape[-1]}] (the teacher's width last)"
+            ]
+            return
 
 
 def _trace(
@@ -465,6 +360,7 @@ def _warn_of_layers(
     matches: Sequence[Match], results_S: Results, results_T: Results, found: Findings
 ) -> None:
     """Equal widths hide a slip in counting layers; these are its usual traces."""
+    matches = [match for match in matches if match.feature != "captured"]
     for match in matches:
         pairs = zip(
             *(x if isinstance(x, tuple) else (x,) for x in (match.layer_S, match.layer_T)),

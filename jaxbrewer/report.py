@@ -10,15 +10,14 @@ from .plan import Plan
 from .step import Program
 
 if TYPE_CHECKING:
-    from .distillers import Trainable
+    from .trainable import Trainable
 
 
 def describe(
     distiller: "Trainable", program: Program, batch: Batch, *, with_optimizer: bool
 ) -> str:
     """Describes a program in plain text; compiles the step to know its cost."""
-    lines = [f"{type(distiller).__name__}: nothing wrong was found", ""]
-    lines += [f"batch       {signature_of(batch)}"]
+    lines = [f"batch       {signature_of(batch)}"]
     student = _count(program.student.model.params)
     for side in program.teacher.sides:
         count = _count(side.model.params)
@@ -28,36 +27,44 @@ def describe(
     for name, projection in program.projections.items():
         lines.append(f"proj {name:7}{_count(projection.params):>13,} parameters")
     lines += ["", "loss ="]
-    plan: Plan | None = getattr(distiller, "_plan", None)
-    lines += _terms(plan, program.names)
+    lines += _objective(distiller, program)
     lines += ["", *_cost(program, batch, with_optimizer)]
     return "\n".join(lines)
 
 
-def _terms(plan: Plan | None, names: tuple[str, ...]) -> list[str]:
-    if plan is None:
-        return ["  + the sum of the losses the adaptor returns"]
-    weights = {
-        "unweighted_kd_loss": (
-            plan.kd_weight,
-            f"KD by {plan.kd.loss_name!r}, temperature {plan.kd.temperature}" if plan.kd else "",
-        ),
-        "unweighted_hard_label_loss": (plan.hard_label_weight, "the student's own losses"),
-    }
+def plan_terms(plan: Plan) -> list[str]:
+    """The terms of a plan in words; those that are only logged say so."""
     lines = []
-    for name, (weight, what) in weights.items():
-        if name in names:
-            scheduled = ", then by its scheduler" if weight.scheduler else ""
-            note = "  (logged only)" if weight.is_zero else ""
-            lines.append(f"  + {weight.initial:g}{scheduled} × {what}{note}")
+    for weight, what in (
+        (plan.kd_weight, _kd(plan)),
+        (plan.hard_label_weight, "the student's own losses"),
+    ):
+        scheduled = ", then by its scheduler" if weight.scheduler else ""
+        note = "  (logged only)" if weight.is_zero else ""
+        lines.append(f"{weight.initial:g}{scheduled} × {what}{note}")
     for match in plan.matches:
         proj = (
             f", projected {match.proj[1]} → {match.proj[2]} ({match.proj[0]})" if match.proj else ""
         )
         note = "  (logged only)" if not match.weight else ""
-        lines.append(f"  + {match.weight:g} × {match}{proj}{note}")
-    other = [n for n in names if n not in weights and n not in {m.tag for m in plan.matches}]
-    return lines + [f"  + {name}" for name in other]
+        lines.append(f"{match.weight:g} × {match}{proj}{note}")
+    return lines
+
+
+def _kd(plan: Plan) -> str:
+    return f"KD by {plan.kd.loss_name!r}, temperature {plan.kd.temperature}" if plan.kd else "KD"
+
+
+def _objective(distiller: "Trainable", program: Program) -> list[str]:
+    """The objective's lines; a plan's KD and hard-label terms only where they are computed."""
+    terms = distiller._terms()
+    if terms is None:
+        return [f"  + {name}" for name in program.names]
+    if len(terms) > 1:
+        computed = ("unweighted_kd_loss", "unweighted_hard_label_loss")
+        absent = [i for i, name in enumerate(computed) if name not in program.names]
+        terms = [term for i, term in enumerate(terms) if i not in absent]
+    return [f"  + {term}" for term in terms]
 
 
 def _cost(program: Program, batch: Batch, with_optimizer: bool) -> list[str]:

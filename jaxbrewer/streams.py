@@ -6,7 +6,7 @@ an incomplete accumulation window is dropped. Distillers differ by stream, not b
 
 import itertools
 import random
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,11 +36,12 @@ class Position:
 
 
 class Micro(NamedTuple):
-    """A batch: the `batch`-th (from 0) of `epoch` (from 0)."""
+    """A batch: the `batch`-th (from 0) of `epoch` (from 0), of a task where there are several."""
 
     epoch: int
     batch: int
     inputs: Any
+    task: str = ""
 
 
 class EpochEnd(NamedTuple):
@@ -116,6 +117,31 @@ def _can_jump(loader: Iterable) -> bool:
     return any(hasattr(x, "set_epoch") for x in (loader, getattr(loader, "sampler", None)))
 
 
+def task_order(sizes: Mapping[str, int | None], tau: float, seed: int) -> Iterator[str]:
+    """The task of each micro-batch, drawn with p ∝ size^tau, or evenly where a size is unknown.
+
+    Args:
+        sizes: task → batches in its loader, or None.
+        tau: 1 draws in proportion to the sizes, 0 evenly.
+        seed: of the draws.
+    """
+    names = list(sizes)
+    shares = [1.0 if size is None else float(size) ** tau for size in sizes.values()]
+    if any(size is None for size in sizes.values()):
+        shares = [1.0] * len(names)
+    rng = np.random.default_rng(seed)
+    while True:
+        yield names[rng.choice(len(names), p=np.divide(shares, sum(shares)))]
+
+
+def by_tasks(streams: Mapping[str, Iterator[Event]], order: Iterator[str]) -> Iterator[Event]:
+    """Takes each batch from the stream of the task whose turn it is."""
+    for batch, task in enumerate(order):
+        event = next(streams[task])
+        if isinstance(event, Micro):
+            yield Micro(0, batch, event.inputs, task)
+
+
 def prepared(events: Iterator[Event], postprocess: Callable[[Any], Any] | None) -> Iterator[Event]:
     """Applies the user's postprocessor and copies every batch; see `batches.own`."""
     for event in events:
@@ -123,6 +149,16 @@ def prepared(events: Iterator[Event], postprocess: Callable[[Any], Any] | None) 
             inputs = event.inputs if postprocess is None else postprocess(event.inputs)
             event = event._replace(inputs=own(inputs))
         yield event
+
+
+def peek(events: Iterator[Event]) -> tuple[Any, Iterator[Event]]:
+    """The first batch (None if there is none), and a stream that still begins with it."""
+    passed: list[Event] = []
+    for event in events:
+        passed.append(event)
+        if isinstance(event, Micro):
+            return event.inputs, itertools.chain(passed, events)
+    return None, iter(passed)
 
 
 def host_random() -> Any:

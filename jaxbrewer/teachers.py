@@ -7,6 +7,7 @@ import jax
 
 from .adaptors import Results, Side
 from .batches import Batch, plain
+from .errors import AdaptorError
 
 
 class Teacher(Protocol):
@@ -68,6 +69,11 @@ class MeanTeacher:
 
     def __call__(self, variables: Any, batch: Batch, cache: Any) -> Results:
         """Runs every teacher (or adapts the outputs the batch brought) and averages the logits."""
+        if cache is not None and len(cache) != len(self.sides):
+            raise AdaptorError(
+                f"teacher_cache holds {len(cache)} outputs for {len(self.sides)} teachers; give a "
+                "list with one for each"
+            )
         if cache is not None:
             each = [s.adapt(batch, plain(c)) for s, c in zip(self.sides, cache, strict=True)]
         else:
@@ -75,6 +81,12 @@ class MeanTeacher:
             each = [_evaluate(side, mine, batch) for side, mine in pairs]
         if not all("logits" in results for results in each):
             return {}
+        shapes = [[logits.shape for logits in results["logits"]] for results in each]
+        if any(other != shapes[0] for other in shapes):
+            raise AdaptorError(
+                "the teachers' logits cannot be averaged, they have the shapes "
+                f"{', '.join(map(str, shapes))}; all need the same classes, and as many logits each"
+            )
         lists = zip(*(results["logits"] for results in each), strict=True)
         mean: Results = {"logits": tuple(sum(logits) / len(logits) for logits in lists)}
         if "logits_mask" in each[0]:

@@ -1,65 +1,63 @@
 """From a distiller and the arguments of ``train`` to a running loop: each thing is built once."""
 
 import inspect
-import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from . import caching
 from . import optimizer as optimizers
 from .adaptors import Results, Side
+from .arguments import Request, make_factor, make_schedule, refuse_unbuilt
 from .batches import Batch, check_ids, sides
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, load_student
 from .configurations import TrainingConfig
 from .devices import resolve_device
 from .errors import CheckpointError, PreflightError, PreflightWarning
-from .loop import CallbackResult, Loop
+from .inspection import Findings
+from .inspection import inspect as inspect_side
+from .loop import CallbackResult, Loop, Task
 from .metrics import MetricsWriter
 from .objective import Loss, Weights
 from .optimizer import Optimizer
 from .plan import Schedule, Weight
-from .preflight import Findings
-from .preflight import inspect as inspect_side
-from .schedulers import looks_absolute, tabulate
+from .report import describe
+from .schedulers import tabulate
 from .step import Program, TrainState
-from .streams import Event, Micro, Position, by_epochs, by_steps, prepared
+from .streams import (
+    Event,
+    Micro,
+    Position,
+    by_epochs,
+    by_steps,
+    by_tasks,
+    peek,
+    prepared,
+    restore_host_random,
+    task_order,
+)
 from .teachers import Teacher
 
 if TYPE_CHECKING:
-    from .distillers import Trainable
+    from .trainable import Trainable
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Request:
-    """The arguments of one call of ``train``."""
-
-    optimizer: Optimizer
-    dataloader: Iterable
-    num_epochs: int | None
-    scheduler_class: Callable[..., Any] | None
-    scheduler_args: Mapping[str, Any] | None
-    scheduler: None
-    max_grad_norm: float
-    num_steps: int | None
-    callback: Callable[..., Any] | None
-    batch_postprocessor: Callable[[Any], Any] | None
-    args: Mapping[str, Any]
-
-
 def train(distiller: "Trainable", request: Request) -> None:
-    """Runs one training. See `distillers.Trainable.train`."""
+    """Runs one training. See `trainable.Trainable.train`."""
     config = distiller.t_config
-    _refuse_unbuilt(config)
-    schedule = _schedule(config, request)
-    factor = _factor_schedule(request, schedule.total_steps)
+    refuse_unbuilt(config)
+    schedule = make_schedule(config, request)
+    factor = make_factor(request, schedule.total_steps)
     device = resolve_device(config.device)
     if not distiller._in_context:
         warnings.warn(
@@ -69,74 +67,142 @@ def train(distiller: "Trainable", request: Request) -> None:
             stacklevel=3,
         )
 
-    # Looking at the first batch must come before anything is touched on disk, and not lose it. A
-    # resumed run skips to its position, which only its checkpoint knows.
+    # Looking at the first batches comes before anything is touched on disk, and loses none of them.
+    # A resumed run skips to its position, which only its checkpoint knows.
     latest = _latest_position(config) if config.resume else None
     start = latest or Position()
-    if start.global_step >= schedule.total_steps and latest:
+    if latest is not None and start.global_step >= schedule.total_steps:
         logger.info("gs%d is the end of this run; nothing is left to train", start.global_step)
-    events = prepared(_stream(request, schedule, start), request.batch_postprocessor)
-    first, events = _peek(events)
-    if first is None:
-        _load_finished(distiller, config)
+        load_student(config.output_dir, distiller.model_S)
         return
-    program = prepare(
-        distiller,
-        first.inputs,
-        request.optimizer,
-        request.args,
-        max_grad_norm=request.max_grad_norm,
+    first, events = _open(distiller, request, schedule, start)
+    programs = prepare(
+        distiller, first, request.optimizer, request.args, max_grad_norm=request.max_grad_norm
     )
+    cache = distiller._cache()
+    if cache is not None:
+        programs, events = _cached(programs, cache, request, schedule, start, device)
 
     checkpoints = Checkpoints(
         config.output_dir, resume=config.resume, max_to_keep=config.max_to_keep
     )
-    state = jax.device_put(program.init(config.seed), device)
+    any_program = next(iter(programs.values()))
+    state = jax.device_put(any_program.init(config.seed), device)
     if latest is not None:
         state = checkpoints.restore(latest.global_step, state)
         logger.info("Resuming from gs%d", latest.global_step)
     metrics = MetricsWriter(distiller.tb_writer)
+    lengths = [feed.length for feed in request.feeds.values()]
     loop = Loop(
-        step=program.compile(),
+        tasks={name: _task(program, device) for name, program in programs.items()},
         state=state,
-        teacher_variables=jax.device_put(program.teacher.variables, device),
         rows=_rows(distiller, factor, schedule.total_steps),
         schedule=schedule,
-        tags=("scalar/total_loss", *(f"scalar/{name}" for name in program.names)),
-        check_batch=_batch_check(program),
         checkpoints=checkpoints,
         metrics=metrics,
         position=start,
-        after_save=_after_save(distiller, program, request),
-        describe=distiller._describe() | {"batches_per_epoch": _length(request.dataloader)},
+        after_save=_after_save(distiller, any_program, request),
+        describe=distiller._describe() | {"batches_per_epoch": lengths[0]},
         print_freq=distiller.print_freq,
     )
     try:
         loop.run(events)
-        hand_over(distiller, program, loop.state)
+        hand_over(any_program, loop.state)
         distiller.best_checkpoint = checkpoints.best()
     finally:
         metrics.close()
         checkpoints.close()
 
 
+def _open(
+    distiller: "Trainable", request: Request, schedule: Schedule, start: Position
+) -> tuple[dict[str, Batch], Iterator[Event]]:
+    """Opens the streams; returns each task's first batch, and the stream of all from `start` on."""
+    if list(request.feeds) == [""]:
+        (feed,) = request.feeds.values()
+        if schedule.epochs is not None:
+            stream = by_epochs(feed.loader, schedule.epochs, start)
+        else:
+            stream = by_steps(feed.loader, start)
+        first, events = peek(prepared(stream, feed.postprocess))
+        if first is None:
+            raise ValueError("the loader gave no batch: it is empty")
+        return {"": first}, events
+    sizes = {task: feed.length for task, feed in request.feeds.items()}
+    order = task_order(sizes, request.tau, distiller.t_config.seed)
+    done = list(islice(order, start.micro_step))  # the draws tell how far each loader had come
+    firsts, streams = {}, {}
+    for task, feed in request.feeds.items():
+        stream = islice(by_steps(feed.loader, Position()), done.count(task), None)
+        firsts[task], streams[task] = peek(prepared(stream, feed.postprocess))
+    restore_host_random(start)
+    return firsts, by_tasks(streams, order)
+
+
+def _cached(
+    programs: Mapping[str, Program],
+    cache: Mapping[str, Any],
+    request: Request,
+    schedule: Schedule,
+    start: Position,
+    device: jax.Device,
+) -> tuple[dict[str, Program], Iterator[Event]]:
+    """Runs the teacher once; returns the program that is served its results, and their stream."""
+    if schedule.epochs is None:
+        raise ValueError(
+            "is_caching_logits goes with num_epochs, not with num_steps: the cache is one pass over "
+            "the loader"
+        )
+    (program,), (feed,) = programs.values(), request.feeds.values()
+    stream = prepared(by_epochs(feed.loader, 1, Position()), feed.postprocess)
+    check = _batch_check(program)
+    batches = [event.inputs for event in stream if isinstance(event, Micro)]
+    for batch in batches:
+        check(batch)
+    variables = jax.device_put(program.teacher.variables, device)
+    loader = caching.build(program.teacher, variables, batches, **cache)
+    served = replace(program, teacher=caching.ServedTeacher())
+    return {"": served}, by_epochs(loader, schedule.epochs, start)
+
+
+def _task(program: Program, device: jax.Device) -> Task:
+    return Task(
+        step=program.compile(),
+        teacher_variables=jax.device_put(program.teacher.variables, device),
+        tags=("scalar/total_loss", *(f"scalar/{name}" for name in program.names)),
+        check_batch=_batch_check(program),
+    )
+
+
 def prepare(
     distiller: "Trainable",
-    batch: Batch,
+    batches: Mapping[str, Batch],
     optimizer: Optimizer,
     args: Mapping[str, Any],
     *,
     max_grad_norm: float = -1.0,
-) -> Program:
-    """Runs the preflight and builds the program.
+) -> dict[str, Program]:
+    """Runs the preflight and builds each task's program.
+
+    Args:
+        distiller: the distiller.
+        batches: task → its first batch.
+        optimizer: see `trainable.Trainable.train`.
+        args: further keyword arguments for the models.
+        max_grad_norm: see `optimizer.build`.
 
     Raises:
-        PreflightError: all that is wrong.
+        PreflightError: all that is wrong, in all tasks.
     """
     found = Findings()
     found.problems.extend(distiller._resolve())
-    student, teacher = distiller._student(args), distiller._teacher(args)
-    projections = distiller._projections()
+    traced = {}
+    for task, batch in batches.items():
+        mine = Findings()
+        traced[task] = _trace(distiller, task, batch, args, mine)
+        prefix = f"task {task!r}: " if task else ""
+        found.problems.extend(prefix + problem for problem in mine.problems)
+        found.warnings.extend(prefix + warning for warning in mine.warnings)
     try:
         transformation = optimizers.build(
             optimizer,
@@ -146,12 +212,9 @@ def prepare(
         )
     except TypeError as error:
         found.problems.append(str(error))
-    results_S, results_T = trace_sides(student, teacher, batch, distiller._in_context, found)
-    if results_S is not None and results_T is not None:
-        distiller._check(results_S, results_T, sides(batch)[1], found)
     for message in dict.fromkeys(found.warnings):
         warnings.warn(message, PreflightWarning, stacklevel=5)
-    if found.problems or results_S is None or results_T is None:
+    if found.problems:
         raise PreflightError(list(dict.fromkeys(found.problems)))
 
     def compute_loss(
@@ -160,32 +223,60 @@ def prepare(
         loss = distiller.compute_loss(results_S, results_T, project, weights)
         return loss if isinstance(loss, Loss) else Loss(*loss, surplus=0)
 
-    program = Program(
-        student, teacher, projections, compute_loss, transformation, (), distiller._in_context
-    )
-    return _with_names(program, results_S, results_T)
+    projections = distiller._projections()
+    return {
+        task: _with_names(
+            Program(
+                one.student,
+                one.teacher,
+                projections,
+                compute_loss,
+                transformation,
+                (),
+                distiller._in_context,
+            ),
+            one.results_S,
+            one.results_T,
+        )
+        for task, one in traced.items()
+    }
 
 
-def trace_sides(
-    student: Side, teacher: Teacher, batch: Batch, train: bool, found: Findings
-) -> tuple[Results | None, Results | None]:
-    """Traces every model of a step by shape; the results are None where something is wrong."""
-    from .distillers import TRAIN_KEYWORDS
+@dataclass
+class _Traced:
+    """What tracing a task by shape gave."""
 
+    student: Side
+    teacher: Teacher
+    results_S: Any
+    results_T: Any
+
+
+def _trace(
+    distiller: "Trainable", task: str, batch: Batch, args: Mapping[str, Any], found: Findings
+) -> _Traced:
+    """Traces every model of a task by shape, then checks the objective on what they gave."""
+    keywords = tuple(inspect.signature(type(distiller).train).parameters)[1:-1]
+    train = distiller._in_context
+    student, teacher = distiller._sides(task, args)
     teacher_batch, student_batch, cache = sides(batch)
-    results_S = inspect_side(student, student_batch, train, found, TRAIN_KEYWORDS)
+    results_S = inspect_side(student, student_batch, train, found, keywords)
+    results_T: Any = None
     before = len(found.problems)
     if cache is None:
         for side in teacher.sides:
-            inspect_side(side, teacher_batch, False, found, TRAIN_KEYWORDS)
-    if len(found.problems) > before:
-        return results_S, None
-    try:
-        results_T = jax.eval_shape(teacher.__call__, teacher.variables, teacher_batch, cache)
-    except ValueError as error:
-        found.problems.append(str(error))
-        return results_S, None
-    return results_S, results_T
+            inspect_side(side, teacher_batch, False, found, keywords)
+    if len(found.problems) == before and results_S is not None:
+        student, teacher = distiller._resolve_modules(student, teacher, batch, found)
+        if student.capture:
+            results_S = inspect_side(student, student_batch, train, found, keywords)
+        try:
+            results_T = jax.eval_shape(teacher.__call__, teacher.variables, teacher_batch, cache)
+        except ValueError as error:
+            found.problems.append(str(error))
+    if results_S is not None and results_T is not None:
+        distiller._check(results_S, results_T, student_batch, found)
+    return _Traced(student, teacher, results_S, results_T)
 
 
 def _with_names(program: Program, results_S: Results, results_T: Results) -> Program:
@@ -210,18 +301,10 @@ def _with_names(program: Program, results_S: Results, results_T: Results) -> Pro
         raise PreflightError(
             [f"compute_loss gives a total of {total.dtype}{list(total.shape)}; it must be a scalar"]
         )
-    return Program(
-        program.student,
-        program.teacher,
-        program.projections,
-        program.compute_loss,
-        program.optimizer,
-        tuple(names),
-        program.train,
-    )
+    return replace(program, names=tuple(names))
 
 
-def hand_over(distiller: "Trainable", program: Program, state: TrainState) -> None:
+def hand_over(program: Program, state: TrainState) -> None:
     """Puts copies of the trained arrays into the objects the user holds."""
     params, model_state = jax.tree.map(
         lambda x: jnp.array(x, copy=True), (state.params, state.model_state)
@@ -237,7 +320,7 @@ def _after_save(
     def after_save(loop: Loop, step: int) -> bool:
         if request.callback is None:
             return False
-        hand_over(distiller, program, loop.state)
+        hand_over(program, loop.state)
         logger.info("Running the callback at step %d", step)
         result = request.callback(model=distiller.model_S, step=step)
         if not isinstance(result, CallbackResult):
@@ -250,105 +333,6 @@ def _after_save(
     return after_save
 
 
-def _refuse_unbuilt(config: TrainingConfig) -> None:
-    """Options that are accepted in a config but not built yet are refused, never ignored."""
-    asked = {
-        f"fp16=True with fp16_opt_level={config.fp16_opt_level!r}": config.fp16
-        and config.fp16_opt_level != "O0",
-        "data_parallel=True": config.data_parallel,
-        f"local_rank={config.local_rank}": config.local_rank >= 0,
-    }
-    unbuilt = [name for name, is_asked in asked.items() if is_asked]
-    if unbuilt:
-        raise ValueError(
-            f"{', '.join(unbuilt)}: training in half precision or on several devices is not built "
-            "yet. Set fp16=False, data_parallel=False and local_rank=-1 to train in float32 on one "
-            "device"
-        )
-
-
-def _schedule(config: TrainingConfig, request: Request) -> Schedule:
-    epochs, steps = request.num_epochs, request.num_steps
-    if epochs is None and steps is None:
-        raise ValueError("say how long to train: train(…, num_epochs=…) or train(…, num_steps=…)")
-    for name, value in (("num_epochs", epochs), ("num_steps", steps)):
-        if value is not None and (isinstance(value, bool) or int(value) != value or value < 1):
-            raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
-    if not hasattr(request.dataloader, "__iter__"):
-        raise TypeError(
-            f"dataloader is a {type(request.dataloader).__name__}, which cannot be iterated; give "
-            "a list of batches, a DataLoader, or any iterable of batches"
-        )
-    length = _length(request.dataloader)
-    if length == 0:
-        raise ValueError("the loader is empty: len(dataloader) is 0")
-    if steps is not None:
-        return Schedule.by_steps(config, int(steps))
-    if length is None:
-        raise ValueError(
-            "num_epochs needs a loader with a length, from which schedules and checkpoints are laid "
-            "out; this one has none. Pass num_steps instead"
-        )
-    if length < config.gradient_accumulation_steps:
-        raise ValueError(
-            f"an epoch of {length} batches is shorter than one accumulation window of "
-            f"{config.gradient_accumulation_steps}, so nothing would be trained. Lower "
-            "gradient_accumulation_steps, or train by num_steps, where windows run across epochs"
-        )
-    return Schedule.by_epochs(config, int(epochs), length)  # type: ignore[arg-type]
-
-
-def _length(loader: Any) -> int | None:
-    if not isinstance(loader, Sized):
-        return None
-    try:
-        return len(loader)
-    except TypeError:  # torch's DataLoader over a dataset without a length
-        return None
-
-
-def _factor_schedule(request: Request, total_steps: int) -> Callable | None:
-    """Builds the learning-rate factor as a function of the step, or None for a constant 1."""
-    if request.scheduler is not None:
-        raise TypeError(
-            "scheduler= takes a scheduler that was built for a torch optimizer, and there is none "
-            "here. Pass scheduler_class and scheduler_args, such as scheduler_class="
-            "jaxbrewer.schedulers.get_linear_schedule_with_warmup"
-        )
-    make = request.scheduler_class
-    if make is None:
-        if request.scheduler_args:
-            raise TypeError("scheduler_args without a scheduler_class: pass the class too")
-        return None
-    name = getattr(make, "__name__", type(make).__name__)
-    if not callable(make):
-        raise TypeError(
-            f"scheduler_class is a {type(make).__name__}; pass the class or function itself"
-        )
-    if "optimizer" in inspect.signature(make).parameters:
-        raise TypeError(
-            f"scheduler_class {name} wants a torch optimizer. Use the one of the same name in "
-            "jaxbrewer.schedulers, or a function of your own that returns step -> factor"
-        )
-    try:
-        schedule = make(**(request.scheduler_args or {}))
-    except TypeError as error:
-        raise TypeError(
-            f"scheduler_class {name} cannot be called with {dict(request.scheduler_args or {})}: "
-            f"{error}. It is called with scheduler_args and returns a function of the step (is it "
-            "a schedule already? then pass scheduler_class=lambda: schedule)"
-        ) from error
-    if not callable(schedule):
-        raise TypeError(f"scheduler_class {name} returned {schedule!r}, not a function of the step")
-    if looks_absolute(schedule, total_steps):
-        raise ValueError(
-            f"the schedule of {name} stays at or below 0.1, which looks like a learning rate. Here "
-            "it is a factor by which the optimizer's own rate is multiplied, 1 at its peak. Build "
-            "rates into the optimizer instead: optax.adamw(learning_rate=schedule)"
-        )
-    return schedule
-
-
 def _rows(distiller: "Trainable", factor: Callable | None, total: int) -> np.ndarray:
     """What the schedule gives each optimizer step: ``[total, 3]``."""
     rows = np.ones((max(total, 1), 3), np.float64)
@@ -358,24 +342,6 @@ def _rows(distiller: "Trainable", factor: Callable | None, total: int) -> np.nda
     if factor is not None:
         rows[:, 2] = tabulate(factor, np.arange(total))
     return rows.astype(jnp.result_type(float))
-
-
-def _stream(request: Request, schedule: Schedule, start: Position) -> Iterator[Event]:
-    if schedule.epochs is not None:
-        return by_epochs(request.dataloader, schedule.epochs, start)
-    if start.global_step >= schedule.total_steps:
-        return iter(())
-    return by_steps(request.dataloader, start)
-
-
-def _peek(events: Iterator[Event]) -> tuple[Micro | None, Iterator[Event]]:
-    """The first batch, and a stream that still begins with it."""
-    passed = []
-    for event in events:
-        passed.append(event)
-        if isinstance(event, Micro):
-            return event, itertools.chain(passed, events)
-    return None, iter(())
 
 
 def _latest_position(config: TrainingConfig) -> Position | None:
@@ -398,15 +364,6 @@ def _latest_position(config: TrainingConfig) -> Position | None:
     return Position(**{name: saved[name] for name in names})
 
 
-def _load_finished(distiller: "Trainable", config: TrainingConfig) -> None:
-    """A run that is resumed after its end: the student gets the final weights."""
-    from .checkpoints import load_student, steps_in
-
-    if not steps_in(config.output_dir):
-        raise ValueError("the loader gave no batch: it is empty")
-    load_student(config.output_dir, distiller.model_S)
-
-
 def _batch_check(program: Program) -> Callable[[Batch], None]:
     """Checks ids on the host, for every model that says how many it knows."""
     student = program.student
@@ -424,13 +381,17 @@ def _batch_check(program: Program) -> Callable[[Batch], None]:
 
 
 def report(
-    distiller: "Trainable", batch: Batch, optimizer: Optimizer | None, args: Mapping[str, Any]
+    distiller: "Trainable",
+    batches: Mapping[str, Batch],
+    optimizer: Optimizer | None,
+    args: Mapping[str, Any],
 ) -> str:
     """Checks as `train` would, and describes what would be trained and at what cost."""
-    import optax
-
-    from .report import describe
-
-    _refuse_unbuilt(distiller.t_config)
-    program = prepare(distiller, batch, optimizer or optax.sgd(1.0), args)
-    return describe(distiller, program, batch, with_optimizer=optimizer is not None)
+    refuse_unbuilt(distiller.t_config)
+    programs = prepare(distiller, batches, optimizer or (lambda **options: optax.sgd(1.0)), args)
+    lines = [f"{type(distiller).__name__}: nothing wrong was found"]
+    for task, program in programs.items():
+        lines += ["", f"task {task!r}"] if task else [""]
+        with_optimizer = optimizer is not None
+        lines.append(describe(distiller, program, batches[task], with_optimizer=with_optimizer))
+    return "\n".join(lines)

@@ -95,10 +95,10 @@ def test_shuffling_loader_resumes_in_its_own_order(tmp_path):
             return iter([self.batches[i] for i in self.rng.permutation(7)])
 
     def noisy(batch):
-        return batch | {"input_ids": np.random.randint(0, tiny.VOCABULARY, (4, 5))}  # noqa: NPY002
+        return batch | {"input_ids": np.random.randint(0, tiny.VOCABULARY, (4, 5))}
 
     def run(folder, callback=None, **training):
-        np.random.seed(0)  # noqa: NPY002
+        np.random.seed(0)
         distiller = make(folder, **training)
         with distiller:
             distiller.train(
@@ -178,7 +178,9 @@ def test_load_student_by_checkpoint_and_by_folder(whole):
 
 def test_load_student_refuses_what_does_not_fit(tmp_path, whole):
     folder, *_ = whole
-    with pytest.raises(CheckpointError, match=r"embed\.embedding: saved as \[20, 4\], wanted \[20, 5\]"):
+    with pytest.raises(
+        CheckpointError, match=r"embed\.embedding: saved as \[20, 4\], wanted \[20, 5\]"
+    ):
         jaxbrewer.load_student(folder / "out", tiny.Encoder(2, 5))
     with pytest.raises(CheckpointError, match="is not there"):
         jaxbrewer.load_student(tmp_path / "nowhere", tiny.Encoder(2, 4))

@@ -26,7 +26,7 @@ class Encoder(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         self.head = nnx.Linear(width, classes, rngs=rngs)
 
-    def __call__(self, input_ids, attention_mask=None, labels=None):
+    def __call__(self, input_ids, attention_mask=None, labels=None, noise=0.0):
         x = self.embed(input_ids)
         hidden = [x]
         for layer in self.layers:
@@ -36,6 +36,7 @@ class Encoder(nnx.Module):
         loss = None
         if labels is not None:
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            loss += jnp.sum(noise)
         return {"logits": logits, "hidden": hidden, "loss": loss}
 
 

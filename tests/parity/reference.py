@@ -36,9 +36,7 @@ class Recorder:
         self.curves = {}
 
     def add_scalar(self, tag, value, step):
-        curve = self.curves.setdefault(tag, [])
-        assert step == len(curve)
-        curve.append(value)
+        self.curves.setdefault(tag, {})[step] = value
 
 
 def read_events(folder):
@@ -53,7 +51,7 @@ def read_events(folder):
             at += 12 + length + 4
             for value in event.summary.value:
                 points.setdefault(value.tag, {})[event.step] = value.simple_value
-    return {tag: [steps[i] for i in range(len(steps))] for tag, steps in points.items()}
+    return {tag: [steps[i] for i in sorted(steps)] for tag, steps in points.items()}
 
 
 @dataclass
@@ -101,53 +99,88 @@ def adaptor(keys):
     return lambda batch, outputs: {key: get(batch, outputs) for key, get in chosen.items()}
 
 
-def run_both(job, tmp_path, dtype):
-    """Returns (curves, saved steps) of TextBrewer and of jaxbrewer, from the same weights."""
-    teacher, torch_teacher = twins(1, dtype, **job.teacher)
-    student, torch_student = twins(2, dtype, **job.student)
-    loader = batches(3, **{"count": 10, "tokens": job.student.get("tokens", False), **job.loader})
-    adaptors = adaptor(job.keys_T), adaptor(job.keys_S)
-
-    ours = getattr(jaxbrewer, job.distiller)(
+def configs(job, tmp_path):
+    """The configs of both libraries: (TextBrewer's two, jaxbrewer's two)."""
+    distillation, training = job.distillation, job.training
+    theirs = (
+        textbrewer.TrainingConfig(**training, output_dir=str(tmp_path / "torch"), device="cpu"),
+        textbrewer.DistillationConfig(**copy.deepcopy(distillation)),
+    )
+    ours = (
         jaxbrewer.TrainingConfig(
-            **job.training,
-            output_dir=str(tmp_path / "jaxbrewer"),
+            **training,
+            output_dir=str(tmp_path / "jax"),
             log_dir=str(tmp_path / "log"),
             device="cpu",
         ),
-        jaxbrewer.DistillationConfig(**copy.deepcopy(job.distillation)),
-        teacher,
-        student,
-        *adaptors,
+        jaxbrewer.DistillationConfig(**copy.deepcopy(distillation)),
     )
-    theirs = getattr(textbrewer, job.distiller)(
-        textbrewer.TrainingConfig(
-            **job.training, output_dir=str(tmp_path / "textbrewer"), device="cpu"
-        ),
-        textbrewer.DistillationConfig(**copy.deepcopy(job.distillation)),
-        torch_teacher,
-        torch_student,
-        *adaptors,
-    )
-    theirs.tb_writer = Recorder()
-    for module, twin in zip(ours.projs, getattr(theirs, "projs", ()), strict=True):
-        if module is not None:
-            copy_projection(module, twin.to(next(torch_student.parameters()).dtype))
+    return theirs, ours
 
+
+def to_torch(value):
+    """Arrays inside dicts and lists become tensors."""
+    if isinstance(value, dict):
+        return {k: to_torch(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_torch(v) for v in value)
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def run(job, theirs, ours, loader, tmp_path, student):
+    """Trains with both; returns (curves, saved steps) of TextBrewer and of jaxbrewer.
+
+    Args:
+        job: the job.
+        theirs: TextBrewer's distiller, ours: jaxbrewer's; their students have equal weights.
+        loader: batches of numpy arrays, or a dict of such by task.
+        tmp_path: as for `configs`.
+        student: TextBrewer's student.
+    """
+    theirs.tb_writer = Recorder()
+    projections = getattr(theirs, "projs", None) or [None] * len(ours.projs)
+    for module, twin in zip(ours.projs, projections, strict=True):
+        if module is not None:
+            copy_projection(module, twin.to(next(student.parameters()).dtype))
     steps = []
     with theirs, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch has its own on schedulers
         theirs.train(
-            job.torch_optimizer(torch_student.parameters()),
-            [{k: torch.from_numpy(v) for k, v in batch.items()} for batch in loader],
+            job.torch_optimizer(student.parameters()),
+            to_torch(loader),
             callback=lambda model, step: steps.append(step),
             **job.train,
             **job.torch_only,
         )
     with ours:
         ours.train(job.optax_optimizer, loader, **job.train, **job.jax_only)
-    saved = sorted(int(p.name[2:]) for p in (tmp_path / "jaxbrewer").glob("gs*"))
-    return (theirs.tb_writer.curves, sorted(steps)), (read_events(tmp_path / "log"), saved)
+    saved = sorted(int(p.name[2:]) for p in (tmp_path / "jax").glob("gs*"))
+    curves = {t: [c[i] for i in sorted(c)] for t, c in theirs.tb_writer.curves.items()}
+    return (curves, sorted(steps)), (read_events(tmp_path / "log"), saved)
+
+
+def assert_equal_runs(theirs, ours, tolerance, points=48):
+    """Same tags, same saved steps, same curves."""
+    (curves, steps), (our_curves, saved) = theirs, ours
+    assert our_curves.keys() == curves.keys()
+    assert saved == steps
+    for tag, curve in curves.items():
+        assert len(curve) >= points
+        np.testing.assert_allclose(our_curves[tag], curve, rtol=tolerance, err_msg=tag)
+
+
+def run_both(job, tmp_path, dtype):
+    """Runs a job with one teacher in both libraries, from the same weights; see `run`."""
+    teacher, torch_teacher = twins(1, dtype, **job.teacher)
+    student, torch_student = twins(2, dtype, **job.student)
+    loader = batches(3, **{"count": 10, "tokens": job.student.get("tokens", False), **job.loader})
+    adaptors = adaptor(job.keys_T), adaptor(job.keys_S)
+    torch_configs, jax_configs = configs(job, tmp_path)
+    theirs = getattr(textbrewer, job.distiller)(
+        *torch_configs, torch_teacher, torch_student, *adaptors
+    )
+    ours = getattr(jaxbrewer, job.distiller)(*jax_configs, teacher, student, *adaptors)
+    return run(job, theirs, ours, loader, tmp_path, torch_student)
 
 
 def copy_projection(module, twin):

@@ -1,0 +1,173 @@
+"""The loop: callbacks, stops, numbers that cannot be, logs, loaders of every kind."""
+
+import logging
+
+import numpy as np
+import pytest
+
+import jaxbrewer
+from jaxbrewer.checkpoints import steps_in
+from jaxbrewer.errors import BatchError
+from tests import tiny
+from tests.parity.reference import read_events
+
+
+def test_callback_gets_the_trained_student_at_each_checkpoint(tmp_path):
+    distiller = tiny.distiller(tmp_path, ckpt_frequency=2)
+    seen = []
+
+    def callback(model, step):
+        assert model is distiller.model_S
+        seen.append((step, tiny.weights(model)))
+
+    with distiller:
+        distiller.train(tiny.SGD, tiny.loader(4), num_epochs=1, callback=callback)
+    assert [step for step, _ in seen] == [2, 4] == steps_in(tmp_path / "out")
+    for step, weights in seen:
+        saved = jaxbrewer.load_student(tmp_path / "out" / f"gs{step}", tiny.Encoder(2, 4))
+        for name, value in tiny.weights(saved).items():
+            np.testing.assert_array_equal(value, weights[name])
+    final = tiny.weights(distiller.model_S)
+    np.testing.assert_array_equal(final["head.kernel"], seen[-1][1]["head.kernel"])
+
+
+def test_callback_that_raises_loses_nothing(tmp_path):
+    def callback(model, step):
+        raise RuntimeError("evaluation broke")
+
+    distiller = tiny.distiller(tmp_path)
+    with distiller, pytest.raises(RuntimeError, match="evaluation broke"):
+        distiller.train(tiny.SGD, tiny.loader(4), num_epochs=2, callback=callback)
+    assert steps_in(tmp_path / "out") == [4]
+    assert len(read_events(tmp_path / "log")["scalar/total_loss"]) == 4
+    jaxbrewer.load_student(tmp_path / "out", tiny.Encoder(2, 4))
+
+
+def test_callback_stops_the_run_and_other_values_do_not(tmp_path):
+    results = iter([{"accuracy": 0.5}, jaxbrewer.CallbackResult(stop=True)])
+    distiller = tiny.distiller(tmp_path)
+    with distiller:
+        distiller.train(
+            tiny.SGD, tiny.loader(2), num_epochs=9, callback=lambda model, step: next(results)
+        )
+    assert steps_in(tmp_path / "out") == [2, 4]
+
+
+def test_nan_names_the_term_and_the_step(tmp_path):
+    batches = [batch | {"noise": np.zeros(4, np.float32)} for batch in tiny.loader(6)]
+    batches[4]["noise"][1] = np.nan
+    distiller = tiny.distiller(tmp_path, ckpt_frequency=3)
+    with distiller, pytest.raises(FloatingPointError) as caught:
+        distiller.train(tiny.SGD, batches, num_epochs=1)
+    message = str(caught.value)
+    assert "global step 5 (micro-batch 4)" in message
+    assert "unweighted_hard_label_loss = nan" in message
+    assert "unweighted_kd_loss" not in message
+    assert "gs4" in message
+    assert steps_in(tmp_path / "out") == [2, 4]
+
+
+def test_masks_that_select_different_counts_are_an_error(tmp_path):
+    class Tokens(tiny.Encoder):
+        def __call__(self, input_ids, attention_mask=None, labels=None):
+            return {"logits": self.head(self.embed(input_ids))}
+
+    batches = tiny.loader(2)
+    batches[1]["attention_mask"][0, -2:] = 0
+    distiller = jaxbrewer.BasicDistiller(
+        jaxbrewer.TrainingConfig(output_dir=str(tmp_path), device="cpu"),
+        jaxbrewer.DistillationConfig(),
+        Tokens(1, 4),
+        Tokens(1, 4, seed=1),
+        lambda b, o: {"logits": o["logits"], "logits_mask": b["attention_mask"] * 0 + 1},
+        lambda b, o: {"logits": o["logits"], "logits_mask": b["attention_mask"]},
+    )
+    with distiller, pytest.raises(BatchError, match=r"micro-batch 1 the teacher's .* 2 more"):
+        distiller.train(tiny.SGD, batches, num_epochs=1)
+
+
+def test_training_twice_on_one_distiller_goes_on(tmp_path):
+    distiller = tiny.distiller(tmp_path, log=False)
+    with distiller:
+        distiller.train(tiny.SGD, tiny.loader(3), num_epochs=1)
+        first = tiny.weights(distiller.model_S)
+        distiller.train(tiny.SGD, tiny.loader(3), num_epochs=1)
+    assert (tiny.weights(distiller.model_S)["head.kernel"] != first["head.kernel"]).any()
+    assert steps_in(tmp_path / "out") == steps_in(tmp_path / "out" / "earlier-1") == [3]
+    kept = jaxbrewer.load_student(tmp_path / "out" / "earlier-1", tiny.Encoder(2, 4))
+    np.testing.assert_array_equal(tiny.weights(kept)["head.kernel"], first["head.kernel"])
+
+
+def test_the_log_tells_the_plan_and_the_progress(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "jaxbrewer")
+    distiller = tiny.distiller(tmp_path, log=False)
+    with distiller:
+        distiller.train(tiny.SGD, tiny.loader(2), num_epochs=2)
+    for line in (
+        "Training steps: 4; checkpoints at steps 2, 4",
+        "Global step 2 of 4",
+        "Saving at global step 2, epoch 1",
+        "Epoch 2 finished",
+        "Training finished at step 4",
+    ):
+        assert line in caplog.text
+
+
+class Unsized:
+    """A loader without a length, like an iterable dataset's."""
+
+    def __init__(self, batches):
+        self.batches = batches
+        self.passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.batches)
+
+
+def test_steps_cycle_a_loader_without_a_length(tmp_path):
+    stream = Unsized(tiny.loader(3))
+    distiller = tiny.distiller(tmp_path, gradient_accumulation_steps=2)
+    with distiller:
+        distiller.train(tiny.SGD, stream, num_steps=4)
+    assert stream.passes == 3
+    assert len(read_events(tmp_path / "log")["scalar/total_loss"]) == 8
+    assert steps_in(tmp_path / "out") == [4]
+
+
+def test_loader_that_can_be_read_once_is_named_when_it_runs_dry(tmp_path):
+    distiller = tiny.distiller(tmp_path)
+    with distiller, pytest.raises(BatchError, match="iterated only once"):
+        distiller.train(tiny.SGD, (b for b in tiny.loader(3)), num_steps=4)
+    with distiller:
+        distiller.train(tiny.SGD, (b for b in tiny.loader(3)), num_steps=3)
+    with distiller, pytest.raises(BatchError, match="the loader is empty"):
+        distiller.train(tiny.SGD, iter(()), num_steps=3)
+
+
+def test_length_that_is_not_true_is_told(tmp_path, caplog):
+    class Liar(list):
+        def __len__(self):
+            return 3
+
+    distiller = tiny.distiller(tmp_path)
+    with distiller:
+        distiller.train(tiny.SGD, Liar(tiny.loader(4)), num_epochs=1)
+    assert "epoch 1 had 4 batches, which is not what len(loader) announced" in caplog.text
+
+
+def test_basic_trainer_trains_on_the_losses(tmp_path):
+    model = tiny.Encoder(2, 4)
+    trainer = jaxbrewer.BasicTrainer(
+        jaxbrewer.TrainingConfig(
+            output_dir=str(tmp_path / "o"), log_dir=str(tmp_path / "l"), device="cpu"
+        ),
+        model,
+        lambda batch, outputs: {"losses": outputs["loss"]},
+    )
+    with trainer:
+        trainer.train(tiny.SGD, tiny.loader(2), num_epochs=40)
+    curve = read_events(tmp_path / "l")
+    assert list(curve) == ["scalar/total_loss"]
+    assert curve["scalar/total_loss"][-1] < 0.9 * curve["scalar/total_loss"][0]
+    assert trainer.model is model

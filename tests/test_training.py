@@ -1,0 +1,412 @@
+"""Training's arguments, the bridge from a distiller to a program, and what subclasses may do."""
+
+import functools
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+from transformers import get_linear_schedule_with_warmup
+
+import jaxbrewer
+from jaxbrewer import (
+    BasicDistiller,
+    BasicTrainer,
+    DistillationConfig,
+    GeneralDistiller,
+    TrainingConfig,
+    schedulers,
+    training,
+)
+from jaxbrewer.batches import own
+from jaxbrewer.errors import BatchError, PreflightError, PreflightWarning
+
+from . import small
+from .parity.reference import read_events
+from .small import adaptor, encoder
+
+
+class Lengthless:
+    """Batches without end or length, as a stream gives them."""
+
+    def __iter__(self):
+        yield from small.batches(3)
+
+
+class Dataset(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from small.batches(2)
+
+
+# ------------------------------------------------------------------------------------ arguments
+
+LOADER = small.batches(4)
+EPOCH = {"num_epochs": 1}
+TORCH = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+WARM_UP = {"num_warmup_steps": 1, "num_training_steps": 4}
+
+
+def named(schedule):
+    """As a scheduler_class: something that returns the schedule."""
+    return lambda: schedule
+
+
+# name → (error, message, arguments of train, config)
+WRONG = {
+    "no length": (ValueError, r"say how long.*num_epochs=….*num_steps=", {}, {}),
+    "no epochs": (ValueError, "num_epochs=0: expected a whole number", {"num_epochs": 0}, {}),
+    "half an epoch": (ValueError, "num_epochs=0.5: expected", {"num_epochs": 0.5}, {}),
+    "steps below zero": (ValueError, "num_steps=-3: expected", {"num_steps": -3}, {}),
+    "steps in words": (ValueError, "num_steps='3': expected", {"num_steps": "3"}, {}),
+    "a flag for epochs": (ValueError, "num_epochs=True: expected", {"num_epochs": True}, {}),
+    "an epoch shorter than a window": (
+        ValueError,
+        "epoch of 4 batches is shorter than one accumulation window of 5.*num_steps",
+        EPOCH,
+        {"gradient_accumulation_steps": 5},
+    ),
+    "an empty loader": (ValueError, r"dataloader is empty: its length is 0",
+                        {**EPOCH, "dataloader": []}, {}),
+    "an empty loader, by steps": (ValueError, "loader is empty",
+                                  {"num_steps": 1, "dataloader": []}, {}),
+    "an empty stream, by steps": (BatchError, "loader is empty",
+                                  {"num_steps": 1, "dataloader": iter(())}, {}),
+    "a loader without a length": (ValueError, "num_epochs needs a loader with a length.*num_steps",
+                                  {**EPOCH, "dataloader": Lengthless()}, {}),
+    "torch's loader without a length": (
+        ValueError, "num_epochs needs a loader with a length",
+        {**EPOCH, "dataloader": torch.utils.data.DataLoader(Dataset(), batch_size=None)}, {}),
+    "no loader": (TypeError, "dataloader is a int, which cannot be iterated",
+                  {**EPOCH, "dataloader": 3}, {}),
+    "a batch for a loader": (BatchError, r"must be a dict .* the loader gave a str \('ids'\)",
+                             {**EPOCH, "dataloader": LOADER[0]}, {}),
+    "text in a batch": (BatchError, r"batch\['title'\] is a str.*batch_postprocessor",
+                        {**EPOCH, "dataloader": [{**LOADER[0], "title": "x"}]}, {}),
+    "a torch scheduler": (
+        TypeError, "scheduler= takes a scheduler that was built for a torch optimizer.*"
+        "scheduler_class=jaxbrewer.schedulers.get_linear",
+        {**EPOCH, "scheduler": torch.optim.lr_scheduler.ConstantLR(TORCH)}, {}),
+    "an object for a class": (TypeError, "scheduler_class is a ConstantLR; pass the class",
+                              {**EPOCH, "scheduler_class":
+                               torch.optim.lr_scheduler.ConstantLR(TORCH)}, {}),
+    "transformers' function": (
+        TypeError, "get_linear_schedule_with_warmup wants a torch optimizer.*same name in "
+        "jaxbrewer.schedulers",
+        {**EPOCH, "scheduler_class": get_linear_schedule_with_warmup, "scheduler_args": WARM_UP}, {}),
+    "torch's class": (TypeError, "LambdaLR wants a torch optimizer",
+                      {**EPOCH, "scheduler_class": torch.optim.lr_scheduler.LambdaLR}, {}),
+    "a schedule for a class": (
+        TypeError, "cannot be called with {}.*is it a schedule already.*lambda: schedule",
+        {**EPOCH, "scheduler_class": optax.linear_schedule(1, 0, 4)}, {}),
+    "arguments it does not take": (
+        TypeError, "get_linear_schedule_with_warmup cannot be called with {'warmup': 1}",
+        {**EPOCH, "scheduler_class": schedulers.get_linear_schedule_with_warmup,
+         "scheduler_args": {"warmup": 1}}, {}),
+    "arguments without a class": (TypeError, "scheduler_args without a scheduler_class",
+                                  {**EPOCH, "scheduler_args": WARM_UP}, {}),
+    "an absolute rate": (
+        ValueError, "at or below 0.1, which looks like a learning rate.*factor.*1 at its peak",
+        {**EPOCH, "scheduler_class": optax.constant_schedule,
+         "scheduler_args": {"value": 5e-5}}, {}),
+    "a number for a schedule": (TypeError, "returned 0.5, not a function of the step",
+                                {**EPOCH, "scheduler_class": named(0.5)}, {}),
+    "a schedule that is not finite": (ValueError, "gave nan: a schedule must return one finite",
+                                      {**EPOCH, "scheduler_class":
+                                       named(lambda step: float("nan"))}, {}),
+    "a misspelt keyword": (PreflightError, r"train\(…, num_epoch=…\).* did you mean 'num_epochs'",
+                           {"num_steps": 2, "num_epoch": 1}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_refused_before_anything_is_written(name, tmp_path):
+    error, message, arguments, config = WRONG[name]
+    distiller = small.distiller(tmp_path, **config)
+    with distiller, pytest.raises(error) as caught:
+        distiller.train(small.SGD, **{"dataloader": LOADER, **arguments})
+    assert re.search(message, str(caught.value), re.DOTALL), caught.value
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"fp16": True}, {"data_parallel": True}, {"local_rank": 0}])
+def test_what_is_not_built_is_refused(options, tmp_path):
+    distiller = small.distiller(tmp_path, **options)
+    (name,) = options
+    with distiller, pytest.raises(ValueError, match=f"{name}=.*not built yet"):
+        distiller.train(small.SGD, LOADER, num_epochs=1)
+
+
+def test_custom_matches_of_another_kind(tmp_path):
+    with pytest.raises(TypeError, match=r"custom_matches\[0\] is a int"):
+        small.distiller(tmp_path, cls=functools.partial(GeneralDistiller, custom_matches=[1]))
+
+
+CONFIGS = TrainingConfig(device="cpu"), DistillationConfig()
+MODELS = encoder(1), encoder(2), adaptor("logits"), adaptor("logits")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GeneralDistiller({}, CONFIGS[1], *MODELS), "train_config is a dict, not a Training"),
+        (lambda: GeneralDistiller(*CONFIGS[::-1], *MODELS), "not a TrainingConfig"),
+        (lambda: GeneralDistiller(CONFIGS[0], {}, *MODELS), "distill_config is a dict"),
+        (lambda: GeneralDistiller(*CONFIGS, torch.nn.Linear(1, 1), *MODELS[1:]), "model_T is a torch"),
+        (lambda: GeneralDistiller(*CONFIGS, MODELS[0], None, *MODELS[2:]), "model_S is a .*NoneType"),
+        (lambda: GeneralDistiller(*CONFIGS, *MODELS[:2], {}, MODELS[3]), "adaptor_T is a dict"),
+        (lambda: GeneralDistiller(*CONFIGS, *MODELS[:3], None), "adaptor_S is a NoneType"),
+        (lambda: BasicTrainer(CONFIGS[0], small.encode, MODELS[2]), "model is a .*FunctionModel"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_of_distillers(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_a_distiller_of_logits_refuses_matches(tmp_path):
+    config = {"intermediate_matches": [small.match(0, 0)]}
+    with pytest.raises(ValueError, match=r"BasicDistiller matches logits only.*GeneralDistiller"):
+        small.distiller(tmp_path, cls=BasicDistiller, config=config)
+
+
+def test_a_projection_must_be_a_module(tmp_path, monkeypatch):
+    monkeypatch.setitem(jaxbrewer.PROJ_MAP, "mine", lambda dim_in, dim_out, *, rngs: jnp.tanh)
+    config = {"intermediate_matches": [small.match(0, 0, proj=["mine", 5, 5])]}
+    with pytest.raises(TypeError, match=r"'mine' made a .*\(dim_in, dim_out, \*, rngs\)"):
+        small.distiller(tmp_path, config=config)
+
+
+# ------------------------------------------------------------------------------------ the schedule
+
+
+def rows(distiller, *, epochs=2, **request):
+    """The table that a training would use, one row for each update."""
+    every = dict.fromkeys(training.Request.__dataclass_fields__) | request
+    distiller._resolve()
+    made = training.Request(**every)
+    total = epochs * len(LOADER)
+    return training._rows(distiller, training.make_factor(made, total), total)
+
+
+def test_rows_hold_weights_and_the_factor(tmp_path):
+    config = {
+        "kd_loss_weight": 0.3,
+        "kd_loss_weight_scheduler": "linear_decay",
+        "hard_label_weight": 2,
+    }
+    distiller = small.distiller(tmp_path, config=config)
+    table = rows(distiller)
+    np.testing.assert_allclose(table[:, 0], [0.3, *(1 - np.arange(1, 8) / 8)], rtol=1e-6)
+    np.testing.assert_allclose(table[:, 1:], [[2, 1]] * 8)
+    table = rows(
+        distiller,
+        scheduler_class=schedulers.get_linear_schedule_with_warmup,
+        scheduler_args={"num_warmup_steps": 2, "num_training_steps": 8},
+    )
+    np.testing.assert_allclose(table[:, 2], [0, 0.5, 1, *(np.arange(5, 0, -1) / 6)], rtol=1e-6)
+
+
+def test_small_factors_that_rise_later_are_factors(tmp_path):
+    """A run that ends inside its warm-up stays below 0.1, and is no absolute rate."""
+    table = rows(
+        small.distiller(tmp_path),
+        scheduler_class=schedulers.get_constant_schedule_with_warmup,
+        scheduler_args={"num_warmup_steps": 1000},
+    )
+    np.testing.assert_allclose(table[:, 2], np.arange(8) / 1000, rtol=1e-6)
+
+
+# ----------------------------------------------------------------------------- inside and outside
+
+
+class Noisy(nnx.Module):
+    """Dropout and batch statistics."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(small.VOCABULARY, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(8, small.CLASSES, rngs=rngs)
+
+    def __call__(self, ids, mask=None, labels=None):
+        dropped = self.drop(self.norm(self.embed(ids).mean(1)))
+        return {"logits": self.head(dropped), "zeros": jnp.mean(dropped == 0)}
+
+
+def noisy_trainer(folder):
+    """A trainer whose only loss is the fraction of units that are dropped."""
+    config = TrainingConfig(output_dir=folder / "out", log_dir=folder / "log", device="cpu")
+    losses = lambda batch, outputs: (  # noqa: E731
+        outputs["zeros"] + 0 * outputs["logits"].sum()
+    )
+    return BasicTrainer(config, Noisy(), adaptor(losses=losses))
+
+
+def test_outside_with_dropout_is_off_and_a_warning_says_so(tmp_path):
+    curves, moved = {}, {}
+    for place in ("inside", "outside"):
+        trainer = noisy_trainer(tmp_path / place)
+        if place == "inside":
+            with trainer, warnings.catch_warnings():
+                warnings.simplefilter("error", PreflightWarning)
+                trainer.train(small.SGD, LOADER, num_epochs=1)
+        else:
+            with pytest.warns(PreflightWarning, match="outside `with distiller:`.*dropout is off"):
+                trainer.train(small.SGD, LOADER, num_epochs=1)
+        (curves[place],) = read_events(tmp_path / place / "log").values()
+        moved[place] = bool(np.any(trainer.model.norm.mean[...]))
+    assert curves["outside"] == [0] * 4
+    assert min(curves["inside"]) > 0.1
+    assert len(set(curves["inside"])) > 1
+    assert moved == {"inside": True, "outside": False}
+
+
+def test_the_context_ends_with_the_block(tmp_path):
+    distiller = small.distiller(tmp_path)
+    with distiller as same:
+        assert same is distiller
+        assert distiller._in_context
+    with pytest.raises(RuntimeError), distiller:
+        raise RuntimeError
+    assert not distiller._in_context
+
+
+# ---------------------------------------------------------------------------------- subclasses
+
+
+@pytest.mark.parametrize(
+    ("method", "instead"),
+    [
+        ("train_on_batch", "override compute_loss"),
+        ("save_and_callback", r"train\(…, callback=…\)"),
+        ("initialize_training", "optimizer factory"),
+        ("write_loss", "terms returned by compute_loss"),
+        ("train_with_num_steps", "num_steps"),
+        ("train_with_num_epochs", "num_epochs"),
+        ("cache_logits", "is_caching_logits"),
+    ],
+)
+@pytest.mark.parametrize("base", [BasicTrainer, BasicDistiller, GeneralDistiller])
+def test_methods_that_would_never_run_are_refused(base, method, instead):
+    with pytest.raises(TypeError, match=f"Mine overrides {method}, .*Instead: .*{instead}"):
+        type("Mine", (base,), {method: lambda self: None})
+
+
+class WithPenalty(GeneralDistiller):
+    """The usual loss and a penalty on the student's logits, which is logged."""
+
+    def compute_loss(self, results_S, results_T, project, weights):
+        loss = super().compute_loss(results_S, results_T, project, weights)
+        penalty = jnp.mean(results_S["logits"][0] ** 2)
+        return loss._replace(total=loss.total + penalty, terms={**loss.terms, "penalty": penalty})
+
+
+class OnlyMine(BasicDistiller):
+    """A loss of its own, as a pair."""
+
+    def compute_loss(self, results_S, results_T, project, weights):
+        mine = jnp.mean((results_S["logits"][0] - results_T["logits"][0]) ** 2)
+        return 3 * mine, {"mine": mine}
+
+
+@pytest.mark.parametrize("cls", [WithPenalty, OnlyMine])
+def test_a_loss_of_ones_own_is_trained_on_and_logged(cls, tmp_path):
+    distiller = small.distiller(tmp_path, cls=cls, log_dir=tmp_path / "log")
+    student = encoder(2)
+    teacher = encoder(1)
+    with distiller:
+        distiller.train(optax.sgd(0.01), LOADER, num_epochs=1)
+    curves = read_events(tmp_path / "log")
+    first = {side: model.function(model.params, **LOADER[0])["logits"]
+             for side, model in (("S", student), ("T", teacher))}  # fmt: skip
+    if cls is WithPenalty:
+        assert set(curves) == {"scalar/total_loss", "scalar/unweighted_kd_loss", "scalar/penalty"}
+        parts = np.array(curves["scalar/unweighted_kd_loss"]) + curves["scalar/penalty"]
+        np.testing.assert_allclose(curves["scalar/total_loss"], parts, rtol=1e-5)
+        np.testing.assert_allclose(curves["scalar/penalty"][0], np.mean(first["S"] ** 2), rtol=1e-5)
+    else:
+        assert set(curves) == {"scalar/total_loss", "scalar/mine"}
+        expected = np.mean((first["S"] - first["T"]) ** 2)
+        np.testing.assert_allclose(curves["scalar/mine"][0], expected, rtol=1e-5)
+        np.testing.assert_allclose(
+            curves["scalar/total_loss"], 3 * np.array(curves["scalar/mine"]), rtol=1e-6
+        )
+    # Trained on: the update is the gradient of this very loss.
+    assert not np.array_equal(distiller.model_S.params["head"], student.params["head"])
+
+
+@pytest.mark.parametrize(
+    ("total", "message"),
+    [(lambda logits: logits.sum(-1), r"total of float32\[3\]; it must be a scalar"),
+     (lambda logits: logits.argmax(), r"total of int32\[\]; it must be a scalar")],
+)  # fmt: skip
+def test_a_loss_that_is_no_scalar_is_refused(total, message, tmp_path):
+    class Wrong(GeneralDistiller):
+        def compute_loss(self, results_S, results_T, project, weights):
+            return total(results_S["logits"][0]), {}
+
+    distiller = small.distiller(tmp_path, cls=Wrong)
+    with distiller, pytest.raises(PreflightError, match=message):
+        distiller.train(small.SGD, LOADER, num_epochs=1)
+
+
+# ------------------------------------------------------------------------------ what clients read
+
+
+def test_the_attributes_clients_read(tmp_path):
+    config = {
+        "kd_loss_type": "mse",
+        "intermediate_matches": [
+            small.match(0, 0),
+            small.match(2, 2, proj=["linear", 5, 5, {"lr": 0.1}]),
+        ],
+    }
+    distiller = small.distiller(tmp_path, config=config)
+    assert distiller.t_config.device == "cpu"
+    assert distiller.d_config.kd_loss_type == "mse"
+    assert distiller.kd_loss is jaxbrewer.KD_LOSS_MAP["mse"]
+    assert distiller.projs[0] is None
+    assert isinstance(distiller.projs[1], nnx.Linear)
+    assert distiller.projs_group == [None, {"lr": 0.1}]
+    assert (distiller.tb_writer, distiller.rank, distiller.local_rank) == (None, 0, -1)
+    assert distiller.print_freq == 20
+    assert {"Basic", "General", "Train"} <= set(jaxbrewer.Distillers)
+    trainer = BasicTrainer(CONFIGS[0], MODELS[0], MODELS[2])
+    assert (trainer.model, trainer.adaptor) == (MODELS[0], MODELS[2])
+
+
+def test_projections_are_drawn_from_the_seed(tmp_path):
+    config = {"intermediate_matches": [small.match(1, 1, proj=["linear", 5, 5]) for _ in range(2)]}
+    drawn = [
+        [
+            np.asarray(p.kernel[...])
+            for p in small.distiller(tmp_path, config=config, seed=seed).projs
+        ]
+        for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0][0], drawn[0][1])
+    assert not np.array_equal(drawn[0][0], drawn[2][0])
+
+
+def test_presets_changed_after_the_config_count(tmp_path, monkeypatch):
+    distiller = small.distiller(tmp_path)
+    monkeypatch.setitem(jaxbrewer.KD_LOSS_MAP, "ce", lambda S, T, t: jnp.float32(7) + 0 * S.sum())
+    with distiller:
+        program = training.prepare(distiller, {"": own(LOADER[0])}, small.SGD, {})[""]
+    model = distiller.model_S
+    _, (loss, _) = program.loss(
+        {"student": model.params, "projections": {}},
+        {"student": model.state, "projections": {}},
+        jax.random.key(0),
+        own(LOADER[0]),
+        program.teacher(program.teacher.variables, own(LOADER[0]), None),
+        training.Weights(1.0, 0.0),
+    )
+    assert loss.total == 7
