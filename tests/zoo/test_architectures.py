@@ -36,7 +36,7 @@ def test_robertas_embeddings_given_equal_transformers(tmp_path):
     theirs = make_torch("RobertaModel")
     theirs.save_pretrained(tmp_path)
     ours = zoo.RobertaModel.from_pretrained(tmp_path)
-    embedded = np.random.default_rng(0).normal(size=(2, 6, 24)).astype(np.float32)
+    embedded = np.random.default_rng(0).normal(size=(3, 9, 24)).astype(np.float32)
     got = ours(inputs_embeds=embedded).last_hidden_state
     close(got, theirs(inputs_embeds=torch.tensor(embedded)).last_hidden_state, 1e-5)
 
@@ -44,7 +44,8 @@ def test_robertas_embeddings_given_equal_transformers(tmp_path):
 def test_robertas_longest_sequence():
     model = zoo.RobertaModel(config_of("Roberta"), rngs=nnx.Rngs(0))
     model.eval()
-    assert np.isfinite(model(np.full((1, 16), 5)).last_hidden_state).all()
+    out = nnx.eval_shape(lambda model, ids: model(ids), model, np.full((1, 16), 5))
+    assert out.last_hidden_state.shape == (1, 16, 24)
     with pytest.raises(ValueError, match="17 is longer than the 16 positions there are"):
         model(np.full((1, 17), 5))
 
@@ -84,9 +85,6 @@ def test_distilberts_sinusoids_equal_transformers():
 def test_electra_projects_its_embeddings_where_widths_differ(tmp_path):
     model = zoo.ElectraModel(config_of("Electra"), rngs=nnx.Rngs(0))
     assert model.embeddings_project.kernel.shape == (16, 24)
-    assert model(np.ones((1, 4), np.int32), output_hidden_states=True).hidden_states[0].shape == (
-        1, 4, 24,
-    )  # fmt: skip
     theirs = make_torch("ElectraModel", embedding_size=24)
     theirs.save_pretrained(tmp_path)
     ours = zoo.ElectraModel.from_pretrained(tmp_path)
@@ -133,11 +131,14 @@ def test_distilbert_drops_nothing_between_attention_and_its_norm():
 @pytest.mark.parametrize("family", NEW)
 def test_half_precision_computes_in_half_and_loses_in_float32(family):
     name = f"{family}ForSequenceClassification"
-    model = getattr(zoo, name)(config_of(family), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    out = model(
-        **make_batch(family=family), labels=np.zeros(3, np.int32), output_attentions=True,
-        output_hidden_states=True,
-    )  # fmt: skip
+    asked = {"output_attentions": True, "output_hidden_states": True}
+
+    def run(batch):
+        model = getattr(zoo, name)(config_of(family), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        return model(**batch, **asked)
+
+    batch = make_batch(family=family) | {"labels": np.zeros(3, np.int32)}
+    out = nnx.eval_shape(run, batch)
     for key, value in out.items():
         wanted = jnp.float32 if key == "loss" else jnp.bfloat16
         assert {leaf.dtype for leaf in jax.tree.leaves(value)} == {jnp.dtype(wanted)}, key

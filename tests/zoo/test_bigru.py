@@ -37,6 +37,12 @@ class Torch(torch.nn.Module):
         return embedded, hidden, self.classifier(hidden)
 
 
+@nnx.jit(static_argnames="hidden")
+def run(model, batch, hidden=None):
+    """The outputs, compiled once for each kind of batch."""
+    return model(**batch, output_hidden_states=hidden)
+
+
 def make_batch():
     rng = np.random.default_rng(0)
     mask = np.ones((3, 7), np.int64)
@@ -60,7 +66,7 @@ def check_against_torch(folder, dtype, tolerance):
     ours, theirs = make_pair(folder, dtype)
     batch = make_batch()
     rows = theirs(*map(torch.tensor, batch.values()))
-    out = ours(**batch, output_hidden_states=True)
+    out = run(ours, batch, True)
     assert out.attentions is None and out.keys() == ["logits", "hidden_states"]
     for got, wanted in zip((*out.hidden_states, out.logits), rows, strict=True):
         close(got, wanted, tolerance)
@@ -95,14 +101,14 @@ def test_saved_names_are_torchs(tmp_path):
     again = zoo.from_pretrained(tmp_path / "ours")
     assert type(again) is zoo.BiGRUForTokenClassification and again.config == ours.config
     batch = make_batch()
-    np.testing.assert_array_equal(again(**batch).logits, ours(**batch).logits)
+    np.testing.assert_array_equal(run(again, batch).logits, run(ours, batch).logits)
     encoder = zoo.BiGRUModel.from_pretrained(tmp_path / "ours")
-    hidden = ours(**batch, output_hidden_states=True).hidden_states[1]
-    np.testing.assert_array_equal(encoder(**batch).last_hidden_state, hidden)
+    hidden = run(ours, batch, True).hidden_states[1]
+    np.testing.assert_array_equal(run(encoder, batch).last_hidden_state, hidden)
     with pytest.raises(WeightsMismatchError, match=r"classifier\.weight: \(4, 12\) in the file"):
         zoo.from_pretrained(tmp_path / "ours", num_labels=2)
     fresh = zoo.from_pretrained(tmp_path / "ours", num_labels=2, new_head=True)
-    assert fresh(**batch).logits.shape == (3, 7, 2)
+    assert run(fresh, batch).logits.shape == (3, 7, 2)
 
 
 @pytest.fixture
@@ -115,8 +121,8 @@ def model():
 def test_hidden_tokens_are_passed_over(model):
     ids = np.array([[5, 6, 7, 8]])
     mask = np.array([[0, 1, 0, 1]])
-    got = model.bigru(ids, mask).last_hidden_state
-    wanted = model.bigru(np.array([[6, 8]])).last_hidden_state
+    got = run(model.bigru, {"input_ids": ids, "attention_mask": mask}).last_hidden_state
+    wanted = run(model.bigru, {"input_ids": np.array([[6, 8]])}).last_hidden_state
     np.testing.assert_allclose(got[:, [1, 3]], wanted, atol=1e-6)
     assert not np.asarray(got[:, [0, 2]]).any()
 
@@ -124,8 +130,8 @@ def test_hidden_tokens_are_passed_over(model):
 def test_embeddings_may_be_given(model):
     batch = make_batch()
     embedded = model.bigru.embeddings(batch["input_ids"])
-    got = model(None, batch["attention_mask"], embedded).logits
-    np.testing.assert_array_equal(got, model(**batch).logits)
+    got = run(model, batch | {"input_ids": None, "inputs_embeds": embedded}).logits
+    np.testing.assert_array_equal(got, run(model, batch).logits)
 
 
 def test_initial_weights(model):
@@ -140,21 +146,23 @@ def test_initial_weights(model):
 
 def test_dropout_is_on_in_train_mode_only(model):
     batch = make_batch()
-    np.testing.assert_array_equal(model(**batch).logits, model(**batch).logits)
+    np.testing.assert_array_equal(run(model, batch).logits, run(model, batch).logits)
     model.train()
-    assert not np.array_equal(model(**batch).logits, model(**batch).logits)
+    assert not np.array_equal(run(model, batch).logits, run(model, batch).logits)
 
 
 def test_half_precision(model):
     batch = make_batch()
     half = nnx.clone(model)
     half.set_attributes(dtype=jnp.bfloat16)
-    out = half(**batch, labels=np.zeros((3, 7), np.int32), output_hidden_states=True)
+    out = run(half, batch | {"labels": np.zeros((3, 7), np.int32)}, True)
     assert out.loss.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves((out.logits, out.hidden_states))} == {
         jnp.dtype(jnp.bfloat16)
     }
-    np.testing.assert_allclose(np.asarray(out.logits, np.float32), model(**batch).logits, atol=0.02)
+    np.testing.assert_allclose(
+        np.asarray(out.logits, np.float32), run(model, batch).logits, atol=0.02
+    )
 
 
 def test_refusals(model):
