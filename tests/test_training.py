@@ -353,8 +353,8 @@ def test_a_loss_of_ones_own_is_trained_on_and_logged(cls, tmp_path):
 
 @pytest.mark.parametrize(
     ("total", "message"),
-    [(lambda logits: logits.sum(-1), r"total of float32\[3\]; it must be a scalar"),
-     (lambda logits: logits.argmax(), r"total of int32\[\]; it must be a scalar")],
+    [(lambda logits: logits.sum(-1), r"the total as float32\[3\]; it must be one number"),
+     (lambda logits: logits.argmax(), r"the total as int32\[\]; it must be one number")],
 )  # fmt: skip
 def test_a_loss_that_is_no_scalar_is_refused(total, message, tmp_path):
     class Wrong(GeneralDistiller):
