@@ -19,4 +19,5 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
+    "tanh": jax.nn.tanh,
 }

@@ -13,7 +13,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxbrewer.zoo.activations import ACTIVATIONS
-from jaxbrewer.zoo.configuration import EncoderConfig
+from jaxbrewer.zoo.configuration import EncoderConfig, ModelConfig
 
 # What the reported scores of hidden keys are lowered by; small enough for float16 to hold.
 SCORE_PENALTY = 10000.0
@@ -32,7 +32,8 @@ class Build(TypedDict):
     rngs: nnx.Rngs
 
 
-def _resolved(build: Build) -> dict[str, Any]:
+def resolved(build: Build) -> dict[str, Any]:
+    """How a part is built, as flax takes it, with the defaults filled in."""
     param_dtype = build.get("param_dtype", jnp.float32)
     dtype = build.get("dtype")
     dtype = param_dtype if dtype is None else dtype
@@ -40,7 +41,7 @@ def _resolved(build: Build) -> dict[str, Any]:
 
 
 def linear(
-    config: EncoderConfig,
+    config: ModelConfig,
     width_in: int,
     width_out: int,
     **build: Unpack[Build],
@@ -50,7 +51,7 @@ def linear(
         width_in,
         width_out,
         kernel_init=nnx.initializers.normal(config.initializer_range),
-        **_resolved(build),
+        **resolved(build),
     )
 
 
@@ -64,7 +65,7 @@ def layer_norm(
         width,
         epsilon=config.layer_norm_eps,
         use_fast_variance=False,
-        **_resolved(build),
+        **resolved(build),
     )
 
 
@@ -116,45 +117,81 @@ def attend(
     return context, scores.astype(value.dtype) if return_scores else probs
 
 
+class Table(nnx.Module):
+    """An embedding table, N(0, ``initializer_range``) at first.
+
+    The row of ``pad_id`` starts at zero and gets no gradient, as in torch. An id outside the table
+    gives NaN.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        initializer_range: float,
+        pad_id: int | None = None,
+        **build: Unpack[Build],
+    ):
+        how = resolved(build)
+        init = nnx.initializers.normal(initializer_range)
+        rows_at_first = init(how["rngs"].params(), (rows, width), how["param_dtype"])
+        if pad_id is not None:
+            rows_at_first = rows_at_first.at[pad_id].set(0)
+        self.embedding = nnx.Param(rows_at_first)
+        self.pad_id = pad_id
+        self.dtype = how["dtype"]
+
+    def __call__(self, ids: Int[Array, "*shape"]) -> Float[Array, "*shape width"]:
+        """The row of each id."""
+        rows = jnp.take(self.embedding[...].astype(self.dtype), ids, axis=0)
+        if self.pad_id is None:
+            return rows
+        is_pad = (ids == self.pad_id)[..., None]
+        return jnp.where(is_pad, jax.lax.stop_gradient(rows), rows)
+
+
 class Embeddings(nnx.Module):
     """Word, position and token-type embeddings, summed, normalised and dropped out.
 
-    The row of ``pad_token_id`` starts at zero and gets no gradient, as in torch.
+    ``token_types=False`` builds it without the third, ``position_pad_id`` names a position that is
+    padding's. The row of padding starts at zero and gets no gradient, as in torch.
     """
 
-    def __init__(self, config: EncoderConfig, **build: Unpack[Build]):
+    def __init__(
+        self,
+        config: EncoderConfig,
+        *,
+        token_types: bool = True,
+        position_pad_id: int | None = None,
+        **build: Unpack[Build],
+    ):
         width = config.embedding_width
-        init = nnx.initializers.normal(config.initializer_range)
 
-        def table(rows: int) -> nnx.Embed:
-            return nnx.Embed(rows, width, embedding_init=init, **_resolved(build))
+        def table(rows: int, pad_id: int | None = None) -> Table:
+            return Table(rows, width, config.initializer_range, pad_id, **build)
 
-        self.pad_token_id = config.pad_token_id
-        self.word_embeddings = table(config.vocab_size)
-        if self.pad_token_id is not None:
-            words = self.word_embeddings.embedding
-            words[...] = words[...].at[self.pad_token_id].set(0)
-        self.position_embeddings = table(config.max_position_embeddings)
-        self.token_type_embeddings = table(config.type_vocab_size)
+        self.word_embeddings = table(config.vocab_size, config.pad_token_id)
+        self.position_embeddings = table(config.max_position_embeddings, position_pad_id)
+        self.token_type_embeddings = table(config.type_vocab_size) if token_types else None
         self.norm = layer_norm(config, width, **build)
         self.dropout = nnx.Dropout(config.hidden_dropout_prob, rngs=build["rngs"])
 
     def words(self, input_ids: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
         """The word embeddings alone."""
-        embedded = self.word_embeddings(input_ids)
-        if self.pad_token_id is None:
-            return embedded
-        is_pad = (input_ids == self.pad_token_id)[..., None]
-        return jnp.where(is_pad, jax.lax.stop_gradient(embedded), embedded)
+        return self.word_embeddings(input_ids)
 
     def __call__(
         self,
         inputs_embeds: Float[Array, "batch length width"],
-        token_type_ids: Int[Array, "batch length"],
+        token_type_ids: Int[Array, "batch length"] | None,
         position_ids: Int[Array, "#batch length"],
     ) -> Float[Array, "batch length width"]:
         """Adds the other embeddings to ``inputs_embeds``, which `words` gives."""
-        summed = inputs_embeds + self.token_type_embeddings(token_type_ids)
+        summed = inputs_embeds
+        if self.token_type_embeddings is not None:
+            if token_type_ids is None:
+                token_type_ids = jnp.zeros(inputs_embeds.shape[:2], jnp.int32)
+            summed = summed + self.token_type_embeddings(token_type_ids)
         summed = summed + self.position_embeddings(position_ids)
         return self.dropout(self.norm(summed))
 
@@ -193,11 +230,17 @@ class SelfAttention(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
-    """Attention and a two-layer perceptron, each with a residual and a layer norm after it."""
+    """Attention and a two-layer perceptron, each with a residual and a layer norm after it.
 
-    def __init__(self, config: EncoderConfig, **build: Unpack[Build]):
+    Dropout is applied to what either adds; ``drop_attended=False`` spares attention's.
+    """
+
+    def __init__(
+        self, config: EncoderConfig, *, drop_attended: bool = True, **build: Unpack[Build]
+    ):
         width, inner = config.hidden_size, config.intermediate_size
         self.hidden_act = config.hidden_act
+        self.drop_attended = drop_attended
         self.attention = SelfAttention(config, **build)
         self.attention_norm = layer_norm(config, width, **build)
         self.intermediate = linear(config, width, inner, **build)
@@ -213,7 +256,9 @@ class EncoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "batch length width"], Float[Array, "batch heads length length"]]:
         """The layer's output, and what `attend` reports."""
         attended, weights = self.attention(hidden, visible, return_scores)
-        hidden = self.attention_norm(self.dropout(attended) + hidden)
+        if self.drop_attended:
+            attended = self.dropout(attended)
+        hidden = self.attention_norm(attended + hidden)
         inner = ACTIVATIONS[self.hidden_act](self.intermediate(hidden))
         return self.output_norm(self.dropout(self.output(inner)) + hidden), weights
 
@@ -221,9 +266,12 @@ class EncoderLayer(nnx.Module):
 class Encoder(nnx.Module):
     """A stack of layers."""
 
-    def __init__(self, config: EncoderConfig, **build: Unpack[Build]):
+    def __init__(
+        self, config: EncoderConfig, *, drop_attended: bool = True, **build: Unpack[Build]
+    ):
         self.layer = nnx.List(
-            EncoderLayer(config, **build) for _ in range(config.num_hidden_layers)
+            EncoderLayer(config, drop_attended=drop_attended, **build)
+            for _ in range(config.num_hidden_layers)
         )
 
     def __call__(
@@ -254,3 +302,22 @@ class Pooler(nnx.Module):
     def __call__(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch width"]:
         """The summary of each sequence."""
         return jnp.tanh(self.dense(hidden[:, 0]))
+
+
+class ClassificationHead(nnx.Module):
+    """Logits from the first token's output: a dense layer, an activation, and a projection.
+
+    Dropout is applied before each of the two layers.
+    """
+
+    def __init__(self, config: EncoderConfig, activation: str, **build: Unpack[Build]):
+        width = config.hidden_size
+        self.dense = linear(config, width, width, **build)
+        self.out_proj = linear(config, width, config.num_labels, **build)
+        self.activation = activation
+        self.dropout = nnx.Dropout(config.head_dropout, rngs=build["rngs"])
+
+    def __call__(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch labels"]:
+        """The logits of each sequence."""
+        inner = ACTIVATIONS[self.activation](self.dense(self.dropout(hidden[:, 0])))
+        return self.out_proj(self.dropout(inner))

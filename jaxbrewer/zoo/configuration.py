@@ -1,5 +1,6 @@
 """What every encoder's config shares: the fields, the checks, and Hugging Face's JSON."""
 
+import abc
 import contextlib
 import dataclasses
 import difflib
@@ -83,12 +84,11 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """Fields under Hugging Face's names, frozen and hashable, checked when built.
+class ModelConfig:
+    """What the config of every model has: fields under Hugging Face's names, frozen and hashable.
 
     ``num_labels`` and ``label_names`` stand for Hugging Face's ``id2label``: ``label_names[i]`` is
     the name of class ``i``, ``None`` means ``LABEL_0``, ``LABEL_1`` and so on.
-    ``output_attention_scores`` is ours; see `jaxbrewer.zoo.blocks.attend`.
 
     A config does not change: where a TextBrewer script writes
     ``config.output_hidden_states = True``, write ``config.replace(output_hidden_states=True)`` or
@@ -102,48 +102,27 @@ class EncoderConfig:
     fixed_values: ClassVar[Mapping[str, tuple[Any, ...]]] = FIXED_VALUES
 
     vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
     initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
-    classifier_dropout: float | None = None
     num_labels: int = 2
     label_names: tuple[str, ...] | None = None
     problem_type: str | None = None
     output_hidden_states: bool = False
-    output_attentions: bool = False
-    output_attention_scores: bool = False
     return_dict: bool = True
 
     def __post_init__(self):
-        problems = list(self._problems())
+        each = (
+            _field_problem(field.name, field.type, getattr(self, field.name))
+            for field in dataclasses.fields(self)
+        )
+        problems = [problem for problem in each if problem] or list(self._problems())
         if problems:
             raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
         if self.label_names == _default_label_names(self.num_labels):
             object.__setattr__(self, "label_names", None)
 
     def _problems(self) -> Iterable[str]:
-        """Everything that is wrong with the fields, one sentence each."""
-        for field in dataclasses.fields(self):
-            problem = _field_problem(field.name, field.type, getattr(self, field.name))
-            if problem:
-                yield problem
-                return
-        if self.hidden_size % self.num_attention_heads:
-            yield (
-                f"hidden_size={self.hidden_size} is not a multiple of "
-                f"num_attention_heads={self.num_attention_heads}"
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            yield f"hidden_act={self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}"
+        """What is wrong with fields that are right each alone, one sentence each."""
         if self.problem_type not in (None, *PROBLEM_TYPES):
             yield f"problem_type={self.problem_type!r} is not one of {', '.join(PROBLEM_TYPES)}"
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
@@ -164,15 +143,9 @@ class EncoderConfig:
         return {name: number for number, name in self.id2label.items()}
 
     @property
-    def embedding_width(self) -> int:
-        """The width of the embedding tables, before any projection to ``hidden_size``."""
-        return self.hidden_size
-
-    @property
-    def head_dropout(self) -> float:
-        """The dropout rate before a classifier."""
-        rate = self.classifier_dropout
-        return self.hidden_dropout_prob if rate is None else rate
+    def id_limits(self) -> dict[str, int]:
+        """By argument of the model, the number that its ids must stay below."""
+        return {"input_ids": self.vocab_size}
 
     def replace(self, **changes: Any) -> Self:
         """The same config with some fields changed; a new ``num_labels`` drops the old names."""
@@ -243,8 +216,8 @@ class EncoderConfig:
         for name in ("label_names", "num_labels"):
             del values[name]
         for name in ("output_hidden_states", "output_attentions", "output_attention_scores"):
-            if not values[name]:
-                del values[name]
+            if not values.get(name):
+                values.pop(name, None)
         if self.return_dict:
             del values["return_dict"]
         if self.problem_type is None:
@@ -258,6 +231,83 @@ class EncoderConfig:
         """Writes `to_dict` as JSON, whole or not at all."""
         with replacing(Path(path)) as file:
             file.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(ModelConfig, abc.ABC):
+    """What the config of every model with attention has.
+
+    ``output_attention_scores`` is ours; see `jaxbrewer.zoo.blocks.attend`.
+    """
+
+    max_position_embeddings: int = 512
+    output_attentions: bool = False
+    output_attention_scores: bool = False
+
+    @property
+    @abc.abstractmethod
+    def sizes(self) -> "EncoderConfig":
+        """The config under the names that `jaxbrewer.zoo.blocks` reads."""
+
+    @property
+    def id_limits(self) -> dict[str, int]:
+        """By argument of the model, the number that its ids must stay below."""
+        return {**super().id_limits, "position_ids": self.max_position_embeddings}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig(TransformerConfig):
+    """The fields of BERT and of the models that share its names; the defaults are BERT-base's."""
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    classifier_dropout: float | None = None
+
+    def _problems(self) -> Iterable[str]:
+        yield from super()._problems()
+        yield from shape_problems(
+            ("hidden_size", self.hidden_size),
+            ("num_attention_heads", self.num_attention_heads),
+            ("hidden_act", self.hidden_act),
+        )
+
+    @property
+    def sizes(self) -> "EncoderConfig":
+        """This config: its names are those that `jaxbrewer.zoo.blocks` reads."""
+        return self
+
+    @property
+    def embedding_width(self) -> int:
+        """The width of the embedding tables, before any projection to ``hidden_size``."""
+        return self.hidden_size
+
+    @property
+    def head_dropout(self) -> float:
+        """The dropout rate before a classifier."""
+        rate = self.classifier_dropout
+        return self.hidden_dropout_prob if rate is None else rate
+
+    @property
+    def id_limits(self) -> dict[str, int]:
+        """By argument of the model, the number that its ids must stay below."""
+        return {**super().id_limits, "token_type_ids": self.type_vocab_size}
+
+
+def shape_problems(
+    width: tuple[str, int], heads: tuple[str, int], activation: tuple[str, str]
+) -> Iterable[str]:
+    """What is wrong with a transformer's width, its heads and its activation, each by its name."""
+    if width[1] % heads[1]:
+        yield f"{width[0]}={width[1]} is not a multiple of {heads[0]}={heads[1]}"
+    if activation[1] not in ACTIVATIONS:
+        yield f"{activation[0]}={activation[1]!r} is not one of {', '.join(ACTIVATIONS)}"
 
 
 def _default_label_names(number: int) -> tuple[str, ...]:
@@ -295,7 +345,15 @@ def _unknown_keys(cls: type, unknown: Collection[str], known: Collection[str]) -
     )
 
 
-_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+_RATES = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "dropout",
+    "attention_dropout",
+    "qa_dropout",
+    "seq_classif_dropout",
+)
 
 
 def _field_problem(name: str, kind: Any, value: Any) -> str | None:

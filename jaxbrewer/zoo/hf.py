@@ -22,7 +22,7 @@ from flax.typing import Dtype
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxbrewer.zoo.configuration import EncoderConfig, read_json_object, replacing
+from jaxbrewer.zoo.configuration import ModelConfig, read_json_object, replacing
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -44,7 +44,8 @@ class TensorNames:
 
     ``prefix`` is what tensors of the encoder begin with in a file of a model with a head, and our
     attribute for the encoder there. ``modules`` pairs a pattern of our module path, below the
-    encoder, with Hugging Face's. ``extras`` are patterns of tensors, without the prefix, that a
+    encoder, with Hugging Face's; ``tensors`` does so for whole names where that is not enough.
+    ``extras`` are patterns of tensors, without the prefix, that a
     file may hold and no model here needs; ``heads`` those of task heads and poolers, which are
     passed over by a model that has no use for them.
     """
@@ -53,13 +54,11 @@ class TensorNames:
     modules: tuple[tuple[str, str], ...]
     extras: tuple[str, ...]
     heads: tuple[str, ...]
+    tensors: tuple[tuple[str, str], ...] = ()
 
-    def theirs(self, module: str) -> str:
-        """Hugging Face's path of a module of the encoder."""
-        for pattern, replacement in self.modules:
-            if match := re.fullmatch(pattern, module):
-                return match.expand(replacement)
-        return module
+    def theirs(self, module: str, leaf: str) -> str:
+        """Hugging Face's name of a tensor of the encoder."""
+        return _renamed(f"{_renamed(module, self.modules)}.{leaf}", self.tensors)
 
     def is_extra(self, name: str) -> bool:
         """Whether a tensor is known to be of no use to any model."""
@@ -68,6 +67,14 @@ class TensorNames:
     def is_head(self, name: str) -> bool:
         """Whether a tensor belongs to a task head or a pooler."""
         return any(re.fullmatch(pattern, name) for pattern in self.heads)
+
+
+def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
+    """The name by the first pattern that fits it, or as it is."""
+    for pattern, replacement in table:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(replacement)
+    return name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +103,14 @@ class PretrainedModel(nnx.Module):
     """What every model here can do: be read from and written to a Hugging Face folder.
 
     ``architecture`` is Hugging Face's name of the class, ``tensor_names`` the table of its
-    tensors, ``config_class`` the config it is built from.
+    tensors, ``config_class`` the config it is built from, ``task`` what its head is for.
     """
 
     architecture: ClassVar[str]
     tensor_names: ClassVar[TensorNames]
-    config_class: ClassVar[type[EncoderConfig]]
-    config: EncoderConfig
+    config_class: ClassVar[type[ModelConfig]]
+    task: ClassVar[str | None] = None
+    config: ModelConfig
 
     @property
     def base_model(self) -> Any:
@@ -115,19 +123,14 @@ class PretrainedModel(nnx.Module):
 
         An id outside its table cannot raise under ``jit`` and would give NaN; check it before.
         """
-        config = self.config
-        return {
-            "input_ids": config.vocab_size,
-            "token_type_ids": config.type_vocab_size,
-            "position_ids": config.max_position_embeddings,
-        }
+        return self.config.id_limits
 
     @classmethod
     def from_pretrained(
         cls,
         folder: str | os.PathLike[str],
         *,
-        config: EncoderConfig | None = None,
+        config: ModelConfig | None = None,
         new_head: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -160,7 +163,7 @@ class PretrainedModel(nnx.Module):
             theirs = theirs.last_hidden_state.detach().numpy()
             assert np.abs(np.asarray(ours.last_hidden_state) - theirs).max() < 1e-4
         """
-        folder = _existing_folder(folder)
+        folder = existing_folder(folder)
         if config is None:
             config = cls.config_class.from_pretrained(folder)
         constructor = inspect.signature(cls.__init__).parameters
@@ -266,16 +269,16 @@ def _expected_tensors(model: PretrainedModel) -> dict[str, _Leaf]:
     expected = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         *module, leaf = map(str, path)
-        ours = ".".join(module)
-        if prefix and ours.startswith(prefix):
-            theirs = prefix + names.theirs(ours.removeprefix(prefix))
+        ours, kind = ".".join(module), _LEAF_NAMES[leaf]
+        if not prefix:
+            theirs = names.theirs(ours, kind)
+        elif ours.startswith(prefix):
+            theirs = prefix + names.theirs(ours.removeprefix(prefix), kind)
         else:
-            theirs = ours if prefix else names.theirs(ours)
+            theirs = f"{ours}.{kind}"
         shape = tuple(variable.shape)
         is_kernel = leaf == "kernel"
-        expected[f"{theirs}.{_LEAF_NAMES[leaf]}"] = _Leaf(
-            path, shape[::-1] if is_kernel else shape, is_kernel
-        )
+        expected[theirs] = _Leaf(path, shape[::-1] if is_kernel else shape, is_kernel)
     return expected
 
 
@@ -343,7 +346,8 @@ def _advice(
     return advice
 
 
-def _existing_folder(folder: str | os.PathLike[str]) -> Path:
+def existing_folder(folder: str | os.PathLike[str]) -> Path:
+    """The path of a folder; raises ``ValueError``, with the way to get one, if there is none."""
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(

@@ -6,9 +6,14 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxbrewer.zoo.bert import BertModel
+from jaxbrewer.zoo.distilbert import DistilBertModel
+from jaxbrewer.zoo.encoder import EncoderModel
 from jaxbrewer.zoo.hf import PretrainedModel
 
 _Model = TypeVar("_Model", bound=PretrainedModel)
+# A part of the student, the part of the teacher it starts from, and what to call it.
+_Pair = tuple[nnx.Module, nnx.Module, str]
 
 
 def init_from_layers(
@@ -22,9 +27,14 @@ def init_from_layers(
     """Copies the teacher's ``layers`` into the student's, in order, and returns the student.
 
     ``layers`` names one teacher layer, counted from 0, for each of the student's: ``[0, 4, 8]``
-    for a student of three. With ``embeddings`` the tables and their norm are copied too. The
-    pooler is copied where both models have one. ``head=None`` copies the task head where both have
-    the same one, of the same shape; ``True`` demands it, ``False`` leaves the student's own.
+    for a student of three. With ``embeddings`` the tables, their norm and their projection are
+    copied too. The pooler is copied where both models have one. ``head=None`` copies the task head
+    where both have the same one, of the same shape; ``True`` demands it, ``False`` leaves the
+    student's own.
+
+    Both models are of one architecture, or the student is a DistilBERT and the teacher a BERT: then
+    the first token type is added to the positions, so that a student with all of the teacher's
+    layers computes what the teacher does for a single sequence.
 
     The student gets arrays of its own, in its own dtype; it is changed in place.
 
@@ -32,18 +42,20 @@ def init_from_layers(
     have, another number of layers than the student has, another width.
     """
     source, target = teacher.base_model, student.base_model
-    if type(source) is not type(target):
+    from_bert = isinstance(source, BertModel) and isinstance(target, DistilBertModel)
+    if not isinstance(target, EncoderModel) or not (from_bert or type(source) is type(target)):
         raise ValueError(
             f"the student is built on {type(target).__name__}, the teacher on "
-            f"{type(source).__name__}: layers can be copied only within one architecture"
+            f"{type(source).__name__}: layers can be copied only within one architecture of "
+            "transformer, or from BERT to DistilBERT"
         )
-    _check_layers(student, teacher, layers)
-    pairs = [
+    _check_layers(target, source, layers)
+    pairs: list[_Pair] = [
         (target.encoder.layer[position], source.encoder.layer[layer], f"layer {layer}")
         for position, layer in enumerate(layers)
     ]
     if embeddings:
-        pairs.append((target.embeddings, source.embeddings, "embeddings"))
+        pairs += _embeddings_to_copy(target, source)
     if target.pooler is not None and source.pooler is not None:
         pairs.append((target.pooler, source.pooler, "pooler"))
     pairs += _heads_to_copy(student, teacher, head)
@@ -56,40 +68,58 @@ def init_from_layers(
         )
     for theirs, ours, _ in pairs:
         _copy(ours, theirs)
+    if from_bert and embeddings:
+        positions = target.embeddings.position_embeddings.embedding
+        first_type = source.embeddings.token_type_embeddings.embedding[0]
+        positions[...] = positions[...] + first_type.astype(positions.dtype)
     return student
 
 
-def _check_layers(
-    student: PretrainedModel, teacher: PretrainedModel, layers: Sequence[int]
-) -> None:
+def _check_layers(student: EncoderModel, teacher: EncoderModel, layers: Sequence[int]) -> None:
     """Refuses layers that the teacher lacks, and a list of another length than the student."""
-    count = teacher.config.num_hidden_layers
+    count = len(teacher.encoder.layer)
     wrong = [layer for layer in layers if not 0 <= layer < count]
     if wrong:
         raise ValueError(f"layers {wrong} are not in the teacher, which has 0 to {count - 1}")
-    if len(layers) != student.config.num_hidden_layers:
+    if len(layers) != len(student.encoder.layer):
         raise ValueError(
             f"layers={list(layers)} names {len(layers)} layers, but the student has "
-            f"{student.config.num_hidden_layers}: name one for each"
+            f"{len(student.encoder.layer)}: name one for each"
         )
+
+
+def _embeddings_to_copy(student: EncoderModel, teacher: EncoderModel) -> list[_Pair]:
+    """The pairs of tables, of their norms and of their projections to copy."""
+    names = ["word_embeddings", "position_embeddings", "norm"]
+    if student.embeddings.token_type_embeddings is not None:
+        names.append("token_type_embeddings")
+    pairs = [
+        (getattr(student.embeddings, name), getattr(teacher.embeddings, name), f"embeddings.{name}")
+        for name in names
+    ]
+    ours, theirs = student.embeddings_project, teacher.embeddings_project
+    if ours is not None and theirs is not None:
+        pairs.append((ours, theirs, "embeddings_project"))
+    return pairs
 
 
 def _heads_to_copy(
     student: PretrainedModel, teacher: PretrainedModel, head: bool | None
-) -> list[tuple[nnx.Module, nnx.Module, str]]:
+) -> list[_Pair]:
     """The pairs of task heads to copy."""
     if head is False:
         return []
     ours, theirs = _heads(student), _heads(teacher)
+    same = bool(ours) and student.task == teacher.task and ours.keys() == theirs.keys()
+    pairs = [(ours[name], theirs[name], name) for name in ours] if same else []
     if head is None:
-        shared = [(ours[name], theirs[name], name) for name in ours if name in theirs]
-        return [pair for pair in shared if not _misfits(*pair)]
-    if not ours or ours.keys() != theirs.keys():
+        return [] if any(_misfits(*pair) for pair in pairs) else pairs
+    if not same:
         raise ValueError(
             f"head=True, but {type(student).__name__} and {type(teacher).__name__} do not have "
             "the same head: pass head=False"
         )
-    return [(ours[name], theirs[name], name) for name in ours]
+    return pairs
 
 
 def _heads(model: PretrainedModel) -> dict[str, nnx.Module]:

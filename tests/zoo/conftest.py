@@ -18,37 +18,80 @@ TINY = dict(
     max_position_embeddings=20,
     type_vocab_size=3,
 )
+# The same sizes for each architecture, by how the names of its classes begin.
+FAMILIES = {
+    "Bert": TINY,
+    "Roberta": TINY | {"pad_token_id": 3},
+    "Electra": TINY | {"embedding_size": 16},
+    "DistilBert": dict(
+        vocab_size=50, dim=24, n_layers=3, n_heads=4, hidden_dim=40, max_position_embeddings=20
+    ),
+}
+TASKS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+def family_of(name):
+    """How a class's name begins: ``'Bert'`` of ``'BertModel'``."""
+    return next(family for family in FAMILIES if name.startswith(family))
 
 
 def make_torch(name, double=False, seed=0, **changes):
     """A transformers model called ``name``, in eval mode, with random weights everywhere."""
-    config = transformers.BertConfig(**{**TINY, **changes})
+    family = family_of(name)
+    config = getattr(transformers, f"{family}Config")(**{**FAMILIES[family], **changes})
     config._attn_implementation = "eager"
     model = getattr(transformers, name)(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, value in model.named_parameters():
             noise = torch.randn(value.shape, generator=generator)
-            value.copy_(0.3 * noise + (1.0 if key.endswith("LayerNorm.weight") else 0.0))
+            is_norm = key.lower().replace("_", "").endswith("layernorm.weight")
+            value.copy_(0.3 * noise + (1.0 if is_norm else 0.0))
     return (model.double() if double else model).eval()
 
 
-def make_batch(seed=0, batch=3, length=9, limits=TINY):
+def make_batch(seed=0, batch=3, length=9, family="Bert"):
     """Ids with ragged padding, one mask with a hole, and token types."""
     rng = np.random.default_rng(seed)
     mask = np.ones((batch, length), np.int64)
     mask[1, 5:] = 0
     mask[2, 2:4] = 0
-    ids = rng.integers(1, limits["vocab_size"], (batch, length))
+    pad = FAMILIES[family].get("pad_token_id", 0)
+    ids = rng.integers(pad + 1, 50, (batch, length))
+    types = rng.integers(0, 3, (batch, length))
     return {
-        "input_ids": np.where(mask == 1, ids, 0),
+        "input_ids": np.where(mask == 1, ids, pad),
         "attention_mask": mask,
-        "token_type_ids": rng.integers(0, limits["type_vocab_size"], (batch, length)),
-    }
+    } | ({} if family == "DistilBert" else {"token_type_ids": types})
+
+
+def labels_for(name, batch, length, num_labels):
+    """The labels that a class of that name takes, some of them to be ignored."""
+    rng = np.random.default_rng(5)
+    if name.endswith("ForSequenceClassification"):
+        return {"labels": rng.integers(0, num_labels, batch)}
+    if name.endswith("ForTokenClassification"):
+        labels = rng.integers(0, num_labels, (batch, length))
+        return {"labels": np.where(rng.random((batch, length)) < 0.3, -100, labels)}
+    if name.endswith("ForQuestionAnswering"):
+        # Below 0 and far past the end, which transformers clips, and one to be ignored.
+        return {
+            "start_positions": np.array([1, -3, length + 7]),
+            "end_positions": np.array([4, 2, 3]),
+        }
+    return {}
 
 
 def to_torch(batch):
     return {key: torch.tensor(value) for key, value in batch.items()}
+
+
+def close(ours, theirs, tolerance):
+    """Asserts one shape, and no difference above ``tolerance`` of the largest value."""
+    theirs = theirs.detach().numpy()
+    assert ours.shape == theirs.shape
+    scale = max(1.0, float(np.abs(theirs).max()))
+    assert np.abs(np.asarray(ours) - theirs).max() <= tolerance * scale
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TINY, make_torch, to_torch
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxbrewer.zoo as zoo
 from jaxbrewer.zoo import BertConfig, WeightsMismatchError
+
+from .conftest import TINY, make_torch, to_torch
 
 SEQUENCE = "BertForSequenceClassification"
 

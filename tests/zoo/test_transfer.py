@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
 from flax import nnx
 
 import jaxbrewer.zoo as zoo
 from jaxbrewer.zoo import BertConfig, init_from_layers
+
+from .conftest import FAMILIES, TINY
 
 
 @pytest.fixture
@@ -94,3 +95,43 @@ def test_refusals(config, teacher):
     with pytest.raises(ValueError, match=r"query\.kernel: \(12, 12\) in the student, \(24, 24\)"):
         init_from_layers(narrow, teacher, [0, 1])
     np.testing.assert_array_equal(narrow.bert.embeddings.norm.scale[...], before)
+
+
+@pytest.mark.parametrize("family", ["Roberta", "Electra", "DistilBert"])
+def test_every_transformer_can_be_cut(family):
+    config = getattr(zoo, f"{family}Config")(**FAMILIES[family])
+    short = config.replace(**{"n_layers" if family == "DistilBert" else "num_hidden_layers": 2})
+    cls = getattr(zoo, f"{family}ForSequenceClassification")
+    teacher, student = cls(config, rngs=nnx.Rngs(0)), cls(short, rngs=nnx.Rngs(1))
+    init_from_layers(student, teacher, [0, 2])
+    ours, theirs = student.base_model, teacher.base_model
+    assert same(ours.encoder.layer[1], theirs.encoder.layer[2])
+    assert same(ours.embeddings, theirs.embeddings)
+    assert same(student.classifier, teacher.classifier)
+    if family == "Electra":
+        assert same(ours.embeddings_project, theirs.embeddings_project)
+
+
+def test_a_distilbert_from_a_bert_computes_the_same(config):
+    teacher = zoo.BertForTokenClassification(config, rngs=nnx.Rngs(0))
+    student = zoo.DistilBertForTokenClassification(
+        zoo.DistilBertConfig(**FAMILIES["DistilBert"], num_labels=3), rngs=nnx.Rngs(1)
+    )
+    init_from_layers(student, teacher, [0, 1, 2])
+    ids = np.arange(18).reshape(2, 9) + 1
+    teacher.eval()
+    student.eval()
+    np.testing.assert_allclose(student(ids).logits, teacher(ids).logits, atol=1e-6)
+    other = zoo.RobertaForTokenClassification(
+        zoo.RobertaConfig(**FAMILIES["Roberta"]), rngs=nnx.Rngs(1)
+    )
+    with pytest.raises(ValueError, match="built on RobertaModel, the teacher on BertModel"):
+        init_from_layers(other, teacher, [0, 1, 2])
+
+
+def test_heads_of_different_tasks_are_not_the_same(config, teacher):
+    tagger = student_of(config, zoo.BertForTokenClassification)
+    init_from_layers(tagger, teacher, [0, 1])
+    assert not same(tagger.classifier, teacher.classifier)
+    with pytest.raises(ValueError, match="do not have the same head"):
+        init_from_layers(tagger, teacher, [0, 1], head=True)

@@ -1,0 +1,135 @@
+"""The class for a folder or a config, by its ``model_type`` and the task."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+
+from jaxbrewer.zoo import bert, bigru, distilbert, electra, roberta
+from jaxbrewer.zoo.configuration import ModelConfig, read_json_object
+from jaxbrewer.zoo.hf import CONFIG, PretrainedModel, existing_folder
+
+_CLASSES: tuple[type[PretrainedModel], ...] = (
+    bert.BertModel,
+    bert.BertForSequenceClassification,
+    bert.BertForTokenClassification,
+    bert.BertForQuestionAnswering,
+    roberta.RobertaModel,
+    roberta.RobertaForSequenceClassification,
+    roberta.RobertaForTokenClassification,
+    roberta.RobertaForQuestionAnswering,
+    electra.ElectraModel,
+    electra.ElectraForSequenceClassification,
+    electra.ElectraForTokenClassification,
+    electra.ElectraForQuestionAnswering,
+    distilbert.DistilBertModel,
+    distilbert.DistilBertForSequenceClassification,
+    distilbert.DistilBertForTokenClassification,
+    distilbert.DistilBertForQuestionAnswering,
+    bigru.BiGRUModel,
+    bigru.BiGRUForTokenClassification,
+)
+
+
+def _by_type() -> dict[str, dict[str | None, type[PretrainedModel]]]:
+    found: dict[str, dict[str | None, type[PretrainedModel]]] = {}
+    for cls in _CLASSES:
+        found.setdefault(cls.config_class.model_type, {})[cls.task] = cls
+    return found
+
+
+MODELS = _by_type()
+"""``model_type`` → task → class; an encoder without a head has the task ``None``."""
+
+
+def model_class(model_type: str, task: str | None = None) -> type[PretrainedModel]:
+    """The class of a ``model_type`` for a task, or its encoder for ``None``.
+
+    Raises ``ValueError`` that lists the types, or the tasks of the type.
+    """
+    tasks = _tasks_of(model_type)
+    if task not in tasks:
+        known = ", ".join(map(repr, tasks))
+        raise ValueError(f"no {model_type} here is for the task {task!r}: choose from {known}")
+    return tasks[task]
+
+
+def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
+    """Reads a config, from its file or from a folder with ``config.json``, into its own class.
+
+    A file that does not say its ``model_type``, as TextBrewer's do not, is a BERT's. ``changes``
+    are fields to set on top.
+
+    Raises ``ValueError`` for a type that is not known, and as `ModelConfig.from_json_file` does.
+    """
+    file = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
+    model_type = read_json_object(file).get("model_type", bert.BertConfig.model_type)
+    try:
+        cls = model_class(model_type).config_class
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return cls.from_json_file(file, **changes)
+
+
+def from_config(
+    config: ModelConfig,
+    task: str | None = None,
+    *,
+    dtype: Dtype | None = None,
+    param_dtype: Dtype = jnp.float32,
+    rngs: nnx.Rngs,
+) -> Any:
+    """A new model of a config for a task, or its encoder without a head for ``None``.
+
+    The tasks are those of `from_pretrained`. Computes in ``dtype`` (``param_dtype`` unless given);
+    parameters are ``param_dtype``.
+
+    Raises ``ValueError`` as `model_class` does.
+    """
+    cls: Any = model_class(config.model_type, task)
+    return cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+
+def from_pretrained(folder: str | os.PathLike[str], task: str | None = None, **options: Any) -> Any:
+    """Reads a model from a folder in Hugging Face's format, in the class its config asks for.
+
+    ``model_type`` in ``config.json`` gives the architecture. ``task`` is one of
+    ``'sequence-classification'``, ``'token-classification'`` and ``'question-answering'``;
+    ``None`` takes the class that ``architectures`` names there, or the encoder without a head where
+    it names none of ours. ``options`` are those of `PretrainedModel.from_pretrained`, such as
+    ``new_head=True`` or ``num_labels=3``.
+
+    Raises ``ValueError`` for a type or a task that is not known, with those that are, and as
+    `PretrainedModel.from_pretrained` does.
+    """
+    folder = existing_folder(folder)
+    values = read_json_object(folder / CONFIG)
+    model_type = values.get("model_type", bert.BertConfig.model_type)
+    try:
+        if task is None:
+            cls = _saved_class(model_type, values)
+        else:
+            cls = model_class(model_type, task)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    return cls.from_pretrained(folder, **options)
+
+
+def _saved_class(model_type: str, values: Mapping[str, Any]) -> type[PretrainedModel]:
+    """The class that ``architectures`` names, or the encoder."""
+    named = values.get("architectures") or ()
+    tasks = _tasks_of(model_type)
+    return next((cls for cls in tasks.values() if cls.architecture in named), tasks[None])
+
+
+def _tasks_of(model_type: Any) -> dict[str | None, type[PretrainedModel]]:
+    if not isinstance(model_type, str) or model_type not in MODELS:
+        raise ValueError(
+            f"no model here is of model_type {model_type!r}: choose from "
+            + ", ".join(map(repr, MODELS))
+        )
+    return MODELS[model_type]

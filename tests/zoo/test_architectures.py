@@ -1,0 +1,245 @@
+"""What RoBERTa, ELECTRA and DistilBERT have of their own: positions, widths, names, old files."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import jaxbrewer.zoo as zoo
+
+from .conftest import FAMILIES, close, make_batch, make_torch, to_torch
+
+NEW = ("Roberta", "Electra", "DistilBert")
+
+
+def config_of(family, **changes):
+    return getattr(zoo, f"{family}Config")(**{**FAMILIES[family], **changes})
+
+
+# --- positions -------------------------------------------------------------------------------
+
+
+def test_robertas_positions_pass_over_padding():
+    model = zoo.RobertaModel(config_of("Roberta"), rngs=nnx.Rngs(0))
+    ids = np.array([[7, 8, 3, 9, 3], [3, 3, 5, 5, 5]])
+    np.testing.assert_array_equal(model._positions(ids, 5), [[4, 5, 3, 6, 3], [3, 3, 4, 5, 6]])
+    np.testing.assert_array_equal(model._positions(None, 3), [[4, 5, 6]])
+
+
+def test_robertas_embeddings_given_equal_transformers(tmp_path):
+    theirs = make_torch("RobertaModel")
+    theirs.save_pretrained(tmp_path)
+    ours = zoo.RobertaModel.from_pretrained(tmp_path)
+    embedded = np.random.default_rng(0).normal(size=(2, 6, 24)).astype(np.float32)
+    got = ours(inputs_embeds=embedded).last_hidden_state
+    close(got, theirs(inputs_embeds=torch.tensor(embedded)).last_hidden_state, 1e-5)
+
+
+def test_robertas_longest_sequence():
+    model = zoo.RobertaModel(config_of("Roberta"), rngs=nnx.Rngs(0))
+    model.eval()
+    assert np.isfinite(model(np.full((1, 16), 5)).last_hidden_state).all()
+    with pytest.raises(ValueError, match="17 is longer than the 16 positions there are"):
+        model(np.full((1, 17), 5))
+
+
+def test_robertas_row_of_padding_is_zero_at_first():
+    model = zoo.RobertaModel(config_of("Roberta"), rngs=nnx.Rngs(0))
+    for table in (model.embeddings.word_embeddings, model.embeddings.position_embeddings):
+        assert not np.asarray(table.embedding[3]).any()
+        assert np.asarray(table.embedding[...])[[2, 4]].all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pad_token_id": None}, "positions count from it"),
+        ({"max_position_embeddings": 4}, "leaves no position after pad_token_id=3"),
+    ],
+)
+def test_robertas_refusals(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_of("Roberta", **changes)
+
+
+def test_distilberts_sinusoids_equal_transformers():
+    changes = {"sinusoidal_pos_embds": True}
+    theirs = transformers.DistilBertModel(
+        transformers.DistilBertConfig(**FAMILIES["DistilBert"], **changes)
+    )
+    ours = zoo.DistilBertModel(config_of("DistilBert", **changes), rngs=nnx.Rngs(0))
+    got = ours.embeddings.position_embeddings.embedding[...]
+    close(got, theirs.embeddings.position_embeddings.weight, 1e-6)
+
+
+# --- widths and heads ------------------------------------------------------------------------
+
+
+def test_electra_projects_its_embeddings_where_widths_differ(tmp_path):
+    model = zoo.ElectraModel(config_of("Electra"), rngs=nnx.Rngs(0))
+    assert model.embeddings_project.kernel.shape == (16, 24)
+    assert model(np.ones((1, 4), np.int32), output_hidden_states=True).hidden_states[0].shape == (
+        1, 4, 24,
+    )  # fmt: skip
+    theirs = make_torch("ElectraModel", embedding_size=24)
+    theirs.save_pretrained(tmp_path)
+    ours = zoo.ElectraModel.from_pretrained(tmp_path)
+    assert ours.embeddings_project is None
+    batch = make_batch(family="Electra")
+    close(ours(**batch).last_hidden_state, theirs(**to_torch(batch)).last_hidden_state, 1e-5)
+
+
+DROPOUTS = {
+    "Roberta": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "Electra": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "DistilBert": ("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("RobertaForSequenceClassification", "classifier_dropout"),
+        ("ElectraForTokenClassification", "classifier_dropout"),
+        ("DistilBertForSequenceClassification", "seq_classif_dropout"),
+        ("DistilBertForQuestionAnswering", "qa_dropout"),
+        ("DistilBertForTokenClassification", "dropout"),
+    ],
+)
+def test_dropout_of_heads_comes_from_the_config(name, rate):
+    family = next(family for family in NEW if name.startswith(family))
+    none = dict.fromkeys(DROPOUTS[family], 0.0)
+    batch = make_batch(family=family)
+    still = getattr(zoo, name)(config_of(family, **none), rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(still(**batch)[0], still(**batch)[0])
+    moving = getattr(zoo, name)(config_of(family, **none | {rate: 0.5}), rngs=nnx.Rngs(0))
+    assert not np.array_equal(moving(**batch)[0], moving(**batch)[0])
+
+
+def test_distilbert_drops_nothing_between_attention_and_its_norm():
+    config = config_of("DistilBert", dropout=0.5, attention_dropout=0.0)
+    layer = zoo.DistilBertModel(config, rngs=nnx.Rngs(0)).encoder.layer[0]
+    hidden = jnp.ones((1, 3, 24)) * jnp.arange(24)
+    layer.output.kernel[...] = jnp.zeros_like(layer.output.kernel[...])
+    np.testing.assert_array_equal(layer(hidden)[0], layer(hidden)[0])
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_half_precision_computes_in_half_and_loses_in_float32(family):
+    name = f"{family}ForSequenceClassification"
+    model = getattr(zoo, name)(config_of(family), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    out = model(
+        **make_batch(family=family), labels=np.zeros(3, np.int32), output_attentions=True,
+        output_hidden_states=True,
+    )  # fmt: skip
+    for key, value in out.items():
+        wanted = jnp.float32 if key == "loss" else jnp.bfloat16
+        assert {leaf.dtype for leaf in jax.tree.leaves(value)} == {jnp.dtype(wanted)}, key
+
+
+def test_spans_need_two_labels():
+    with pytest.raises(ValueError, match="answer spans need 2"):
+        zoo.ElectraForQuestionAnswering(config_of("Electra", num_labels=3), rngs=nnx.Rngs(0))
+
+
+# --- files -----------------------------------------------------------------------------------
+
+PRETRAINING = {
+    "Roberta": "RobertaForMaskedLM",
+    "Electra": "ElectraForPreTraining",
+    "DistilBert": "DistilBertForMaskedLM",
+}
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_heads_of_pretraining_are_passed_over(family, tmp_path):
+    theirs = make_torch(PRETRAINING[family])
+    theirs.save_pretrained(tmp_path)
+    options = {} if family != "Roberta" else {"add_pooling_layer": False}
+    ours = zoo.from_pretrained(tmp_path, **options)
+    assert type(ours).__name__ == f"{family}Model"
+    batch = make_batch(family=family)
+    wanted = theirs.base_model(**to_torch(batch)).last_hidden_state
+    close(ours(**batch).last_hidden_state, wanted, 1e-5)
+    tagger = zoo.from_pretrained(tmp_path, "token-classification", new_head=True, num_labels=4)
+    np.testing.assert_array_equal(
+        tagger(**batch, output_hidden_states=True).hidden_states[-1],
+        ours(**batch).last_hidden_state,
+    )
+
+
+def test_robertas_old_files_with_a_pooler_and_position_ids_are_read(tmp_path):
+    theirs = make_torch("RobertaForSequenceClassification", num_labels=3)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    extra = {
+        "roberta.embeddings.position_ids": np.arange(20)[None],
+        "roberta.pooler.dense.weight": np.ones((24, 24), np.float32),
+        "roberta.pooler.dense.bias": np.ones(24, np.float32),
+    }
+    save_file(load_file(file) | extra, file, metadata={"format": "pt"})
+    batch = make_batch(family="Roberta")
+    got = zoo.RobertaForSequenceClassification.from_pretrained(tmp_path)(**batch).logits
+    close(got, theirs(**to_torch(batch)).logits, 1e-5)
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_defaults_and_files_are_transformers(family, tmp_path):
+    theirs = getattr(transformers, f"{family}Config")(
+        id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2}
+    )
+    theirs.save_pretrained(tmp_path)
+    ours = zoo.read_config(tmp_path)
+    assert ours == getattr(zoo, f"{family}Config")(label_names=("a", "b", "c"), num_labels=3)
+    ours.to_json_file(tmp_path / "config.json")
+    again = getattr(transformers, f"{family}Config").from_pretrained(tmp_path)
+    assert again.to_dict() == theirs.to_dict()
+    assert zoo.read_config(tmp_path) == ours
+
+
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        # The keys of the published roberta-base, electra-small and distilbert-base files.
+        ("Roberta", {"layer_norm_eps": 1e-05, "max_position_embeddings": 514, "bos_token_id": 0,
+                     "eos_token_id": 2, "type_vocab_size": 1, "architectures": []}),
+        ("Electra", {"embedding_size": 128, "hidden_size": 256, "summary_activation": "gelu",
+                     "summary_last_dropout": 0.1, "summary_type": "first",
+                     "summary_use_proj": True}),
+        ("DistilBert", {"activation": "gelu", "attention_dropout": 0.1, "dim": 768,
+                        "dropout": 0.1, "hidden_dim": 3072, "n_heads": 12, "n_layers": 6,
+                        "qa_dropout": 0.1, "seq_classif_dropout": 0.2,
+                        "sinusoidal_pos_embds": False, "tie_weights_": True}),
+    ],
+)  # fmt: skip
+def test_published_files_are_read(family, given, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": family.lower(), **given}))
+    config = zoo.read_config(path)
+    read = config.to_dict()
+    assert {key: read[key] for key in given if key in read}.items() <= given.items()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": 25}, "dim=25 is not a multiple of n_heads=4"),
+        ({"activation": "mish"}, "activation='mish' is not one of gelu"),
+        ({"dropout": 1.0}, "dropout=1.0, expected a rate"),
+        ({"n_layers": 0}, "n_layers=0, expected an integer of 1 or more"),
+    ],
+)
+def test_distilberts_refusals(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_of("DistilBert", **changes)
+
+
+def test_distilbert_reads_like_a_bert():
+    config = config_of("DistilBert")
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (24, 3, 4)
