@@ -182,7 +182,7 @@ def _report(distiller: GeneralDistiller, batch: Any) -> str:
         print(textwrap.fill(f"warning: {warning.message}", 100, subsequent_indent="  "))
     fields = {f.name: getattr(program, f.name) for f in dataclasses.fields(program)}
     report = describe(distiller, _ByShape(**fields), batch, with_optimizer=True)
-    return report.replace("at the peak", "at the peak (with AdamW's state, before fragmentation)")
+    return f"{report}\n  (the optimizer is AdamW)"
 
 
 class _ByShape(Program):
@@ -190,18 +190,24 @@ class _ByShape(Program):
 
     def init(self, seed: int) -> TrainState:
         """The state as `Program.init` has it, all zeros; made while tracing, it takes no memory."""
-        parts = {"student": self.student.model, **{}}
         params = {
-            "student": parts["student"].params,
+            "student": self.student.model.params,
             "projections": {name: p.params for name, p in self.projections.items()},
         }
         model_state = {
-            "student": parts["student"].state,
+            "student": self.student.model.state,
             "projections": {name: p.state for name, p in self.projections.items()},
         }
         params, model_state = jax.tree.map(_zeros, (params, model_state))
         key = jax.random.key(seed)
         return TrainState(params, model_state, self.optimizer.init(params), key, jnp.int32(0))
+
+
+    def compile(self) -> Any:
+        """The step, for its cost alone: machine code is not worth polishing."""
+        on_cpu = jax.default_backend() == "cpu"
+        options = {"xla_backend_optimization_level": "0"} if on_cpu else None
+        return jax.jit(self.step, donate_argnums=0, compiler_options=options)
 
 
 def _zeros(leaf: Any) -> jax.Array:

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from safetensors import SafetensorError, safe_open
 
 from jaxbrewer import checkpoints
@@ -105,9 +104,9 @@ def _tensors(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """``{'a.b': x}`` → ``{'a': {'b': x}}``; a name that is also a prefix keeps its dots."""
+    """``{'a.b': x}`` → ``{'a': {'b': x}}``, numbers in order; a prefix of others keeps its dots."""
     nested: dict[str, Any] = {}
-    for name, value in flat.items():
+    for name, value in sorted(flat.items(), key=lambda item: _in_order(item[0])):
         *path, leaf = name.split(".")
         inside = nested
         for part in path:
@@ -117,6 +116,11 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
         else:
             nested[name] = value
     return nested
+
+
+def _in_order(name: str) -> list[tuple[int, int, str]]:
+    """A key by which layer 2 comes before layer 10."""
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in name.split(".")]
 
 
 # ----------------------------------------------------------------------------------- checkpoints
@@ -159,7 +163,7 @@ def _inspect_checkpoint(path: Path, max_level: int) -> int:
     print(f"{path}: a checkpoint")
     score = _scores(path.parent).get(_step_of(path))
     try:
-        position = checkpoints._read(path, position=ocp.args.JsonRestore())["position"]
+        position = checkpoints._read(path, position=checkpoints.ocp.args.JsonRestore())["position"]
         _print_position(position, score)
         with checkpoints._reader(path) as reader:
             trees = {
@@ -168,7 +172,7 @@ def _inspect_checkpoint(path: Path, max_level: int) -> int:
                 if item is not None
             }
         for name, tree in trees.items():
-            checkpoints._read(path, **{name: ocp.args.StandardRestore(_on_host(tree))})
+            checkpoints._read(path, **{name: checkpoints.ocp.args.StandardRestore(_on_host(tree))})
     except CheckpointError as error:
         print(f"  ! damaged: {error}")
         return BY_HAND

@@ -9,6 +9,7 @@ is reported with its line.
 import ast
 import dataclasses
 import operator
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,7 +89,10 @@ def parse(text: str) -> ast.Module:
         ValueError: it is not Python, with the line, or nested beyond reason.
     """
     try:
-        return ast.parse(text)
+        with warnings.catch_warnings():  # what Python says of its escapes is the file's business
+            warnings.simplefilter("ignore", SyntaxWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return ast.parse(text)
     except SyntaxError as error:
         raise ValueError(f"line {error.lineno}: not Python: {error.msg}") from error
     except (RecursionError, MemoryError) as error:
@@ -291,7 +295,7 @@ class _Reader:
             if node in self.used or not keys & {"layer_T", "layer_num_S"}:
                 continue
             values: Any
-            values, unread = self._try("dict", node)
+            values, unread = self._try("emd" if "layer_num_S" in keys else "match", node)
             problems = [unread] if unread else []
             if "layer_num_S" in keys:
                 found.append(Written("emd", node.lineno, values or {}, problems))

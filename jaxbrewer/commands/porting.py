@@ -208,6 +208,7 @@ def _port_written(item: Written, run: Run) -> Ported:
     ported = make[item.kind]() if item.values or not item.unread else Ported(item.kind)
     for unread in item.unread:
         text = f"line {unread.line}: {unread.why}; left out of what is written, so add it yourself"
+        ported.findings = [f for f in ported.findings if f.name != unread.name]
         ported.by_hand(unread.name, text)
         ported.defaults = [d for d in ported.defaults if not d.startswith(f"{unread.name}=")]
     return ported

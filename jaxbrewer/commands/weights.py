@@ -41,7 +41,7 @@ def port_weights(
     if task is None:
         task = _task_of(tensors)
         print(f"--task was not given; the names of the tensors say {task}")
-    labels = num_labels if num_labels is not None else _labels_of(tensors)
+    labels = num_labels if num_labels is not None else _labels_of(tensors, task)
     try:
         cls = model_class(model_type_of(values), task)
         config = config_from(values, num_labels=labels)
@@ -159,9 +159,11 @@ def _task_of(tensors: Mapping[str, np.ndarray]) -> str:
     return "sequence-classification" if pooled or deep else "token-classification"
 
 
-def _labels_of(tensors: Mapping[str, np.ndarray]) -> int | None:
-    """The number of classes, from the last layer's shape; None where there is no head."""
-    for name in ("classifier.out_proj.weight", "classifier.weight", "qa_outputs.weight"):
+def _labels_of(tensors: Mapping[str, np.ndarray], task: str) -> int | None:
+    """The number of classes, from the last layer's shape; None where the config is to say it."""
+    if task not in ("sequence-classification", "token-classification"):
+        return None
+    for name in ("classifier.out_proj.weight", "classifier.weight"):
         if name in tensors and tensors[name].ndim == 2:
             return tensors[name].shape[0]
     return None
@@ -178,10 +180,10 @@ def _built(cls: Any, config: Any, tensors: Mapping[str, np.ndarray], file: str) 
         try:
             return cls.from_pretrained(folder, config=config, **options)
         except zoo.WeightsMismatchError as error:
-            text = str(error).replace(folder, file)
-            raise CommandError(
-                f"{text}\n  (or is it another --task or --config?)", BY_HAND
-            ) from error
+            lines = str(error).replace(folder, file).splitlines()
+            problems = [line for line in lines if "new_head" not in line]  # no option here
+            advice = "  is it another --task, --config or --num-labels?"
+            raise CommandError("\n".join([*problems, advice]), BY_HAND) from error
         except ValueError as error:
             raise CommandError(str(error).replace(folder, file), BY_HAND) from error
 
