@@ -83,7 +83,7 @@ EMD = {
     "weight": 1.0,
     "proj": ["linear", 312, 768],
 }
-SCRIPT = '''
+SCRIPT = """
 import torch, textbrewer
 from textbrewer import TrainingConfig, DistillationConfig as DC
 from transformers import AdamW, BertForSequenceClassification, get_linear_schedule_with_warmup
@@ -106,7 +106,7 @@ def main(args):
     optimizer = AdamW(model.parameters(), lr=1e-4)
     distiller = Mine(train_config, distill_config, model, model, adaptor, adaptor)
     distiller.train(optimizer, loader, num_epochs=1, scheduler_class=get_linear_schedule_with_warmup)
-'''
+"""
 
 
 @pytest.fixture
@@ -485,7 +485,9 @@ def test_literals_are_read(expression, value):
     ],
 )
 def test_what_is_not_literal_is_said_with_its_line(before, expression, why):
-    text = f"{before}\nc = DistillationConfig(\n    kd_loss_weight=2,\n    temperature={expression})"
+    text = (
+        f"{before}\nc = DistillationConfig(\n    kd_loss_weight=2,\n    temperature={expression})"
+    )
     found = only(text)
     assert found.values == {"kd_loss_weight": 2}
     (unread,) = found.unread
@@ -652,7 +654,7 @@ def mutated(rng, value):
 def scrambled(rng, text):
     """A text with some characters changed, taken out or doubled, or a line moved."""
     for _ in range(rng.randrange(1, 4)):
-        at = rng.randrange(len(text))
+        at = rng.randrange(len(text) or 1)
         action = rng.randrange(5)
         if action == 0:
             text = text[:at] + rng.choice("{}[]()\"',:.0-\\\n\0é#*=") + text[at + 1 :]

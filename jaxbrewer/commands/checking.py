@@ -202,7 +202,6 @@ class _ByShape(Program):
         key = jax.random.key(seed)
         return TrainState(params, model_state, self.optimizer.init(params), key, jnp.int32(0))
 
-
     def compile(self) -> Any:
         """The step, for its cost alone: machine code is not worth polishing."""
         on_cpu = jax.default_backend() == "cpu"

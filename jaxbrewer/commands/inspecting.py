@@ -163,34 +163,42 @@ def _inspect_checkpoint(path: Path, max_level: int) -> int:
     print(f"{path}: a checkpoint")
     score = _scores(path.parent).get(_step_of(path))
     try:
-        position = checkpoints._read(path, position=checkpoints.ocp.args.JsonRestore())["position"]
-        _print_position(position, score)
-        with checkpoints._reader(path) as reader:
-            trees = {
-                name: item.tree
-                for name, item in reader.metadata(path).item_metadata.items()
-                if item is not None
-            }
-        for name, tree in trees.items():
-            checkpoints._read(path, **{name: checkpoints.ocp.args.StandardRestore(_on_host(tree))})
-    except CheckpointError as error:
+        position, trees = _position(path), _trees(path)
+    except (CheckpointError, AttributeError, TypeError) as error:  # the last two out of Orbax
         print(f"  ! damaged: {error}")
         return BY_HAND
+    _print_position(position, score)
     print(f"  holds: {', '.join([*sorted(trees), 'position'])}; all of it can be read")
     for name in ("student", "projections"):
         if name in trees:
             params = jax.tree.map(_shape, trees[name]["params"])
-            flat = all(hasattr(leaf, "shape") for leaf in params.values())
-            print(
-                f"  {name}:" + display_parameters(_nested(params) if flat else params, max_level)[0]
-            )
-    if "training" in trees:
-        leaves = jax.tree.leaves(jax.tree.map(_shape, trees["training"]))
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-        print(
-            f"  training: {len(leaves)} arrays, {size / 2**20:,.2f} MB: optimizer, random key, counters"
-        )
+            if isinstance(params, dict) and all(hasattr(p, "shape") for p in params.values()):
+                params = _nested(params)
+            print(f"  {name}:{display_parameters(params, max_level)[0]}")
+    leaves = jax.tree.leaves(jax.tree.map(_shape, trees["training"]))
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) / 2**20
+    print(f"  training: {len(leaves)} arrays, {size:,.2f} MB: optimizer, random key, counters")
     return FINE
+
+
+def _position(path: Path) -> Mapping[str, Any]:
+    position = checkpoints._read(path, position=checkpoints.ocp.args.JsonRestore())["position"]
+    if not isinstance(position, Mapping):
+        raise CheckpointError(f"its position is a {type(position).__name__}, expected an object")
+    return position
+
+
+def _trees(path: Path) -> dict[str, Any]:
+    """The arrays of each item, by shape, once all of them have been read."""
+    with checkpoints._reader(path) as reader:
+        items = reader.metadata(path).item_metadata
+        trees = {name: item.tree for name, item in items.items() if item is not None}
+    missing = [name for name in ("student", "training") if name not in trees]
+    if missing:
+        raise CheckpointError(f"it holds no {' and no '.join(missing)}")
+    for name, tree in trees.items():
+        checkpoints._read(path, **{name: checkpoints.ocp.args.StandardRestore(_on_host(tree))})
+    return trees
 
 
 def _step_of(path: Path) -> int:
