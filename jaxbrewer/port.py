@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxbrewer import checks, presets, training
+from jaxbrewer import checks, presets
+from jaxbrewer.arguments import refuse_unbuilt
 from jaxbrewer.commands import CommandError, zoo_models
 from jaxbrewer.configurations import DistillationConfig, IntermediateMatch, TrainingConfig
 from jaxbrewer.errors import ConfigError, suggest
@@ -146,7 +147,7 @@ def training_config(values: Mapping[str, Any], run: Run | None = None) -> Ported
     ported.defaults, given = _split_defaults(TrainingConfig, values, config)
     for f in given:
         value = getattr(config, f.name)
-        verdict, text = _TRAINING[f.name](value, config)
+        verdict, text = _TRAINING.get(f.name, _ours)(value, config)
         refused = unbuilt(dataclasses.replace(TrainingConfig(), **_alone(f.name, config)))
         if refused:
             verdict, text = Verdict.BY_HAND, f"{text}. {refused}"
@@ -158,7 +159,7 @@ def training_config(values: Mapping[str, Any], run: Run | None = None) -> Ported
 def unbuilt(config: TrainingConfig) -> str | None:
     """Why training with a config is refused as not built yet, or None."""
     try:
-        training._refuse_unbuilt(config)
+        refuse_unbuilt(config)
     except ValueError as error:
         return str(error)
     return None
@@ -216,6 +217,10 @@ def _device(value: str, config: TrainingConfig) -> tuple[Verdict, str]:
     if platform in ("cuda", "gpu"):
         return Verdict.CHANGED, f"{which}: the accelerator there is, of any make; else the CPU"
     return Verdict.SAME, f"a {platform.upper()} device, {which}; an error if there is none"
+
+
+def _ours(value: Any, config: Any) -> tuple[Verdict, str]:
+    return Verdict.SAME, "jaxbrewer's own; TextBrewer does not know it"
 
 
 _LEVELS = {
@@ -278,9 +283,6 @@ _TRAINING: Mapping[str, Any] = {
         "call jax.distributed.initialize() in place of torch.distributed.init_process_group; "
         "every process feeds its own part of the data",
     ),
-    "seed": lambda value, config: (Verdict.SAME, "of every random number of the training"),
-    "resume": lambda value, config: (Verdict.SAME, "goes on from the newest checkpoint"),
-    "max_to_keep": lambda value, config: (Verdict.SAME, f"keeps {value} checkpoints"),
 }
 
 
@@ -301,7 +303,7 @@ def distillation_config(values: Mapping[str, Any]) -> Ported:
         if f.name == "intermediate_matches":
             _add_matches(ported, value)
             continue
-        verdict, text = _DISTILLATION[f.name](value, config)
+        verdict, text = _DISTILLATION.get(f.name, _ours)(value, config)
         ported.add(f.name, repr(list(value) if isinstance(value, tuple) else value), verdict, text)
     return ported
 
@@ -348,8 +350,9 @@ _DISTILLATION: Mapping[str, Any] = {
     ),
     "is_caching_logits": lambda value, config: (
         Verdict.CHANGED,
-        "the teacher runs once over the data; its logits are kept in host memory. GeneralDistiller "
-        "caches too, where TextBrewer's turns it off without a word. Not with num_steps",
+        "the teacher runs once over the data; what the loss needs of its results is kept in host "
+        "memory, or in cache_dir. GeneralDistiller caches too, where TextBrewer's turns it off "
+        "without a word. Not with num_steps",
     ),
 }
 

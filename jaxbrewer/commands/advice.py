@@ -4,8 +4,8 @@ import ast
 from collections.abc import Iterator
 
 from jaxbrewer.commands import zoo_models
-from jaxbrewer.distillers import Trainable
 from jaxbrewer.port import Finding, Verdict
+from jaxbrewer.trainable import Trainable
 
 _FACTORY = "pass a factory: functools.partial(optax.{}, learning_rate=…)"
 _SCHEDULE = (
@@ -48,8 +48,8 @@ CALLS: dict[str, tuple[Verdict, str]] = {
     ),
     "CustomMatch": (
         Verdict.CHANGED,
-        "CustomMatch(module_T, module_S, weight, loss, proj=None): modules by path or object; it "
-        "runs, which TextBrewer's does not",
+        "the same arguments, and it runs, which TextBrewer's does not. Modules by path, pattern or "
+        "object; proj_func is [name, dim_S, dim_T] or an nnx.Module",
     ),
 }
 CALLS |= {

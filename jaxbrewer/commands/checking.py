@@ -72,7 +72,7 @@ def check(
     distiller = GeneralDistiller(
         # On whatever device: nothing is put on one.
         dataclasses.replace(train_config, device="cpu"),
-        dataclasses.replace(distill_config, is_caching_logits=False),
+        dataclasses.replace(distill_config, is_caching_logits=False, cache_dir=None),
         model_T,
         model_S,
         standard_adaptor,
@@ -175,7 +175,7 @@ def _report(distiller: GeneralDistiller, batch: Any) -> str:
     with warnings.catch_warnings(record=True) as caught, distiller:
         warnings.simplefilter("always", PreflightWarning)
         try:
-            program = training.prepare(distiller, batch, optimizer, {})
+            (program,) = training.prepare(distiller, {"": batch}, optimizer, {}).values()
         except PreflightError as error:
             raise CommandError(str(error), BY_HAND) from error
     for warning in caught:

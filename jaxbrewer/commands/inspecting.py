@@ -172,6 +172,8 @@ def _inspect_checkpoint(path: Path, max_level: int) -> int:
     for name in ("student", "projections"):
         if name in trees:
             params = jax.tree.map(_shape, trees[name]["params"])
+            if not isinstance(params, dict | list | tuple):
+                params = {"params": params}
             if isinstance(params, dict) and all(hasattr(p, "shape") for p in params.values()):
                 params = _nested(params)
             print(f"  {name}:{display_parameters(params, max_level)[0]}")
