@@ -1,6 +1,7 @@
 """``jaxbrewer port-weights``: a torch state dict becomes a Hugging Face folder."""
 
 import importlib
+import inspect
 import pickle
 import re
 import struct
@@ -172,8 +173,8 @@ def _labels_of(tensors: Mapping[str, np.ndarray], task: str) -> int | None:
 def _built(cls: Any, config: Any, tensors: Mapping[str, np.ndarray], file: str) -> Any:
     """The model with these weights, read by the zoo from a folder made for it."""
     options: dict[str, Any] = {}
-    bare = not cls.architecture.partition("For")[1]
-    if bare and hasattr(cls, "pooler") is False and not any("pooler." in name for name in tensors):
+    may_pool = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
+    if may_pool and not any("pooler." in name for name in tensors):
         options["add_pooling_layer"] = False
     with tempfile.TemporaryDirectory() as folder:
         save_file(dict(tensors), Path(folder) / WEIGHTS)
