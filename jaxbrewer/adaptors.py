@@ -50,7 +50,8 @@ class Side:
     """A model with its adaptor: the teacher's side of a distillation, or the student's.
 
     Attributes:
-        role: ``'T'``, ``'S'``, or for several teachers ``'T[0]'``…: names the side in errors.
+        role: ``'T'``, ``'S'``, for several teachers ``'T[0]'``…, and '' for a model that is
+            trained alone: names the side in errors.
         model: the model.
         adaptor: its adaptor.
         args: further keyword arguments for the model, from ``train(…, **args)``.
@@ -94,7 +95,7 @@ class Side:
         first = output[0] if isinstance(output, tuple | list) and output else output
         if not _is_array(first):
             raise AdaptorError(
-                f"model_{self.role}'s submodule {path!r} "
+                f"{model_name(self.role)}'s submodule {path!r} "
                 + ("is not called" if output is None else f"returns a {type(output).__name__}")
                 + "; custom_matches need one that returns an array, or a tuple that begins with one"
             )
@@ -108,6 +109,16 @@ def check_adaptor(adaptor: Any, name: str) -> None:
             f"{name} is a {type(adaptor).__name__}; it must be a function "
             "(batch, model_outputs) -> dict"
         )
+
+
+def model_name(role: str) -> str:
+    """What a side's model is called in errors: ``model_S``, ``model_T[0]``, or a trainer's ``model``."""
+    return f"model_{role}" if role else "model"
+
+
+def adaptor_name(role: str) -> str:
+    """What a side's adaptor is called in errors."""
+    return f"adaptor_{role}" if role else "adaptor"
 
 
 def adaptor_keys() -> list[str]:
@@ -126,7 +137,7 @@ def freeze(results: Any, role: str) -> Results:
     """
     if not isinstance(results, Mapping):
         raise AdaptorError(
-            f"adaptor_{role} returned a {type(results).__name__}; it must return a dict with some "
+            f"{adaptor_name(role)} returned a {type(results).__name__}; it must return a dict with some "
             f"of the keys {', '.join(adaptor_keys())}"
         )
     wrong: list[str] = []
@@ -135,7 +146,7 @@ def freeze(results: Any, role: str) -> Results:
     for name, value in results.items():
         if name not in known:
             fix = f"did you mean {_SLIPS[name]!r}?" if name in _SLIPS else suggest(name, known)
-            wrong.append(f"adaptor_{role} returned an unknown key {name!r}: {fix}")
+            wrong.append(f"{adaptor_name(role)} returned an unknown key {name!r}: {fix}")
         elif value is not None:
             frozen[name] = _one_form(name, value, role, wrong)
     if wrong:
@@ -144,7 +155,7 @@ def freeze(results: Any, role: str) -> Results:
 
 
 def _one_form(name: str, value: Any, role: str, wrong: list[str]) -> Any:
-    what = f"adaptor_{role}: {name!r}"
+    what = f"{adaptor_name(role)}: {name!r}"
     if name == "inputs_mask":
         if not _is_array(value):
             wrong.append(f"{what} must be one array [batch, length], not a {type(value).__name__}")

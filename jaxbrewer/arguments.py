@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from .configurations import TrainingConfig
 from .optimizer import Optimizer
 from .plan import Schedule
@@ -79,8 +81,13 @@ def make_schedule(config: TrainingConfig, request: Request) -> Schedule:
     if epochs is None and steps is None:
         raise ValueError("say how long to train: train(…, num_epochs=…) or train(…, num_steps=…)")
     for name, value in (("num_epochs", epochs), ("num_steps", steps)):
-        if value is not None and (isinstance(value, bool) or int(value) != value or value < 1):
+        if value is not None and not _is_count(value):
             raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+    if request.callback is not None and not callable(request.callback):
+        raise TypeError(
+            f"callback is a {type(request.callback).__name__}; it must be a function, called as "
+            "callback(model=student, step=step)"
+        )
     for task, feed in request.feeds.items():
         name = f"dataloaders[{task!r}]" if task else "dataloader"
         if not hasattr(feed.loader, "__iter__"):
@@ -88,6 +95,9 @@ def make_schedule(config: TrainingConfig, request: Request) -> Schedule:
                 f"{name} is a {type(feed.loader).__name__}, which cannot be iterated; give a list "
                 "of batches, a DataLoader, or any iterable of batches"
             )
+        if feed.postprocess is not None and not callable(feed.postprocess):
+            kind = type(feed.postprocess).__name__
+            raise TypeError(f"the batch_postprocessor of {name} is a {kind}, not a function")
         if feed.length == 0:
             raise ValueError(f"{name} is empty: its length is 0")
     if steps is not None:
@@ -106,6 +116,11 @@ def make_schedule(config: TrainingConfig, request: Request) -> Schedule:
             "gradient_accumulation_steps, or train by num_steps, where windows run across epochs"
         )
     return Schedule.by_epochs(config, int(epochs), length)  # type: ignore[arg-type]
+
+
+def _is_count(value: Any) -> bool:
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    return bool(is_number and np.isfinite(value) and int(value) == value and value >= 1)
 
 
 def make_factor(request: Request, total_steps: int) -> Callable | None:

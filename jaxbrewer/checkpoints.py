@@ -131,10 +131,6 @@ class Checkpoints:
         """The step of the newest finished checkpoint."""
         return max(steps_in(self.folder), default=None)
 
-    def position(self, step: int) -> dict[str, Any]:
-        """The JSON part of a checkpoint."""
-        return _read(self.folder / f"gs{step}", position=ocp.args.JsonRestore())["position"]
-
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Reads a state with the structure, shapes and placement of `like`.
 
@@ -254,6 +250,15 @@ def _stored_shape(leaf: Any) -> tuple[int, ...]:
     if hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.eval_shape(jax.random.key_data, leaf).shape
     return tuple(leaf.shape)
+
+
+def latest_position(folder: Folder) -> dict[str, Any] | None:
+    """The JSON part of the newest finished checkpoint in a folder, or None if there is none."""
+    steps = steps_in(folder)
+    if not steps:
+        return None
+    path = Path(folder).absolute() / f"gs{steps[-1]}"
+    return _read(path, position=ocp.args.JsonRestore())["position"]
 
 
 def checkpoint_path(path: Folder) -> Path:

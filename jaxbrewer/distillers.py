@@ -49,7 +49,7 @@ class BasicTrainer(Trainable):
         return self.adaptor_S
 
     def _sides(self, task: str, args: Mapping[str, Any]) -> tuple[Side, Teacher]:
-        return Side("S", as_model(self.model_S, "model"), self.adaptor_S, args), NoTeacher()
+        return Side("", as_model(self.model_S, "model"), self.adaptor_S, args), NoTeacher()
 
     def _terms(self) -> list[str]:
         return ["the sum of the losses the adaptor returns"]

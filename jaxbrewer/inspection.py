@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from .adaptors import Results, Side
+from .adaptors import Results, Side, adaptor_name, model_name
 from .batches import Batch, as_call, check_ids, plain, signature_of
 from .errors import BatchError, suggest
 
@@ -40,10 +40,10 @@ def inspect(
     Returns:
         The adaptor's results as `jax.ShapeDtypeStruct`, or None if it could not be run.
     """
-    name = f"model_{side.role}"
+    name = model_name(side.role)
     args, kwargs = as_call(plain(batch), side.args)
     signature = side.model.signature()
-    if side.role == "S":
+    if side.role in ("S", ""):
         _check_trainable(side.model.params, name, found)
     if not _fits(signature, args, kwargs, name, found, (side.args, keywords)):
         return None
@@ -98,14 +98,14 @@ def _check_arguments(
     for keyword in side.args:
         if isinstance(batch, dict) and keyword in batch:
             found.problems.append(
-                f"model_{side.role} gets {keyword!r} twice: from the batch and from "
+                f"{model_name(side.role)} gets {keyword!r} twice: from the batch and from "
                 f"train(…, {keyword}=…). Drop one of them"
             )
         elif keyword not in signature.parameters:  # it goes into the model's **kwargs
             hint = suggest(keyword, keywords)
             if hint.startswith("did you mean"):
                 found.warnings.append(
-                    f"train(…, {keyword}=…) is passed on to model_{side.role}; {hint}"
+                    f"train(…, {keyword}=…) is passed on to {model_name(side.role)}; {hint}"
                 )
 
 
@@ -128,7 +128,7 @@ class _Adapted:
                 else f"{len(batch)} items"
             )
             raise _AdaptorError(
-                f"adaptor_{side.role} failed: {type(error).__name__}: {error}. It got a batch with "
+                f"{adaptor_name(side.role)} failed: {type(error).__name__}: {error}. It got a batch with "
                 f"{inputs}, and the model's outputs, {_outline(outputs)}"
             ) from error
 

@@ -1,12 +1,37 @@
 """Where the numbers go: tensorboard files, written off the training thread."""
 
+import os
+import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
+
+
+def read_scalars(folder: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
+    """Reads the scalars of a ``log_dir``: tag → step → value; of a step written twice, the later.
+
+    For plots and tests, without tensorboard itself. An unfinished last record is left out.
+    """
+    points: dict[str, dict[int, float]] = {}
+    for path in sorted(Path(folder).glob("events.*")):
+        data = path.read_bytes()
+        start = 0
+        while start + 12 <= len(data):
+            (length,) = struct.unpack("<Q", data[start : start + 8])
+            record = data[start + 12 : start + 12 + length]
+            start += 12 + length + 4  # two checksums of four bytes
+            if len(record) < length:
+                break
+            event = Event.FromString(record)
+            for value in event.summary.value:
+                points.setdefault(value.tag, {})[event.step] = value.simple_value
+    return points
 
 
 class MetricsWriter:

@@ -25,6 +25,7 @@ from jaxbrewer.losses import (
     mmd_loss,
     pkd_loss,
 )
+from jaxbrewer.matches import MATCHES
 from jaxbrewer.projections import linear_projection, projection_with_activation
 from jaxbrewer.schedulers import (
     constant_temperature_scheduler,
@@ -166,3 +167,19 @@ def _table(map_name: str) -> MutableMapping[str, Callable[..., Any]]:
     if map_name not in MAPS:
         raise UnknownNameError(f"no table is called {map_name!r}; {suggest(map_name, MAPS)}")
     return MAPS[map_name]
+
+
+__all__ = [
+    "ADAPTOR_KEYS",
+    "FEATURES",
+    "KD_LOSS_MAP",
+    "MAPS",
+    "MATCHES",
+    "MATCH_LOSS_MAP",
+    "PROJ_MAP",
+    "TEMPERATURE_SCHEDULER",
+    "WEIGHT_SCHEDULER",
+    "DynamicKeyDict",
+    "lookup",
+    "register_new",
+]

@@ -23,7 +23,8 @@ def describe(
         count = _count(side.model.params)
         ratio = f" ({count / student:.1f}× the student)" if student else ""
         lines.append(f"model_{side.role:6}{count:>13,} parameters{ratio}")
-    lines.append(f"model_S     {student:>13,} parameters")
+    name = "model_S" if program.teacher.sides else "model"
+    lines.append(f"{name:12}{student:>13,} parameters")
     for name, projection in program.projections.items():
         lines.append(f"proj {name:7}{_count(projection.params):>13,} parameters")
     lines += ["", "loss ="]
@@ -70,7 +71,7 @@ def _objective(distiller: "Trainable", program: Program) -> list[str]:
 def _cost(program: Program, batch: Batch, with_optimizer: bool) -> list[str]:
     state = jax.eval_shape(lambda: program.init(0))
     row = np.ones(3, np.float32)
-    compiled = program.compile().lower(state, program.teacher.variables, batch, row).compile()
+    compiled = program.compiled.lower(state, program.teacher.variables, batch, row).compile()
     lines = ["one step"]
     costs = compiled.cost_analysis()
     if costs and "flops" in costs:

@@ -1,5 +1,6 @@
 """The train step: teacher, student, loss, gradient, update, metrics, in one compiled program."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import optax
 
 from .adaptors import Results, Side
 from .batches import Batch, sides
+from .errors import BatchError
 from .models import Model
 from .objective import Loss, Project, Weights
 from .teachers import Teacher
@@ -133,9 +135,20 @@ class Program:
         return TrainState(params, model_state, opt_state, state.key, state.micro_step + 1), metrics
 
     def values(self, loss: Loss) -> list[Any]:
-        """What the metrics hold, in their order."""
+        """What the metrics hold, in their order.
+
+        Raises:
+            BatchError: when traced for a batch whose terms are not those of the first batch.
+        """
+        if set(loss.terms) != set(self.names):
+            raise BatchError(
+                f"this batch gives the terms {sorted(loss.terms)}, and the first one gave "
+                f"{sorted(self.names)}. Do some batches lack labels, or an output? All must have the "
+                "same; or train them as tasks of a MultiTaskDistiller"
+            )
         return [loss.total, loss.surplus, *(loss.terms[name] for name in self.names)]
 
-    def compile(self) -> Any:
+    @functools.cached_property
+    def compiled(self) -> Any:
         """The step, jitted; it owns the state it is given."""
         return jax.jit(self.step, donate_argnums=0)

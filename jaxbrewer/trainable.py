@@ -1,5 +1,6 @@
 """What every trainer and distiller shares: ``train``, ``check``, and the ``with`` block."""
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -57,6 +58,14 @@ class Trainable:
                     f"{cls.__name__} overrides {name}, which does not exist here and would never "
                     f"run. Instead: {instead}"
                 )
+        if "compute_loss" in cls.__dict__:
+            try:
+                inspect.signature(cls.compute_loss).bind(*range(5))
+            except TypeError as error:
+                raise TypeError(
+                    f"{cls.__name__}.compute_loss must take (self, results_S, results_T, project, "
+                    f"weights), not {inspect.signature(cls.compute_loss)}"
+                ) from error
 
     def __init__(self, train_config: TrainingConfig, model_S: Any, adaptor_S: Adaptor):
         if not isinstance(train_config, TrainingConfig):
@@ -64,7 +73,7 @@ class Trainable:
                 f"train_config is a {type(train_config).__name__}, not a TrainingConfig"
             )
         as_model(model_S, self._student_name)
-        check_adaptor(adaptor_S, "adaptor_S")
+        check_adaptor(adaptor_S, self._student_name.replace("model", "adaptor"))
         self.t_config = train_config
         self.model_S = model_S
         self.adaptor_S = adaptor_S
@@ -205,6 +214,8 @@ class Trainable:
 
         Returns:
             The report, which is also printed.
+
+        The batch is taken as it is: what a ``batch_postprocessor`` would do to it must be done.
 
         Raises:
             PreflightError: all that is wrong.

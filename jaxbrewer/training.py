@@ -15,10 +15,10 @@ import optax
 
 from . import caching
 from . import optimizer as optimizers
-from .adaptors import Results, Side
+from .adaptors import Results, Side, model_name
 from .arguments import Request, make_factor, make_schedule, refuse_unbuilt
 from .batches import Batch, check_ids, sides
-from .checkpoints import Checkpoints, load_student
+from .checkpoints import Checkpoints, latest_position, load_student
 from .configurations import TrainingConfig
 from .devices import resolve_device
 from .errors import CheckpointError, PreflightError, PreflightWarning
@@ -167,7 +167,7 @@ def _cached(
 
 def _task(program: Program, device: jax.Device) -> Task:
     return Task(
-        step=program.compile(),
+        step=program.compiled,
         teacher_variables=jax.device_put(program.teacher.variables, device),
         tags=("scalar/total_loss", *(f"scalar/{name}" for name in program.names)),
         check_batch=_batch_check(program),
@@ -221,10 +221,17 @@ def prepare(
         results_S: Results, results_T: Results, project: Any, weights: Weights
     ) -> Loss:
         loss = distiller.compute_loss(results_S, results_T, project, weights)
-        return loss if isinstance(loss, Loss) else Loss(*loss, surplus=0)
+        if isinstance(loss, Loss):
+            return loss
+        if not (isinstance(loss, tuple) and len(loss) == 2 and isinstance(loss[1], Mapping)):
+            raise TypeError(
+                f"compute_loss returned a {type(loss).__name__}; return the pair (total, {{name: "
+                "term}}) or a jaxbrewer.Loss"
+            )
+        return Loss(loss[0], dict(loss[1]), 0)
 
     projections = distiller._projections()
-    return {
+    programs = {
         task: _with_names(
             Program(
                 one.student,
@@ -240,6 +247,24 @@ def prepare(
         )
         for task, one in traced.items()
     }
+    for task, program in programs.items():
+        _trace_step(program, batches[task])
+    return programs
+
+
+def _trace_step(program: Program, batch: Batch) -> None:
+    """Traces a whole step by shape: what is left to go wrong is mostly the optimizer's."""
+    row = np.ones(3, jnp.result_type(float))
+    try:
+        state = jax.eval_shape(lambda: program.init(0))
+        program.compiled.eval_shape(state, program.teacher.variables, batch, row)
+    except Exception as error:
+        raise PreflightError(
+            [
+                f"the train step cannot be built: {type(error).__name__}: {error}. Does the optimizer "
+                "need arguments of its own in update (value=…, as line searches do)? Those have none here"
+            ]
+        ) from error
 
 
 @dataclass
@@ -272,8 +297,10 @@ def _trace(
             results_S = inspect_side(student, student_batch, train, found, keywords)
         try:
             results_T = jax.eval_shape(teacher.__call__, teacher.variables, teacher_batch, cache)
-        except ValueError as error:
-            found.problems.append(str(error))
+        except Exception as error:  # noqa: BLE001  an adaptor of outputs computed before
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            what = "teacher_cache: " if cache is not None else ""
+            found.problems.append(f"{what}{kind}{error}")
     if results_S is not None and results_T is not None:
         distiller._check(results_S, results_T, student_batch, found)
     return _Traced(student, teacher, results_S, results_T)
@@ -294,13 +321,19 @@ def _with_names(program: Program, results_S: Results, results_T: Results) -> Pro
             results_S, results_T, project, Weights(jnp.ones(()), jnp.ones(()))
         )
         names.extend(loss.terms)
-        return loss.total
+        return jnp.asarray(loss.total), {k: jnp.asarray(v) for k, v in loss.terms.items()}
 
-    total = jax.eval_shape(whole, results_S, results_T)
-    if total.shape != () or not jnp.issubdtype(total.dtype, jnp.floating):
-        raise PreflightError(
-            [f"compute_loss gives a total of {total.dtype}{list(total.shape)}; it must be a scalar"]
-        )
+    try:
+        total, terms = jax.eval_shape(whole, results_S, results_T)
+    except Exception as error:
+        raise PreflightError([f"compute_loss failed: {type(error).__name__}: {error}"]) from error
+    wrong = [
+        f"compute_loss gives {name} as {value.dtype}{list(value.shape)}; it must be one number"
+        for name, value in {"the total": total, **terms}.items()
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating)
+    ]
+    if wrong:
+        raise PreflightError(wrong)
     return replace(program, names=tuple(names))
 
 
@@ -345,14 +378,10 @@ def _rows(distiller: "Trainable", factor: Callable | None, total: int) -> np.nda
 
 
 def _latest_position(config: TrainingConfig) -> Position | None:
-    checkpoints = Checkpoints(config.output_dir, resume=True, max_to_keep=None)
-    try:
-        step = checkpoints.latest()
-        if step is None:
-            return None
-        saved = checkpoints.position(step)
-    finally:
-        checkpoints.close()
+    saved = latest_position(config.output_dir)
+    if saved is None:
+        return None
+    step = saved["global_step"]
     accumulation = saved["train_config"]["gradient_accumulation_steps"]
     if accumulation != config.gradient_accumulation_steps:
         raise CheckpointError(
@@ -367,9 +396,10 @@ def _latest_position(config: TrainingConfig) -> Position | None:
 def _batch_check(program: Program) -> Callable[[Batch], None]:
     """Checks ids on the host, for every model that says how many it knows."""
     student = program.student
-    checked = [(student.model.signature(), student.model.id_limits, "model_S", 1)]
+    name = model_name(student.role)
+    checked = [(student.model.signature(), student.model.id_limits, name, 1)]
     for side in program.teacher.sides:
-        checked.append((side.model.signature(), side.model.id_limits, f"model_{side.role}", 0))
+        checked.append((side.model.signature(), side.model.id_limits, model_name(side.role), 0))
 
     def check(batch: Batch) -> None:
         parts = sides(batch)

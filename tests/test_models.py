@@ -460,7 +460,7 @@ def test_steps_leave_a_teacher_intact_that_shares_arrays_and_seeds_decide():
     loader = [batches.own({"ids": batch["ids"]}) for batch in small.batches(2)]
     with distiller:
         program = training.prepare(distiller, {"": loader[0]}, optax.sgd(0.5), {})[""]
-    step, trained = program.compile(), []
+    step, trained = program.compiled, []
     for seed in (0, 0, 1):
         state = program.init(seed)
         for batch in loader:

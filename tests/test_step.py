@@ -22,7 +22,7 @@ def flops(distiller, batch):
     with distiller:
         program = prepare(distiller, {"": own(batch)}, optax.sgd(0.1), {})[""]
     state = jax.eval_shape(lambda: program.init(0))
-    lowered = program.compile().lower(state, program.teacher.variables, own(batch), ROW)
+    lowered = program.compiled.lower(state, program.teacher.variables, own(batch), ROW)
     return lowered.compile().cost_analysis()["flops"]
 
 
@@ -96,7 +96,7 @@ def test_the_state_is_donated_but_nothing_of_the_user(tmp_path):
     with distiller:
         program = prepare(distiller, {"": own(tiny.loader(1)[0])}, tiny.SGD, {})[""]
     state = program.init(0)
-    new, metrics = program.compile()(state, program.teacher.variables, own(tiny.loader(1)[0]), ROW)
+    new, metrics = program.compiled(state, program.teacher.variables, own(tiny.loader(1)[0]), ROW)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert int(new.micro_step) == 1
     assert metrics.shape == (2 + len(program.names),)

@@ -11,6 +11,8 @@ from jaxbrewer.batches import own
 from jaxbrewer.errors import AdaptorError
 from jaxbrewer.teachers import MeanTeacher, NoTeacher, OneTeacher, Teacher
 
+from . import small
+
 BATCH = own({"x": np.arange(6, dtype=np.float32).reshape(2, 3), "mask": np.ones((2, 3))})
 
 
@@ -105,3 +107,31 @@ def test_logits_that_do_not_fit_together_are_refused():
 def test_a_teacher_without_logits_leaves_none():
     teacher = MeanTeacher([side("T[0]", 1), side("T[1]", 1, ("hidden",))])
     assert teacher(teacher.variables, BATCH, None) == {}
+
+
+def test_batches_that_feed_each_side_its_own(tmp_path):
+    """The teacher's inputs apart, and its outputs computed before: the same training."""
+    loader = small.batches(3)
+    teacher = small.encoder(1)
+    cached = [
+        {"logits": np.asarray(teacher.function(teacher.params, **batch)["logits"])}
+        for batch in loader
+    ]
+    forms = {
+        "one for both": loader,
+        "apart": [{"teacher": (b["ids"],), "student": b} for b in loader],
+        "cached": [
+            {"teacher": {"ids": b["ids"] * 0}, "student": b, "teacher_cache": outputs}
+            for b, outputs in zip(loader, cached, strict=True)
+        ],
+    }
+    trained = []
+    for name, batches in forms.items():
+        distiller = small.distiller(tmp_path / name, teacher=teacher)
+        with distiller:
+            distiller.train(small.SGD, batches, num_epochs=1)
+        trained.append(distiller.model_S.params)
+    for other in trained[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), trained[0], other
+        )

@@ -277,6 +277,16 @@ def test_the_context_ends_with_the_block(tmp_path):
     assert not distiller._in_context
 
 
+def test_ids_are_checked_in_every_batch(tmp_path):
+    """Beyond the first: an id outside would give NaN or another row, and no error."""
+    student = encoder(2, id_limits={"ids": small.VOCABULARY})
+    distiller = small.distiller(tmp_path, student=student)
+    loader = small.batches(3)
+    loader[2]["ids"] = np.where(loader[2]["ids"] == loader[2]["ids"].max(), 11, loader[2]["ids"])
+    with distiller, pytest.raises(BatchError, match="ids holds 11, but model_S knows ids 0 to 10"):
+        distiller.train(small.SGD, loader, num_epochs=1)
+
+
 # ---------------------------------------------------------------------------------- subclasses
 
 
@@ -343,8 +353,8 @@ def test_a_loss_of_ones_own_is_trained_on_and_logged(cls, tmp_path):
 
 @pytest.mark.parametrize(
     ("total", "message"),
-    [(lambda logits: logits.sum(-1), r"total of float32\[3\]; it must be a scalar"),
-     (lambda logits: logits.argmax(), r"total of int32\[\]; it must be a scalar")],
+    [(lambda logits: logits.sum(-1), r"the total as float32\[3\]; it must be one number"),
+     (lambda logits: logits.argmax(), r"the total as int32\[\]; it must be one number")],
 )  # fmt: skip
 def test_a_loss_that_is_no_scalar_is_refused(total, message, tmp_path):
     class Wrong(GeneralDistiller):

@@ -2,19 +2,17 @@
 
 import copy
 import functools
-import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import optax
 import textbrewer
 import torch
-from tensorboardX.proto.event_pb2 import Event
 
 import jaxbrewer
+from jaxbrewer.metrics import read_scalars
 
 from .toys import batches, linear_names, twins
 
@@ -40,18 +38,8 @@ class Recorder:
 
 
 def read_events(folder):
-    """Reads tag → values in order of step from tensorboard files, without tensorboard."""
-    points = {}
-    for path in sorted(Path(folder).glob("events.*")):
-        data = path.read_bytes()
-        at = 0
-        while at < len(data):
-            (length,) = struct.unpack("<Q", data[at : at + 8])
-            event = Event.FromString(data[at + 12 : at + 12 + length])
-            at += 12 + length + 4
-            for value in event.summary.value:
-                points.setdefault(value.tag, {})[event.step] = value.simple_value
-    return {tag: [steps[i] for i in sorted(steps)] for tag, steps in points.items()}
+    """Reads tag → values in order of step from tensorboard files."""
+    return {tag: [c[i] for i in sorted(c)] for tag, c in read_scalars(folder).items()}
 
 
 @dataclass

@@ -161,3 +161,38 @@ def test_inputs_of_each_side_and_cached_outputs(tmp_path, x64):
     )
     ours = jaxbrewer.GeneralDistiller(*jax_configs, teacher, student, only_logits, keys)
     assert_equal_runs(*run(job, theirs, ours, loader, tmp_path, torch_student), 1e-6)
+
+
+@pytest.mark.parametrize("distiller", ["BasicDistiller", "GeneralDistiller"])
+def test_two_tokenizers(distiller, tmp_path, x64):
+    """Other word pieces and lengths on each side, aligned on the first piece of each word."""
+
+    def pieces(rng, words, length):
+        """Ids, and a mask that marks the first piece of each of `words` words."""
+        first = np.zeros((len(words), length), np.int64)
+        for row, count in zip(first, words, strict=True):
+            row[np.sort(rng.permutation(length)[:count])] = 1
+        return {"input_ids": rng.integers(0, 30, first.shape), "attention_mask": first}
+
+    rng = np.random.default_rng(0)
+    loader = []
+    for _ in range(10):
+        words = rng.integers(1, 6, 4)
+        loader.append({"teacher": pieces(rng, words, 9), "student": pieces(rng, words, 6)})
+    job = Job(
+        {"temperature": 2, "temperature_scheduler": ["cwsm", 1]},
+        distiller=distiller,
+        train={"num_epochs": 5},
+    )
+    keys = adaptor(
+        {"hidden": None, "attention": None, "losses": None, "inputs_mask": None}
+        | {"logits_mask": mask}
+    )
+    teacher, torch_teacher = twins(10, "float64", **TOKENS)
+    student, torch_student = twins(2, "float64", **TOKENS)
+    torch_configs, jax_configs = configs(job, tmp_path)
+    theirs = getattr(textbrewer, distiller)(
+        *torch_configs, torch_teacher, torch_student, keys, keys
+    )
+    ours = getattr(jaxbrewer, distiller)(*jax_configs, teacher, student, keys, keys)
+    assert_equal_runs(*run(job, theirs, ours, loader, tmp_path, torch_student), 1e-6)

@@ -1,0 +1,217 @@
+"""The ``jaxbrewer`` command: bring TextBrewer's files over, check a job, look into folders."""
+
+import argparse
+import io
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from jaxbrewer import __version__
+from jaxbrewer.commands import CommandError, checking, inspecting, porting, weights
+from jaxbrewer.commands.zoo_models import TASKS
+from jaxbrewer.port import Run
+
+_MOST_STEPS = 10_000_000
+
+_EXIT_CODES = """\
+exit codes:
+  0  fine
+  1  something needs your hand, and the output says what
+  2  wrong usage, or a file that cannot be read
+"""
+
+_PORT = """\
+Reads TextBrewer's JSON files (training config, distillation config, intermediate matches, teachers
+and student, a model's bert_config*.json) or Python files whose configs are written out (nothing in
+them is run), and says field by field what each value becomes on JAX. A file is recognised by its
+keys."""
+
+_WEIGHTS = """\
+Reads a torch state dict (TextBrewer's gs*.pkl, a pytorch_model.bin) without running code from it,
+and writes a Hugging Face folder that jaxbrewer.zoo, and transformers, read. Needs torch. The
+tokenizer's files are not written: copy them beside it."""
+
+_CHECK = """\
+Checks a distillation without training it and without weights: what is matched with what, shapes,
+parameters, FLOPs and memory of a step, and when checkpoints are saved. Models are the zoo's, with
+adaptors that return logits, hidden_states as 'hidden', attentions as 'attention', the loss as
+'losses' and the attention_mask as 'inputs_mask'; the distiller is GeneralDistiller, the optimizer
+AdamW."""
+
+_INSPECT = """\
+Shows what a folder holds. A model's folder: its config and parameters. A checkpoint gs{step}, or an
+output_dir with several: step, epoch, scores, parameters; it is read whole, to see that it can be."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are `CommandError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message}\n{self.format_usage()}try {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: its arguments; None takes the program's own.
+
+    Returns:
+        The exit code: 0 fine, 1 something needs the user's hand, 2 wrong usage or an unreadable
+        file. ``--help`` and ``--version`` end the program, as argparse does.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        options = _parser().parse_args(argv)
+        return options.run(options)
+    except CommandError as error:
+        print(f"jaxbrewer: {error}", file=sys.stderr)
+        return error.code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="jaxbrewer",
+        description=__doc__,
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"jaxbrewer {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help: str, description: str, run: Callable[[Any], int]) -> Any:
+        command = commands.add_parser(
+            name,
+            help=help,
+            description=description,
+            epilog=_EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    _add_port(add)
+    _add_weights(add)
+    _add_check(add)
+    _add_inspect(add)
+    return parser
+
+
+def _add_port(add: Callable[..., Any]) -> None:
+    command = add("port", "say what TextBrewer's files become on JAX", _PORT, _run_port)
+    command.add_argument("files", nargs="+", metavar="FILE", help="a .json or .py file")
+    command.add_argument("--out", metavar="DIR", help="write the configs as JSON into this folder")
+    _add_run(command)
+
+
+def _add_weights(add: Callable[..., Any]) -> None:
+    command = add(
+        "port-weights", "turn a torch state dict into a Hugging Face folder", _WEIGHTS, _run_weights
+    )
+    command.add_argument("file", metavar="STUDENT.pkl", help="the state dict")
+    command.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="the model's bert_config.json or config.json",
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    command.add_argument(
+        "--task", choices=TASKS, help="the head; by the tensors' names if left out"
+    )
+    command.add_argument(
+        "--num-labels", type=_count, metavar="N", help="classes; by the head's shape if left out"
+    )
+
+
+def _add_check(add: Callable[..., Any]) -> None:
+    command = add("check", "check a distillation without training it", _CHECK, _run_check)
+    command.add_argument("train", metavar="TRAIN.json", help="the training config")
+    command.add_argument("distill", metavar="DISTILL.json", help="the distillation config")
+    for name in ("--teacher", "--student"):
+        text = "a model's folder, or its config file"
+        command.add_argument(name, required=True, metavar="DIR|FILE", help=text)
+    command.add_argument("--batch-size", type=_count, default=8, metavar="N", help="default 8")
+    command.add_argument("--length", type=_count, default=128, metavar="N", help="default 128")
+    command.add_argument("--task", choices=TASKS, help="both heads; by the configs if left out")
+    command.add_argument("--num-labels", type=_count, metavar="N", help="classes of both models")
+    _add_run(command)
+
+
+def _add_inspect(add: Callable[..., Any]) -> None:
+    command = add("inspect", "show what a folder holds", _INSPECT, _run_inspect)
+    command.add_argument(
+        "folder", metavar="DIR", help="a model's folder, gs{step}, or an output_dir"
+    )
+    command.add_argument(
+        "--max-level", type=_level, default=4, metavar="N", help="levels of the table; default 4"
+    )
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    """The length of a run, from which checkpoints' steps follow."""
+    command.add_argument("--batches", type=_count, metavar="N", help="batches in an epoch")
+    command.add_argument("--epochs", type=_count, metavar="N", help="epochs; default 1")
+    command.add_argument("--num-steps", type=_count, metavar="N", help="optimizer steps, instead")
+
+
+def _run_of(options: argparse.Namespace) -> Run:
+    if options.num_steps is not None and (options.batches or options.epochs):
+        raise CommandError("give --batches and --epochs, or --num-steps, not both")
+    if options.epochs is not None and options.batches is None:
+        raise CommandError("--epochs needs --batches, the number of batches in an epoch")
+    if (options.batches or 0) * (options.epochs or 1) > _MOST_STEPS:
+        raise CommandError(f"--batches times --epochs is more than {_MOST_STEPS:,}")
+    return Run(options.batches, options.epochs, options.num_steps)
+
+
+def _count(text: str) -> int:
+    return _integer(text, 1)
+
+
+def _level(text: str) -> int:
+    return _integer(text, 0)
+
+
+def _integer(text: str, low: int) -> int:
+    if not text.isdecimal() or len(text) > 8 or not low <= int(text) <= _MOST_STEPS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a whole number from {low} to {_MOST_STEPS}"
+        )
+    return int(text)
+
+
+def _run_port(options: argparse.Namespace) -> int:
+    return porting.port_files(options.files, options.out, _run_of(options))
+
+
+def _run_weights(options: argparse.Namespace) -> int:
+    return weights.port_weights(
+        options.file, options.config, options.out, options.task, options.num_labels
+    )
+
+
+def _run_check(options: argparse.Namespace) -> int:
+    return checking.check(
+        options.train,
+        options.distill,
+        options.teacher,
+        options.student,
+        task=options.task,
+        num_labels=options.num_labels,
+        batch_size=options.batch_size,
+        length=options.length,
+        run=_run_of(options),
+    )
+
+
+def _run_inspect(options: argparse.Namespace) -> int:
+    return inspecting.inspect_folder(options.folder, options.max_level)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

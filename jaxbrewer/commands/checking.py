@@ -1,0 +1,215 @@
+"""``jaxbrewer check``: the preflight of a distillation, from config files alone."""
+
+import dataclasses
+import functools
+import textwrap
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxbrewer import training
+from jaxbrewer.batches import own
+from jaxbrewer.commands import BY_HAND, FINE, CommandError, read_json_object
+from jaxbrewer.commands.zoo_models import (
+    by_shape,
+    config_from,
+    model_class,
+    model_type_of,
+    read_config,
+    task_of,
+)
+from jaxbrewer.configurations import DistillationConfig, TrainingConfig
+from jaxbrewer.distillers import GeneralDistiller
+from jaxbrewer.errors import ConfigError, PreflightError, PreflightWarning
+from jaxbrewer.models import as_model
+from jaxbrewer.port import Run, describe_schedule, unbuilt
+from jaxbrewer.report import describe
+from jaxbrewer.step import Program, TrainState
+
+_LABELS = {
+    "sequence-classification": ("labels",),
+    "token-classification": ("labels",),
+    "question-answering": ("start_positions", "end_positions"),
+    "none": (),
+}
+
+
+def check(
+    train: str,
+    distill: str,
+    teacher: str,
+    student: str,
+    *,
+    task: str | None,
+    num_labels: int | None,
+    batch_size: int,
+    length: int,
+    run: Run,
+) -> int:
+    """Checks a distillation; see the command's help.
+
+    Raises:
+        CommandError: a file cannot be read, or all that would go wrong in training.
+    """
+    train_config = _config(TrainingConfig, train)
+    distill_config = _config(DistillationConfig, distill)
+    schedule = _schedule(train_config, run)
+    files = {"teacher": read_config(Path(teacher)), "student": read_config(Path(student))}
+    if task is None:
+        task = _task(files.values())
+        print(f"--task was not given; checking for {task}")
+    model_T, model_S = (
+        _model(name, source, files[name], task, num_labels)
+        for name, source in (("teacher", teacher), ("student", student))
+    )
+    # Caching changes when the teacher runs, not what is matched with what.
+    distiller = GeneralDistiller(
+        # On whatever device: nothing is put on one.
+        dataclasses.replace(train_config, device="cpu"),
+        dataclasses.replace(distill_config, is_caching_logits=False, cache_dir=None),
+        model_T,
+        model_S,
+        standard_adaptor,
+        standard_adaptor,
+    )
+    batch = own(_batch((model_T, model_S), task, batch_size, length))
+    print(_report(distiller, batch))
+    print(f"\ncheckpoints: {schedule}")
+    if distill_config.is_caching_logits:
+        print("is_caching_logits: the teacher's part of a step is paid once, before the first")
+    if refused := unbuilt(train_config):
+        raise CommandError(refused, BY_HAND)
+    return FINE
+
+
+def standard_adaptor(batch: Mapping[str, Any], outputs: Any) -> dict[str, Any]:
+    """Hands on what models of the zoo return, under the adaptor's keys.
+
+    ``logits`` (or both ends' of answers), ``hidden_states``, ``attentions``, the ``loss``, and the
+    ``attention_mask`` as ``inputs_mask``; ``labels`` where the batch has them.
+    """
+    ends = [getattr(outputs, f"{end}_logits", None) for end in ("start", "end")]
+    ends_labels = [batch.get(f"{end}_positions") for end in ("start", "end")]
+    logits = getattr(outputs, "logits", None)
+    found = {
+        "logits": logits if logits is not None else (ends if ends[0] is not None else None),
+        "hidden": getattr(outputs, "hidden_states", None),
+        "attention": getattr(outputs, "attentions", None),
+        "losses": getattr(outputs, "loss", None),
+        "inputs_mask": batch.get("attention_mask"),
+        "labels": batch.get("labels", ends_labels if ends_labels[0] is not None else None),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _config(cls: Any, file: str) -> Any:
+    values = read_json_object(Path(file))
+    try:
+        return cls.from_dict(values)
+    except ConfigError as error:
+        raise CommandError(f"{file}: {error}", BY_HAND) from error
+
+
+def _schedule(config: TrainingConfig, run: Run) -> str:
+    try:
+        schedule = run.schedule(config)
+    except ValueError as error:
+        raise CommandError(str(error), BY_HAND) from error
+    if schedule is None:
+        return "give --batches and --epochs, or --num-steps, to see at which steps"
+    return describe_schedule(schedule)
+
+
+def _task(files: Any) -> str:
+    """The task the config files speak of, the teacher's first."""
+    for values in files:
+        architectures = values.get("architectures")
+        if isinstance(architectures, Sequence) and not isinstance(architectures, str):
+            for name in architectures:
+                if task := task_of(str(name)):
+                    return task
+    return "sequence-classification"
+
+
+def _model(
+    name: str, source: str, values: Mapping[str, Any], task: str, num_labels: int | None
+) -> Any:
+    try:
+        config = config_from(
+            values, num_labels=num_labels, output_hidden_states=True, output_attentions=True
+        )
+        return by_shape(model_class(model_type_of(values), task), config)
+    except ValueError as error:
+        raise CommandError(f"--{name} {source}: {error}", BY_HAND) from error
+
+
+def _batch(models: Sequence[Any], task: str, size: int, length: int) -> dict[str, np.ndarray]:
+    """A batch of zeros that both models take."""
+    labels = _LABELS[task]
+    a_number = task == "sequence-classification" and models[1].config.num_labels == 1
+    per_token = task == "token-classification"
+    arrays = {
+        "input_ids": np.zeros((size, length), np.int32),
+        "attention_mask": np.ones((size, length), np.int32),
+        "token_type_ids": np.zeros((size, length), np.int32),
+        **{
+            name: np.zeros(
+                (size, length) if per_token else size, np.float32 if a_number else np.int32
+            )
+            for name in labels
+        },
+    }
+    taken = [as_model(model).signature().parameters for model in models]
+    return {k: v for k, v in arrays.items() if all(k in names for names in taken)}
+
+
+def _report(distiller: GeneralDistiller, batch: Any) -> str:
+    """The report of `distiller.check`, for models that are shapes alone."""
+    optimizer = functools.partial(optax.adamw, learning_rate=1e-4)
+    with warnings.catch_warnings(record=True) as caught, distiller:
+        warnings.simplefilter("always", PreflightWarning)
+        try:
+            (program,) = training.prepare(distiller, {"": batch}, optimizer, {}).values()
+        except PreflightError as error:
+            raise CommandError(str(error), BY_HAND) from error
+    for warning in caught:
+        print(textwrap.fill(f"warning: {warning.message}", 100, subsequent_indent="  "))
+    fields = {f.name: getattr(program, f.name) for f in dataclasses.fields(program)}
+    report = describe(distiller, _ByShape(**fields), batch, with_optimizer=True)
+    return f"{report}\n  (the optimizer is AdamW)"
+
+
+class _ByShape(Program):
+    """A program of models without arrays; its state can be traced, not filled."""
+
+    def init(self, seed: int) -> TrainState:
+        """The state as `Program.init` has it, all zeros; made while tracing, it takes no memory."""
+        params = {
+            "student": self.student.model.params,
+            "projections": {name: p.params for name, p in self.projections.items()},
+        }
+        model_state = {
+            "student": self.student.model.state,
+            "projections": {name: p.state for name, p in self.projections.items()},
+        }
+        params, model_state = jax.tree.map(_zeros, (params, model_state))
+        key = jax.random.key(seed)
+        return TrainState(params, model_state, self.optimizer.init(params), key, jnp.int32(0))
+
+    def compile(self) -> Any:
+        """The step, for its cost alone: machine code is not worth polishing."""
+        on_cpu = jax.default_backend() == "cpu"
+        options = {"xla_backend_optimization_level": "0"} if on_cpu else None
+        return jax.jit(self.step, donate_argnums=0, compiler_options=options)
+
+
+def _zeros(leaf: Any) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key(0), leaf.shape)
+    return jnp.zeros(leaf.shape, leaf.dtype)

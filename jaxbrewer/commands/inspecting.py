@@ -1,0 +1,233 @@
+"""``jaxbrewer inspect``: what a model's folder or a checkpoint holds."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from safetensors import SafetensorError, safe_open
+
+from jaxbrewer import checkpoints
+from jaxbrewer.checks import short
+from jaxbrewer.commands import BY_HAND, FINE, CommandError, read_json_object
+from jaxbrewer.commands.zoo_models import config_from
+from jaxbrewer.errors import CheckpointError
+from jaxbrewer.utils import display_parameters
+from jaxbrewer.zoo.hf import CONFIG, INDEX, WEIGHTS
+
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
+    "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_CHECKPOINT = re.compile(r"gs\d+(\..*)?")
+_UNFINISHED = "unfinished: its writing was cut off. It is never read and can be deleted"
+
+
+def inspect_folder(name: str, max_level: int) -> int:
+    """Inspects a folder; see the command's help.
+
+    Raises:
+        CommandError: it is no folder, holds nothing known, or cannot be read.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        there = "a file" if folder.exists() else "not there"
+        raise CommandError(f"{name} is {there}, expected a folder")
+    if any((folder / file).is_file() for file in (CONFIG, WEIGHTS, INDEX)):
+        return _inspect_model(folder, max_level)
+    if (folder / checkpoints._FINISHED).is_file():
+        return _inspect_checkpoint(folder.resolve(), max_level)
+    inside = sorted(path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name))
+    if inside:
+        return _inspect_output(folder, inside, max_level)
+    if _CHECKPOINT.fullmatch(folder.resolve().name):
+        print(f"{folder}: {_UNFINISHED}")
+        return BY_HAND
+    raise CommandError(
+        f"{folder} is neither a model's folder ({CONFIG}, {WEIGHTS}) nor a checkpoint gs{{step}} nor "
+        "an output_dir that holds some"
+    )
+
+
+# ------------------------------------------------------------------------------- a model's folder
+
+
+def _inspect_model(folder: Path, max_level: int) -> int:
+    print(f"{folder}: a model's folder")
+    code = FINE
+    if (folder / CONFIG).is_file():
+        values = read_json_object(folder / CONFIG)
+        for key, value in values.items():
+            print(f"  {key}: {short(value)}")
+        try:
+            config_from(values)
+        except ValueError as error:
+            print(f"  ! not for jaxbrewer.zoo: {error}")
+            code = BY_HAND
+    else:
+        print(f"  ! there is no {CONFIG}")
+        code = BY_HAND
+    tensors = _tensors(folder)
+    if not tensors:
+        pickles = ", ".join(sorted(p.name for p in folder.glob("*.bin")))
+        text = f"; {pickles} is torch's: jaxbrewer port-weights makes one" if pickles else ""
+        print(f"  ! there is no {WEIGHTS}{text}")
+        return BY_HAND
+    print(display_parameters(_nested(tensors), max_level)[0])
+    return code
+
+
+def _tensors(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name → shape of every tensor in a folder's safetensors files; no values are read."""
+    files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
+    if not files and (folder / INDEX).is_file():
+        weight_map = read_json_object(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, Mapping):
+            raise CommandError(
+                f"{folder / INDEX} has no 'weight_map' from tensors to files", BY_HAND
+            )
+        files = sorted({folder / str(file) for file in weight_map.values()})
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, "numpy") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 – not a mapping
+                    part = tensors.get_slice(name)
+                    dtype = _DTYPES.get(part.get_dtype(), "uint8")
+                    found[name] = jax.ShapeDtypeStruct(tuple(part.get_shape()), jnp.dtype(dtype))
+        except (SafetensorError, OSError) as error:
+            raise CommandError(f"{file} is damaged or missing: {error}", BY_HAND) from error
+    return found
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """``{'a.b': x}`` → ``{'a': {'b': x}}``, numbers in order; a prefix of others keeps its dots."""
+    nested: dict[str, Any] = {}
+    for name, value in sorted(flat.items(), key=lambda item: _in_order(item[0])):
+        *path, leaf = name.split(".")
+        inside = nested
+        for part in path:
+            inside = inside.setdefault(part, {}) if isinstance(inside, dict) else inside
+        if isinstance(inside, dict) and leaf not in inside:
+            inside[leaf] = value
+        else:
+            nested[name] = value
+    return nested
+
+
+def _in_order(name: str) -> list[tuple[int, int, str]]:
+    """A key by which layer 2 comes before layer 10."""
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in name.split(".")]
+
+
+# ----------------------------------------------------------------------------------- checkpoints
+
+
+def _inspect_output(folder: Path, inside: list[Path], max_level: int) -> int:
+    print(f"{folder}: an output_dir")
+    steps = checkpoints.steps_in(folder)
+    scores = _scores(folder)
+    best = max((s for s in steps if s in scores), key=lambda s: (scores[s], s), default=None)
+    for step in steps:
+        notes = [f"score {scores[step]:g}"] if step in scores else []
+        notes += ["the best"] * (step == best) + ["the newest"] * (step == steps[-1])
+        print(f"  gs{step}" + (f"  ({', '.join(notes)})" if notes else ""))
+    code = FINE
+    for path in inside:
+        if not (path / checkpoints._FINISHED).is_file():
+            print(f"  ! {path.name}: {_UNFINISHED}")
+            code = BY_HAND
+    for path in sorted(folder.glob("earlier-*")):
+        print(f"  {path.name}: of an earlier run")
+    if not steps:
+        return code
+    print()
+    return max(code, _inspect_checkpoint((folder / f"gs{steps[-1]}").resolve(), max_level))
+
+
+def _scores(folder: Path) -> dict[int, float]:
+    path = folder / checkpoints._SCORES
+    if not path.is_file():
+        return {}
+    try:
+        return {int(step): float(score) for step, score in read_json_object(path).items()}
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"{path} is damaged: {error}", BY_HAND) from error
+
+
+def _inspect_checkpoint(path: Path, max_level: int) -> int:
+    """Describes a finished checkpoint, and reads all of it to see that it can be read."""
+    print(f"{path}: a checkpoint")
+    score = _scores(path.parent).get(_step_of(path))
+    try:
+        position, trees = _position(path), _trees(path)
+    except (CheckpointError, AttributeError, TypeError) as error:  # the last two out of Orbax
+        print(f"  ! damaged: {error}")
+        return BY_HAND
+    _print_position(position, score)
+    print(f"  holds: {', '.join([*sorted(trees), 'position'])}; all of it can be read")
+    for name in ("student", "projections"):
+        if name in trees:
+            params = jax.tree.map(_shape, trees[name]["params"])
+            if not isinstance(params, dict | list | tuple):
+                params = {"params": params}
+            if isinstance(params, dict) and all(hasattr(p, "shape") for p in params.values()):
+                params = _nested(params)
+            print(f"  {name}:{display_parameters(params, max_level)[0]}")
+    leaves = jax.tree.leaves(jax.tree.map(_shape, trees["training"]))
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) / 2**20
+    print(f"  training: {len(leaves)} arrays, {size:,.2f} MB: optimizer, random key, counters")
+    return FINE
+
+
+def _position(path: Path) -> Mapping[str, Any]:
+    position = checkpoints._read(path, position=checkpoints.ocp.args.JsonRestore())["position"]
+    if not isinstance(position, Mapping):
+        raise CheckpointError(f"its position is a {type(position).__name__}, expected an object")
+    return position
+
+
+def _trees(path: Path) -> dict[str, Any]:
+    """The arrays of each item, by shape, once all of them have been read."""
+    with checkpoints._reader(path) as reader:
+        items = reader.metadata(path).item_metadata
+        trees = {name: item.tree for name, item in items.items() if item is not None}
+    missing = [name for name in ("student", "training") if name not in trees]
+    if missing:
+        raise CheckpointError(f"it holds no {' and no '.join(missing)}")
+    for name, tree in trees.items():
+        checkpoints._read(path, **{name: checkpoints.ocp.args.StandardRestore(_on_host(tree))})
+    return trees
+
+
+def _step_of(path: Path) -> int:
+    digits = path.name.removeprefix("gs")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _print_position(position: Mapping[str, Any], score: float | None) -> None:
+    here = {name: position.get(name) for name in ("global_step", "epoch", "batch", "micro_step")}
+    epoch = here["epoch"] + 1 if isinstance(here["epoch"], int) else here["epoch"]
+    print(f"  step: {here['global_step']}")
+    print(f"  epoch: {epoch}, after its batch {here['batch']}; {here['micro_step']} batches in all")
+    if score is not None:
+        print(f"  score: {score:g}")
+    print(f"  written by: {position.get('class')}, format {position.get('format')}")
+    for name in ("train_config", "distill_config"):
+        for key, value in (position.get(name) or {}).items():
+            print(f"  {name}.{key}: {short(value)}")
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+
+
+def _on_host(tree: Any) -> Any:
+    """A target to read onto the CPU, wherever the checkpoint was written."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=sharding), tree
+    )

@@ -1,0 +1,105 @@
+"""Which class of `jaxbrewer.zoo` a config file and a task mean, and models by shape alone."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from jaxbrewer import zoo
+from jaxbrewer.commands import BY_HAND, CommandError, read_json_object
+
+TASKS = ("sequence-classification", "token-classification", "question-answering", "none")
+"""What a model's head is for; ``none`` is the encoder alone."""
+
+_SUFFIXES = {
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
+
+
+def models() -> list[type[zoo.PretrainedModel]]:
+    """The classes of models in the zoo."""
+    return [
+        cls
+        for cls in vars(zoo).values()
+        if inspect.isclass(cls)
+        and issubclass(cls, zoo.PretrainedModel)
+        and hasattr(cls, "config_class")
+    ]
+
+
+def model_types() -> dict[str, Any]:
+    """Model type → the class of its config."""
+    return {cls.config_class.model_type: cls.config_class for cls in models()}
+
+
+def task_of(architecture: str) -> str | None:
+    """The task in Hugging Face's name of a class, or None where there is none in it."""
+    return next((task for end, task in _SUFFIXES.items() if architecture.endswith(end)), None)
+
+
+def model_class(model_type: str, task: str) -> type[zoo.PretrainedModel]:
+    """The class of a model type with the head of a task.
+
+    Raises:
+        CommandError: the zoo has none; the message lists what there is.
+    """
+    found = {
+        task_of(cls.architecture) or "none": cls
+        for cls in models()
+        if cls.config_class.model_type == model_type
+    }
+    if task not in found:
+        there = ", ".join(sorted(found)) or "nothing"
+        raise CommandError(
+            f"a model of type {model_type!r} for {task}: the zoo has {there}", BY_HAND
+        )
+    return found[task]
+
+
+def model_type_of(values: Mapping[str, Any]) -> str:
+    """The model type a config file names; TextBrewer's files name none and are BERT's.
+
+    Raises:
+        ValueError: it is none of the zoo's.
+    """
+    model_type = values.get("model_type", "bert")
+    known = model_types()
+    if not isinstance(model_type, str) or model_type not in known:
+        raise ValueError(
+            f"model_type is {model_type!r}; the zoo has {', '.join(known)}. Bring your own model "
+            "as an nnx.Module, a LinenModel or a FunctionModel"
+        )
+    return model_type
+
+
+def config_from(values: Mapping[str, Any], **changes: Any) -> Any:
+    """The zoo's config that a JSON object describes, with some fields changed.
+
+    Changes of fields that the config does not have, or that are None, are left out.
+
+    Raises:
+        ValueError: all that is wrong with it.
+    """
+    cls = model_types()[model_type_of(values)]
+    fields = {field.name for field in dataclasses.fields(cls)}
+    wanted = {k: v for k, v in changes.items() if k in fields and v is not None}
+    return cls.from_dict(values, **wanted)
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """Reads a model's config: a JSON file, or the ``config.json`` in a folder."""
+    return read_json_object(path / "config.json" if path.is_dir() else path)
+
+
+def by_shape(cls: type[zoo.PretrainedModel], config: Any) -> Any:
+    """A model whose parameters are shapes: it takes no memory, and no time to fill.
+
+    Raises:
+        ValueError: the config does not suit the class.
+    """
+    return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))  # type: ignore[call-arg]
