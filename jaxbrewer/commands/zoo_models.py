@@ -1,4 +1,4 @@
-"""Which class of `jaxbrewer.zoo` a config file and a task mean, and models by shape alone."""
+"""Which class of `jaxbrewer.zoo` a config file and a task mean, and models without weights."""
 
 import dataclasses
 import inspect
@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxbrewer import zoo
@@ -97,9 +100,17 @@ def read_config(path: Path) -> Mapping[str, Any]:
 
 
 def by_shape(cls: type[zoo.PretrainedModel], config: Any) -> Any:
-    """A model whose parameters are shapes: it takes no memory, and no time to fill.
+    """A model whose parameters are zeros that take no memory: one number seen as a whole array.
 
     Raises:
         ValueError: the config does not suit the class.
     """
-    return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))  # type: ignore[call-arg]
+    model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))  # type: ignore[call-arg]
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.tree.map(_zeros, state))
+
+
+def _zeros(leaf: Any) -> Any:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key(0), leaf.shape)
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
