@@ -541,7 +541,7 @@ def _add_member(
             ported.by_hand(f"{who}: {name}", f"unknown key; {suggest(name, _PAIR_KEYS)}")
     try:
         model_type = zoo_models.model_type_of(member)
-        text = f"jaxbrewer.zoo.{zoo_models.model_types()[model_type].__name__} and its models"
+        text = f"jaxbrewer.zoo.{zoo_models.config_class(model_type).__name__} and its models"
         ported.add(f"{who}: model_type", repr(model_type), Verdict.SAME, text)
     except ValueError as error:
         ported.by_hand(f"{who}: model_type", str(error))

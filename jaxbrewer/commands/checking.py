@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -30,7 +29,7 @@ from jaxbrewer.errors import ConfigError, PreflightError, PreflightWarning
 from jaxbrewer.models import as_model
 from jaxbrewer.port import Run, describe_schedule, unbuilt
 from jaxbrewer.report import describe
-from jaxbrewer.step import Program, TrainState
+from jaxbrewer.step import Program
 
 _LABELS = {
     "sequence-classification": ("labels",),
@@ -170,7 +169,7 @@ def _batch(models: Sequence[Any], task: str, size: int, length: int) -> dict[str
 
 
 def _report(distiller: GeneralDistiller, batch: Any) -> str:
-    """The report of `distiller.check`, for models that are shapes alone."""
+    """The report of `distiller.check`, for models without weights."""
     optimizer = functools.partial(optax.adamw, learning_rate=1e-4)
     with warnings.catch_warnings(record=True) as caught, distiller:
         warnings.simplefilter("always", PreflightWarning)
@@ -181,35 +180,16 @@ def _report(distiller: GeneralDistiller, batch: Any) -> str:
     for warning in caught:
         print(textwrap.fill(f"warning: {warning.message}", 100, subsequent_indent="  "))
     fields = {f.name: getattr(program, f.name) for f in dataclasses.fields(program)}
-    report = describe(distiller, _ByShape(**fields), batch, with_optimizer=True)
+    report = describe(distiller, _Unpolished(**fields), batch, with_optimizer=True)
     return f"{report}\n  (the optimizer is AdamW)"
 
 
-class _ByShape(Program):
-    """A program of models without arrays; its state can be traced, not filled."""
+class _Unpolished(Program):
+    """A program that is compiled for its cost alone: its machine code is never run."""
 
-    def init(self, seed: int) -> TrainState:
-        """The state as `Program.init` has it, all zeros; made while tracing, it takes no memory."""
-        params = {
-            "student": self.student.model.params,
-            "projections": {name: p.params for name, p in self.projections.items()},
-        }
-        model_state = {
-            "student": self.student.model.state,
-            "projections": {name: p.state for name, p in self.projections.items()},
-        }
-        params, model_state = jax.tree.map(_zeros, (params, model_state))
-        key = jax.random.key(seed)
-        return TrainState(params, model_state, self.optimizer.init(params), key, jnp.int32(0))
-
-    def compile(self) -> Any:
-        """The step, for its cost alone: machine code is not worth polishing."""
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """The step, jitted without LLVM's optimisations, which take most of the time on a CPU."""
         on_cpu = jax.default_backend() == "cpu"
         options = {"xla_backend_optimization_level": "0"} if on_cpu else None
         return jax.jit(self.step, donate_argnums=0, compiler_options=options)
-
-
-def _zeros(leaf: Any) -> jax.Array:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jnp.broadcast_to(jax.random.key(0), leaf.shape)
-    return jnp.zeros(leaf.shape, leaf.dtype)

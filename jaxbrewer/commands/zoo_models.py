@@ -1,64 +1,44 @@
-"""Which class of `jaxbrewer.zoo` a config file and a task mean, and models by shape alone."""
+"""Which class of `jaxbrewer.zoo` a config file and a task mean, and models without weights."""
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxbrewer import zoo
-from jaxbrewer.commands import BY_HAND, CommandError, read_json_object
+from jaxbrewer.commands import read_json_object
 
 TASKS = ("sequence-classification", "token-classification", "question-answering", "none")
 """What a model's head is for; ``none`` is the encoder alone."""
 
-_SUFFIXES = {
-    "ForSequenceClassification": "sequence-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-}
-
 
 def models() -> list[type[zoo.PretrainedModel]]:
     """The classes of models in the zoo."""
-    return [
-        cls
-        for cls in vars(zoo).values()
-        if inspect.isclass(cls)
-        and issubclass(cls, zoo.PretrainedModel)
-        and hasattr(cls, "config_class")
-    ]
+    return [cls for tasks in zoo.MODELS.values() for cls in tasks.values()]
 
 
-def model_types() -> dict[str, Any]:
-    """Model type → the class of its config."""
-    return {cls.config_class.model_type: cls.config_class for cls in models()}
+def config_class(model_type: str) -> Any:
+    """The class of a model type's config."""
+    return next(iter(zoo.MODELS[model_type].values())).config_class
 
 
 def task_of(architecture: str) -> str | None:
-    """The task in Hugging Face's name of a class, or None where there is none in it."""
-    return next((task for end, task in _SUFFIXES.items() if architecture.endswith(end)), None)
+    """The task of the class of this name in the zoo, or None where it has no head or is not there."""
+    return next((cls.task for cls in models() if cls.architecture == architecture), None)
 
 
 def model_class(model_type: str, task: str) -> type[zoo.PretrainedModel]:
     """The class of a model type with the head of a task.
 
     Raises:
-        CommandError: the zoo has none; the message lists what there is.
+        ValueError: the zoo has none; the message lists what there is.
     """
-    found = {
-        task_of(cls.architecture) or "none": cls
-        for cls in models()
-        if cls.config_class.model_type == model_type
-    }
-    if task not in found:
-        there = ", ".join(sorted(found)) or "nothing"
-        raise CommandError(
-            f"a model of type {model_type!r} for {task}: the zoo has {there}", BY_HAND
-        )
-    return found[task]
+    return zoo.model_class(model_type, None if task == "none" else task)
 
 
 def model_type_of(values: Mapping[str, Any]) -> str:
@@ -68,11 +48,10 @@ def model_type_of(values: Mapping[str, Any]) -> str:
         ValueError: it is none of the zoo's.
     """
     model_type = values.get("model_type", "bert")
-    known = model_types()
-    if not isinstance(model_type, str) or model_type not in known:
+    if not isinstance(model_type, str) or model_type not in zoo.MODELS:
         raise ValueError(
-            f"model_type is {model_type!r}; the zoo has {', '.join(known)}. Bring your own model "
-            "as an nnx.Module, a LinenModel or a FunctionModel"
+            f"model_type is {model_type!r}; the zoo has {', '.join(zoo.MODELS)}. Bring your own "
+            "model as an nnx.Module, a LinenModel or a FunctionModel"
         )
     return model_type
 
@@ -85,7 +64,7 @@ def config_from(values: Mapping[str, Any], **changes: Any) -> Any:
     Raises:
         ValueError: all that is wrong with it.
     """
-    cls = model_types()[model_type_of(values)]
+    cls = config_class(model_type_of(values))
     fields = {field.name for field in dataclasses.fields(cls)}
     wanted = {k: v for k, v in changes.items() if k in fields and v is not None}
     return cls.from_dict(values, **wanted)
@@ -97,9 +76,17 @@ def read_config(path: Path) -> Mapping[str, Any]:
 
 
 def by_shape(cls: type[zoo.PretrainedModel], config: Any) -> Any:
-    """A model whose parameters are shapes: it takes no memory, and no time to fill.
+    """A model whose parameters are zeros that take no memory: one number seen as a whole array.
 
     Raises:
         ValueError: the config does not suit the class.
     """
-    return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))  # type: ignore[call-arg]
+    model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))  # type: ignore[call-arg]
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.tree.map(_zeros, state))
+
+
+def _zeros(leaf: Any) -> Any:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key(0), leaf.shape)
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
