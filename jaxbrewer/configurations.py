@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from jaxbrewer import checks, presets
 from jaxbrewer.devices import device_name
@@ -107,8 +107,16 @@ class Config:
             raise ConfigError(source, [f"not usable as JSON: {error}"]) from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a dict of lists, text and numbers; :meth:`from_dict` makes an equal of it."""
-        return {name: _thawed(getattr(self, name)) for name in _field_names(type(self))}
+        """Returns a dict of lists, text and numbers; :meth:`from_dict` makes an equal of it.
+
+        Fields TextBrewer does not have are left out where they hold their default, so that it can
+        read the dict too.
+        """
+        return {
+            field.name: _thawed(value)
+            for field in dataclasses.fields(cast(Any, self))
+            if (value := getattr(self, field.name)) != field.default or not field.kw_only
+        }
 
     def to_json_file(self, json_filename: str | os.PathLike[str]) -> None:
         """Writes the config as JSON: the whole file or, if that fails, nothing.
