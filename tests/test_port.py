@@ -1,13 +1,21 @@
 """``jaxbrewer port``: every kind of file, what is said of each field, what is written, a fuzz."""
 
+import ast
+import importlib
+import inspect
 import json
 import random
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
+from flax import nnx
 
-from jaxbrewer import DistillationConfig, TrainingConfig, port, presets
+from jaxbrewer import DistillationConfig, TrainingConfig, port, presets, training, zoo
 from jaxbrewer.__main__ import main
+from jaxbrewer.arguments import make_factor, make_schedule
+from jaxbrewer.batches import own
 from jaxbrewer.commands.literals import parse, written_configs
 from jaxbrewer.port import Run, Verdict
 from jaxbrewer.zoo import BertConfig
@@ -601,6 +609,149 @@ def test_calls_and_subclasses_are_spoken_of(tmp_path, run, text, code, expected)
     found, printed = run("port", tmp_path / "x.py")
     assert expected in printed
     assert found == code
+
+
+# -------------------------------------------------------------------------------------- the guide
+
+GUIDE = (Path(__file__).parent.parent / "docs" / "porting.md").read_text()
+SCRIPTS = dict(re.findall(r"<!-- script: (\S+) -->\n```diff\n(.*?)```", GUIDE, re.DOTALL))
+TINY = {
+    "vocab_size": 40,
+    "hidden_size": 12,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 16,
+    "id2label": {"0": "a", "1": "b", "2": "c"},
+}
+
+
+def half(script, mark):
+    """The script before (``-``) or after (``+``): the lines with that mark, and those without."""
+    lines = script.splitlines()
+    assert all(line[:1] in ("-", "+", " ", "") for line in lines)
+    return "\n".join(line[1:] for line in lines if line[:1] in (mark, " ", ""))
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """The folders and files that the guide's scripts read."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("teacher", "teacher1", "teacher2", "teacher3"):
+        config = zoo.BertConfig.from_dict(TINY)
+        zoo.BertForSequenceClassification(config, rngs=nnx.Rngs(0)).save_pretrained(name)
+    Path("student.json").write_text(json.dumps(TINY | {"num_hidden_layers": 3}))
+    Path("tiny.json").write_text(json.dumps(TINY | {"num_hidden_layers": 4, "hidden_size": 8}))
+
+
+@pytest.fixture
+def preflight_only(monkeypatch):
+    """Lets ``train`` check everything, and compile and train nothing; counts its calls."""
+    calls = []
+
+    def train(distiller, request):
+        assert distiller._in_context
+        schedule = make_schedule(distiller.t_config, request)
+        make_factor(request, schedule.total_steps)
+        first = {}
+        for task, feed in request.feeds.items():
+            batch = next(iter(feed.loader))
+            first[task] = own(feed.postprocess(batch) if feed.postprocess else batch)
+        training.prepare(
+            distiller, first, request.optimizer, request.args, max_grad_norm=request.max_grad_norm
+        )
+        calls.append(schedule.total_steps)
+
+    monkeypatch.setattr(training, "train", train)
+    return calls
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_guides_scripts_run(models, preflight_only, name):
+    ids = np.zeros((4, 10), np.int32)
+    batch = {"input_ids": ids, "attention_mask": ids + 1, "labels": np.zeros(4, np.int32)}
+    given = {
+        "dataloader": [batch] * 4,
+        "tuple_loader": [(ids, ids + 1, ids, batch["labels"])] * 4,
+    }
+    after = half(SCRIPTS[name], "+").replace("312, 768", "8, 12")
+    exec(compile(after, name, "exec"), given)
+    assert len(preflight_only) == 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_guides_scripts_begin_as_textbrewers(name):
+    imported = {
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(half(SCRIPTS[name], "-")))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("textbrewer")
+        for alias in node.names
+    }
+    assert imported
+    for path in imported:
+        module, _, attribute = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute)
+    after = half(SCRIPTS[name], "+")
+    assert "torch" not in after
+    assert "textbrewer" not in after
+
+
+def named_in_guide():
+    """The guide's table of names: TextBrewer's → ours, or None."""
+    table = GUIDE.partition("## Every public name")[2]
+    rows = re.findall(r"^\| `([\w.]+)` \| (?:`([\w.]+)`|–) \|(.*)\|$", table, re.MULTILINE)
+    assert all(ours or reason.strip() for _, ours, reason in rows)
+    return {theirs: ours or None for theirs, ours, _ in rows}
+
+
+def resolve(path):
+    """The object a dotted path stands for."""
+    module, attributes = path, []
+    while True:
+        try:
+            found = importlib.import_module(module)
+            break
+        except ModuleNotFoundError:
+            module, _, attribute = module.rpartition(".")
+            attributes.insert(0, attribute)
+    for attribute in attributes:
+        found = getattr(found, attribute)
+    return found
+
+
+def test_every_name_the_guide_gives_is_here():
+    for path in filter(None, named_in_guide().values()):
+        assert resolve(path) is not None
+
+
+MODULES = ["", "configurations", "presets", "losses", "schedulers", "projections", "utils"]
+MODULES += ["data_utils", "distiller_utils", "compatibility"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_name_of_textbrewer_is_in_the_guide(name):
+    known = {path.rpartition(".")[2] for path in named_in_guide()}
+    module = importlib.import_module(f"textbrewer.{name}".rstrip("."))
+    for attribute, value in vars(module).items():
+        home = getattr(value, "__module__", None) or module.__name__
+        theirs = home.startswith("textbrewer") or not callable(value)
+        if not attribute.startswith("_") and not inspect.ismodule(value) and theirs:
+            assert attribute in known, f"{module.__name__}.{attribute}"
+
+
+@pytest.mark.parametrize("name", ["BasicDistiller", "GeneralDistiller", "BasicTrainer"])
+def test_every_method_of_textbrewers_distillers_is_in_the_guide(name):
+    known = named_in_guide()
+    for method in dir(getattr(importlib.import_module("textbrewer"), name)):
+        if not method.startswith("_"):
+            assert {f"{name}.{method}", f"BasicDistiller.{method}"} & set(known), method
+
+
+def test_the_one_table_of_differences_is_well_formed():
+    table = GUIDE.partition("## Every difference")[2].partition("## Every public name")[0]
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) > 80
+    assert {line.count("|") for line in rows} == {5}
 
 
 # ------------------------------------------------------------------------------------------- fuzz

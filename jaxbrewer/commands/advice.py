@@ -88,8 +88,8 @@ def advise(tree: ast.Module) -> list[tuple[int, Finding]]:
         enters = enters or isinstance(node, ast.With)
     if trains and not enters:
         text = (
-            "outside `with distiller:` the student trains in evaluation mode, without dropout, as "
-            "in TextBrewer; here a warning says so"
+            "outside `with distiller:` the student trains in evaluation mode, without dropout, and a "
+            "warning says so (TextBrewer leaves it in the mode it is in)"
         )
         found["train", text] = trains, Finding("train", "", Verdict.CHANGED, text)
     return sorted(found.values(), key=lambda item: (item[0], item[1].name))
