@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -239,7 +240,7 @@ def _write(path: Path, data: bytes) -> None:
 def _load(path: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
-    except Exception as error:
+    except (SafetensorError, OSError) as error:
         raise CacheError(
             f"{path} cannot be read ({error}); delete it, and it is computed again"
         ) from error
