@@ -16,6 +16,7 @@ from jaxbrewer import DistillationConfig, TrainingConfig, port, presets, trainin
 from jaxbrewer.__main__ import main
 from jaxbrewer.arguments import make_factor, make_schedule
 from jaxbrewer.batches import own
+from jaxbrewer.commands import porting
 from jaxbrewer.commands.literals import parse, written_configs
 from jaxbrewer.port import Run, Verdict
 from jaxbrewer.zoo import BertConfig
@@ -389,9 +390,9 @@ def test_attention_matches_say_how_layers_are_counted():
 
 
 def test_a_model_of_another_kind_needs_a_hand():
-    ported = port.model_config(STUDENT | {"model_type": "xlnet"})
+    ported = porting.port_model(STUDENT | {"model_type": "xlnet"})
     assert "the zoo has bert" in ported.findings[0].text
-    assert port.model_config(STUDENT | {"hidden_sise": 3}).result is None
+    assert porting.port_model(STUDENT | {"hidden_sise": 3}).result is None
 
 
 def test_a_job_says_what_to_do_with_its_files(files, run):
@@ -413,7 +414,7 @@ def test_a_job_says_what_to_do_with_its_files(files, run):
     "job", [{"teachers": [], "student": None}, {"teachers": [3]}, {"student": {}, "pupil": 1}]
 )
 def test_a_broken_job_needs_a_hand(tmp_path, job):
-    assert Verdict.BY_HAND in verdicts(port.job(job, tmp_path)).values()
+    assert Verdict.BY_HAND in verdicts(porting.port_job(job, tmp_path)).values()
 
 
 def test_a_broken_emd_needs_a_hand():
@@ -561,6 +562,13 @@ def test_a_config_read_from_a_file_names_the_file(tmp_path, run):
     assert code == 1
     assert "'t.json' run jaxbrewer port on that file too" in printed
     assert only("TrainingConfig.from_json_file(args.f)").unread[0].name == "from_json_file"
+
+
+def test_the_examples_named_matches_are_pointed_to(tmp_path, run):
+    text = "from matches import matches\n"
+    text += "c = DistillationConfig(intermediate_matches=matches['L4t_hidden_mse'])"
+    (tmp_path / "x.py").write_text(text)
+    assert "presets.MATCHES has 'L4t_hidden_mse'" in run("port", tmp_path / "x.py")[1]
 
 
 def test_loose_matches_are_found_by_name():

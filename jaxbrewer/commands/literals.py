@@ -428,7 +428,10 @@ class _Reader:
 
     def _item(self, node: ast.Subscript, depth: int) -> Any:
         """``matches['L3_hidden_mse']`` where both are written out."""
-        table = self._follow(node.value)
+        try:
+            table = self._follow(node.value)
+        except NotLiteralError as error:
+            raise NotLiteralError(node, f"{_source(node)}: {error}") from error
         index = self.value(node.slice, depth + 1)
         if isinstance(table, ast.Dict) and not isinstance(index, list | dict):
             for key, value in zip(table.keys, table.values, strict=True):

@@ -11,11 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxbrewer import port
-from jaxbrewer.commands import BY_HAND, FINE, CommandError, make_folder, read_json, read_text
+from jaxbrewer import port, presets
+from jaxbrewer.checks import short
+from jaxbrewer.commands import (
+    BY_HAND,
+    FINE,
+    CommandError,
+    make_folder,
+    read_json,
+    read_text,
+    zoo_models,
+)
 from jaxbrewer.commands.advice import advise
 from jaxbrewer.commands.literals import Written, parse, written_configs
 from jaxbrewer.configurations import DistillationConfig, IntermediateMatch, TrainingConfig
+from jaxbrewer.errors import suggest
 from jaxbrewer.port import Finding, Ported, Run, Verdict
 from jaxbrewer.zoo.configuration import replacing
 
@@ -120,13 +130,13 @@ def _in_json(value: Any, label: str, folder: Path, run: Run, depth: int) -> Iter
     if not isinstance(value, Mapping):
         return
     if isinstance(value.get("student"), Mapping) or isinstance(value.get("teachers"), list):
-        yield Document(label, "models", port.job(value, folder))
+        yield Document(label, "models", port_job(value, folder))
     elif {"layer_num_S", "layer_num_T"} & set(value):
         yield Document(label, "emd", port.emd(value))
     elif {"layer_T", "layer_S"} & set(value):
         yield Document(label, "matches", port.matches([value]))
     elif len(set(_MODEL) & set(value)) >= 2:
-        yield Document(label, "config", port.model_config(value))
+        yield Document(label, "config", port_model(value))
     elif any(_near(key, _TRAINING + _DISTILLATION) for key in value):
         yield from _configs(value, label, run)
     elif depth < _NESTED:
@@ -207,7 +217,10 @@ def _port_written(item: Written, run: Run) -> Ported:
     }
     ported = make[item.kind]() if item.values or not item.unread else Ported(item.kind)
     for unread in item.unread:
+        named = next((name for name in presets.MATCHES if repr(name) in unread.why), None)
+        hint = f"; presets.MATCHES has {named!r}" if named else ""
         text = f"line {unread.line}: {unread.why}; left out of what is written, so add it yourself"
+        text += hint
         ported.findings = [f for f in ported.findings if f.name != unread.name]
         ported.by_hand(unread.name, text)
         ported.defaults = [d for d in ported.defaults if not d.startswith(f"{unread.name}=")]
@@ -220,6 +233,169 @@ def _script(tree: ast.Module) -> Ported:
         name = f"line {line}: {finding.name}"
         ported.findings.append(Finding(name, finding.value, finding.verdict, finding.text))
     return ported
+
+
+# ------------------------------------------------------------------------------------------- models
+
+
+def port_model(values: Mapping[str, Any]) -> Ported:
+    """Ports a model's config file, TextBrewer's ``bert_config*.json`` or Hugging Face's."""
+    ported = Ported("model config")
+    try:
+        config = zoo_models.config_from(values)
+    except ValueError as error:
+        return port.as_invalid(ported, error)
+    ported.what = f"model config ({type(config).__name__})"
+    ported.result = config
+    read = {f.name for f in dataclasses.fields(config)} & set(values)
+    labels = {"id2label", "label2id", "_num_labels"} & set(values)
+    ported.add(
+        "read",
+        ", ".join(f"{name} {short(values[name])}" for name in values if name in read)
+        or "nothing but defaults",
+        Verdict.SAME,
+        "",
+    )
+    if labels:
+        ported.add(", ".join(sorted(labels)), "", Verdict.SAME, f"num_labels={config.num_labels}")
+    rest = [name for name in values if name not in read | labels | {"model_type"}]
+    if rest:
+        ported.add(", ".join(map(str, rest)), "", Verdict.MEANINGLESS, "changes nothing here")
+    ported.add(
+        "config",
+        "",
+        Verdict.CHANGED,
+        "frozen: in place of config.output_hidden_states = True, say "
+        "config.replace(output_hidden_states=True)",
+    )
+    return ported
+
+
+_PAIR_KEYS = (
+    "model_type", "prefix", "vocab_file", "config_file", "checkpoint", "tokenizer_kwargs",
+    "disable", "num_hidden_layers",
+)  # fmt: skip
+
+
+def port_job(values: Mapping[str, Any], folder: Path) -> Ported:
+    """Ports the ``teachers`` and ``student`` file of TextBrewer's MNLI example.
+
+    Args:
+        values: the JSON object.
+        folder: where the file lies; its relative paths are looked up there, then in the working
+            folder.
+    """
+    ported = Ported("teachers and student")
+    teachers, student = values.get("teachers", []), values.get("student")
+    if not isinstance(teachers, list) or not all(isinstance(t, Mapping) for t in teachers):
+        ported.by_hand("teachers", "expected a list of objects", short(teachers))
+        teachers = []
+    for name in values:
+        if name not in ("teachers", "student"):
+            ported.by_hand(str(name), "unknown key; " + suggest(name, ("teachers", "student")))
+    used = [t for t in teachers if not t.get("disable")]
+    ported.add("teachers", str(len(used)), Verdict.SAME, _distiller_for(len(used)))
+    configs: dict[str, Any] = {}
+    for i, teacher in enumerate(teachers, 1):
+        _add_member(ported, f"teacher {i}", teacher, folder, configs)
+    if student is None:
+        ported.by_hand("student", "there is none")
+    elif not isinstance(student, Mapping):
+        ported.by_hand("student", "expected an object", short(student))
+    else:
+        _add_member(ported, "student", student, folder, configs)
+    ported.result = configs or None
+    return ported
+
+
+def _distiller_for(teachers: int) -> str:
+    if teachers == 0:
+        return "none: train the model with BasicTrainer"
+    if teachers == 1:
+        return "one: GeneralDistiller (or BasicDistiller, EMDDistiller)"
+    return "several: MultiTeacherDistiller, with the models as a list"
+
+
+def _add_member(
+    ported: Ported, who: str, member: Mapping[str, Any], folder: Path, configs: dict[str, Any]
+) -> None:
+    """Adds the findings on one teacher or student; its config, if it can be read, to ``configs``."""
+    if member.get("disable"):
+        ported.add(f"{who}: disable", "true", Verdict.SAME, "left out")
+        return
+    for name in member:
+        if name not in _PAIR_KEYS:
+            ported.by_hand(f"{who}: {name}", f"unknown key; {suggest(name, _PAIR_KEYS)}")
+    try:
+        model_type = zoo_models.model_type_of(member)
+        text = f"jaxbrewer.zoo.{zoo_models.config_class(model_type).__name__} and its models"
+        ported.add(f"{who}: model_type", repr(model_type), Verdict.SAME, text)
+    except ValueError as error:
+        ported.by_hand(f"{who}: model_type", str(error))
+    _add_files(ported, who, member, folder, configs)
+    if "tokenizer_kwargs" in member or member.get("vocab_file") is not None:
+        ported.add(
+            f"{who}: vocab_file",
+            short(member.get("vocab_file")),
+            Verdict.SAME,
+            "tokenize as before; batches of numpy arrays or torch tensors are both taken",
+        )
+    if "prefix" in member:
+        value = short(member["prefix"])
+        text = "names the example's feature cache"
+        ported.add(f"{who}: prefix", value, Verdict.MEANINGLESS, text)
+
+
+def _add_files(
+    ported: Ported, who: str, member: Mapping[str, Any], folder: Path, configs: dict[str, Any]
+) -> None:
+    config_file, checkpoint = member.get("config_file"), member.get("checkpoint")
+    if config_file is not None:
+        _add_config_file(ported, who, member, folder, configs)
+    if checkpoint is None:
+        ported.add(f"{who}: checkpoint", "null", Verdict.SAME, "weights start at random")
+        return
+    ported.by_hand(
+        f"{who}: checkpoint",
+        f"torch weights: run  jaxbrewer port-weights {checkpoint} --config {config_file} --out "
+        "FOLDER  and read them with from_pretrained(FOLDER)",
+        short(checkpoint),
+    )
+
+
+def _add_config_file(
+    ported: Ported, who: str, member: Mapping[str, Any], folder: Path, configs: dict[str, Any]
+) -> None:
+    name, value = f"{who}: config_file", member["config_file"]
+    path = _find(value, folder) if isinstance(value, str) else None
+    if path is None:
+        ported.by_hand(name, "there is no such file here; port it where it is", short(value))
+        return
+    try:
+        read = dict(zoo_models.read_config(path))
+        config = zoo_models.config_from(
+            read
+            if "model_type" in read
+            else {**read, "model_type": member.get("model_type", "bert")},
+            num_hidden_layers=member.get("num_hidden_layers"),
+        )
+    except (CommandError, ValueError) as error:
+        ported.by_hand(name, str(error), short(value))
+        return
+    configs[who.replace(" ", "")] = config
+    changed = "num_hidden_layers" in member
+    text = f"num_hidden_layers={member['num_hidden_layers']} set on it" if changed else ""
+    ported.add(name, short(value), Verdict.SAME, text)
+
+
+def _find(name: str, folder: Path) -> Path | None:
+    for path in (folder / name, Path(name)):
+        try:
+            if path.is_file():
+                return path
+        except (OSError, ValueError):  # a name no file can have
+            return None
+    return None
 
 
 # ----------------------------------------------------------------------------------------- writing
