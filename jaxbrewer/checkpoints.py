@@ -196,7 +196,13 @@ def _reader(path: Path) -> Iterator[ocp.Checkpointer]:
     checkpointer = ocp.Checkpointer(_handler())
     try:
         yield checkpointer
-    except (ValueError, KeyError, OSError) as error:
+    except (
+        ValueError,
+        KeyError,
+        OSError,
+        AttributeError,
+        TypeError,
+    ) as error:  # Orbax's, all of them
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {error}). If it is damaged, use an "
             f"earlier one: {', '.join(f'gs{s}' for s in steps_in(path.parent)) or 'there is none'}"
