@@ -31,7 +31,7 @@ PACKAGES = (
     "xml",
 )
 
-LONGEST = 24  # words; a longer docstring is cut into several passages
+LONGEST = 32  # words; a longer docstring is cut into several passages
 SHORTEST = 6  # words; a shorter rest is dropped
 SHINGLE = 8  # docstrings with this many words in a row in common stay on one side of the split
 DEV_PERCENT = 20

@@ -1,13 +1,13 @@
 """What distillation is for, on text every machine has: docstrings of Python's standard library.
 
-    python examples/quickstart/quickstart.py            # one seed, under five minutes on two CPU cores
+    python examples/quickstart/quickstart.py            # one seed, two minutes on two CPU cores
     python examples/quickstart/quickstart.py --seeds 3  # three, with their spread
 
-The task: which package does this passage come from? A teacher is trained on all labels. A student
-some forty times smaller has a fifth of the labels: once it is trained on those alone, once it is
-distilled from the teacher over all passages without any label (KD on logits, hidden MSE with a
-projection, NST). Expected: teacher > distilled > alone, in the table printed at the end; beside it,
-in ``runs/quickstart/seed0``: checkpoints, tensorboard files and ``losses.png``.
+The task: which package does this passage come from? A teacher is trained on all labels. A student 15
+times smaller has a fifth of the labels: once it is trained on those alone, once it is distilled from
+the teacher over all passages without any label (KD on logits, hidden MSE with a projection, NST).
+Expected: accuracies near 0.77 (teacher), 0.73 (distilled) and 0.33 (alone), in the table printed at
+the end; beside it, in ``runs/quickstart/seed0``: checkpoints, tensorboard files and ``losses.png``.
 """
 
 import argparse
@@ -39,13 +39,20 @@ TEACHER = BertConfig(
     num_attention_heads=4,
     intermediate_size=192,
     max_position_embeddings=LENGTH,
-    initializer_range=0.07,
+    hidden_dropout_prob=0.2,
+    attention_probs_dropout_prob=0.0,
+    initializer_range=0.07,  # BERT's 0.02 is meant for wider models
     num_labels=len(PACKAGES),
     output_hidden_states=True,
 )
 STUDENT = TEACHER.replace(
-    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=16,
+    hidden_dropout_prob=0.1,
 )
+FIRST, LAST = (0, 0), (TEACHER.num_hidden_layers, STUDENT.num_hidden_layers)  # teacher's, student's
 
 
 class Loader:
@@ -61,8 +68,10 @@ class Loader:
         self.epoch = epoch
 
     def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self) * BATCH)
-        for rows in order.reshape(-1, BATCH):
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(
+            len(self.data["input_ids"])
+        )
+        for rows in order[: len(self) * BATCH].reshape(-1, BATCH):
             yield {name: array[rows] for name, array in self.data.items()}
 
 
@@ -75,10 +84,16 @@ def adaptor(batch, outputs):
     }
 
 
-def train(trainer, loader, epochs, learning_rate, weight_decay=0.01):
-    """Trains with AdamW, a warm-up and a linear decay; returns the seconds it took."""
+def train(trainer, name, loader, dev, epochs, learning_rate, weight_decay=0.01):
+    """Trains with AdamW, a warm-up and a linear decay; shows how it goes at each checkpoint."""
     steps = len(loader) * epochs
     start = time.perf_counter()
+
+    def show(model, step):
+        print(
+            f"{name:10} step {step:4} of {steps}: accuracy {accuracy(model, dev):.3f}", flush=True
+        )
+
     with trainer:
         trainer.train(
             functools.partial(optax.adamw, learning_rate=learning_rate, weight_decay=weight_decay),
@@ -86,8 +101,9 @@ def train(trainer, loader, epochs, learning_rate, weight_decay=0.01):
             num_epochs=epochs,
             scheduler_class=get_linear_schedule_with_warmup,
             scheduler_args={"num_warmup_steps": steps // 10, "num_training_steps": steps},
+            callback=show,
         )
-    return time.perf_counter() - start
+    print(f"{name:10} took {time.perf_counter() - start:.0f} s", flush=True)
 
 
 @nnx.jit
@@ -95,19 +111,21 @@ def predict(model, input_ids, attention_mask):
     return model(input_ids, attention_mask).logits.argmax(-1)
 
 
-def evaluate(model, data):
-    """Accuracy, and examples a second after the first batch."""
+def accuracy(model, data):
     model.eval()
-    hits, seconds, seen = 0, 0.0, 0
-    for start in range(0, len(data["labels"]) - BATCH + 1, BATCH):
-        batch = {name: array[start : start + BATCH] for name, array in data.items()}
-        began = time.perf_counter()
-        predicted = np.asarray(predict(model, batch["input_ids"], batch["attention_mask"]))
-        if start:
-            seconds += time.perf_counter() - began
-            seen += BATCH
-        hits += int((predicted == batch["labels"]).sum())
-    return hits / (start + BATCH), seen / seconds
+    predicted = predict(model, data["input_ids"], data["attention_mask"])
+    return float((np.asarray(predicted) == data["labels"]).mean())
+
+
+def examples_per_second(model, data, passes=5):
+    """The fastest of some passes, since other programs can only slow one down."""
+    model.eval()
+    seconds = []
+    for _ in range(passes + 1):
+        start = time.perf_counter()
+        predict(model, data["input_ids"], data["attention_mask"]).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return len(data["labels"]) / min(seconds)
 
 
 def a_fifth(data, seed):
@@ -120,49 +138,58 @@ def a_fifth(data, seed):
     return {name: array[np.sort(np.concatenate(rows))] for name, array in data.items()}
 
 
+def objective():
+    """What the student learns from: the teacher's logits, and the first and last hidden states."""
+    proj = ["linear", STUDENT.hidden_size, TEACHER.hidden_size]
+    mse = {"feature": "hidden", "loss": "hidden_mse", "weight": 1, "proj": proj}
+    nst = {"feature": "hidden", "loss": "nst", "weight": 1}
+    teacher_layers, student_layers = zip(FIRST, LAST, strict=True)
+    return DistillationConfig(
+        temperature=4,
+        intermediate_matches=[
+            *({**mse, "layer_T": t, "layer_S": s} for t, s in (FIRST, LAST)),
+            {**nst, "layer_T": list(teacher_layers), "layer_S": list(student_layers)},
+        ],
+    )
+
+
 def run(data, dev, seed, out):
     """One seed of the whole job; returns rows of the table: name → (accuracy, parameters, speed)."""
 
-    def config(name):
+    def config(name, every):
         return TrainingConfig(
-            output_dir=out / name, log_dir=out / "logs" / name, device="cpu", seed=seed
+            output_dir=out / name,
+            log_dir=out / "logs" / name,
+            ckpt_epoch_frequency=every,
+            device="cpu",
+            seed=seed,
         )
 
     def build(shape):
         return BertForSequenceClassification(shape, rngs=nnx.Rngs(seed))
 
     teacher, alone, distilled = build(TEACHER), build(STUDENT), build(STUDENT)
-    seconds = {}
-    seconds["teacher"] = train(
-        BasicTrainer(config("teacher"), teacher, adaptor), Loader(data, seed), 7, 2e-3, 0.05
-    )
     few = a_fifth(data, seed)
-    seconds["alone"] = train(
-        BasicTrainer(config("alone"), alone, adaptor), Loader(few, seed), 50, 6e-3
-    )
-    hidden = {"feature": "hidden", "weight": 1}
-    pairs = [(0, 0), (TEACHER.num_hidden_layers, STUDENT.num_hidden_layers)]
-    proj = ["linear", STUDENT.hidden_size, TEACHER.hidden_size]
-    objective = DistillationConfig(
-        temperature=4,
-        intermediate_matches=[
-            {**hidden, "layer_T": t, "layer_S": s, "loss": "hidden_mse", "proj": proj}
-            for t, s in pairs
-        ]
-        + [{**hidden, "layer_T": [t, t], "layer_S": [s, s], "loss": "nst"} for t, s in pairs],
-    )
     unlabelled = {name: array for name, array in data.items() if name != "labels"}
+
+    trainer = BasicTrainer(config("teacher", 2), teacher, adaptor)
+    train(trainer, "teacher", Loader(data, seed), dev, 8, 2e-3, weight_decay=0.5)
     distiller = GeneralDistiller(
-        config("distilled"), objective, teacher, distilled, adaptor, adaptor
+        config("distilled", 2), objective(), teacher, distilled, adaptor, adaptor
     )
-    seconds["distilled"] = train(distiller, Loader(unlabelled, seed), 10, 6e-3)
+    train(distiller, "distilled", Loader(unlabelled, seed), dev, 10, 1e-2)
+    trainer = BasicTrainer(config("alone", 10), alone, adaptor)  # as many steps as the distilled
+    train(trainer, "alone", Loader(few, seed), dev, 50, 1e-2)
+
     plot(out)
-    rows = {}
-    for name, model in (("teacher", teacher), ("distilled", distilled), ("alone", alone)):
-        count = display_parameters(model)[1].value[0]
-        accuracy, speed = evaluate(model, dev)
-        rows[name] = (accuracy, count, speed)
-    return rows
+    return {
+        name: (
+            accuracy(model, dev),
+            display_parameters(model)[1].value[0],
+            examples_per_second(model, dev),
+        )
+        for name, model in (("teacher", teacher), ("distilled", distilled), ("alone", alone))
+    }
 
 
 def plot(out):
