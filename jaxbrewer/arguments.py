@@ -61,17 +61,14 @@ class Request:
 def refuse_unbuilt(config: TrainingConfig) -> None:
     """Options that are accepted in a config but not built yet are refused, never ignored."""
     asked = {
-        f"fp16=True with fp16_opt_level={config.fp16_opt_level!r}": config.fp16
-        and config.fp16_opt_level != "O0",
         "data_parallel=True": config.data_parallel,
         f"local_rank={config.local_rank}": config.local_rank >= 0,
     }
     unbuilt = [name for name, is_asked in asked.items() if is_asked]
     if unbuilt:
         raise ValueError(
-            f"{', '.join(unbuilt)}: training in half precision or on several devices is not built "
-            "yet. Set fp16=False, data_parallel=False and local_rank=-1 to train in float32 on one "
-            "device"
+            f"{', '.join(unbuilt)}: training on several devices is not built yet. Set "
+            "data_parallel=False and local_rank=-1 to train on one device"
         )
 
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,10 @@ class ServedTeacher:
     def __call__(self, variables: Any, batch: Batch, cache: Any) -> Results:
         """Hands on the batch's own results."""
         return cache
+
+    def with_sides(self, sides: Sequence[Side]) -> Teacher:
+        """See `teachers.Teacher.with_sides`."""
+        return self
 
 
 class CachedLoader:

@@ -5,7 +5,7 @@ A checkpoint holds, as separate items, so that each can be read without the othe
 =========== ====================================================================
 student     ``{'params': …, 'state': …}``
 projections likewise, by projection
-training    optimizer state (with an open accumulation window), random key, counters
+training    optimizer state (with an open accumulation window), random key, counters, loss scale
 position    JSON: step, epoch, batch, host random states, the configs, the format's version
 =========== ====================================================================
 """
@@ -152,6 +152,7 @@ class Checkpoints:
             training["opt_state"],
             training["key"],
             training["micro_step"],
+            training.get("scaling", ()),
         )
 
     def wait(self) -> None:
@@ -181,6 +182,7 @@ def _items(state: TrainState) -> dict[str, Any]:
             "opt_state": state.opt_state,
             "key": state.key,
             "micro_step": state.micro_step,
+            **({"scaling": state.scaling} if state.scaling else {}),
         },
     }
     return items if state.params["projections"] else {k: items[k] for k in ("student", "training")}

@@ -7,13 +7,14 @@ started: metrics are read `LOOK_BACK` micro-batches later, and all of them befor
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from . import loss_scale
 from .batches import Batch
 from .checkpoints import Checkpoints
 from .errors import BatchError
@@ -53,12 +54,14 @@ class Task:
         teacher_variables: the teacher's arrays.
         tags: tensorboard names of the metrics: the total first, then the terms.
         check_batch: called with each batch before it is used.
+        is_scaled: whether the last two metrics are the loss scale and the windows dropped.
     """
 
     step: Callable
     teacher_variables: Any
     tags: tuple[str, ...]
     check_batch: Callable[[Batch], None]
+    is_scaled: bool = False
 
 
 @dataclass
@@ -178,13 +181,10 @@ class Loop:
                 expected,
             )
         if self._opened:
-            opt_state = _drop_window(self.state.opt_state)
-            self.state = TrainState(
-                self.state.params,
-                self.state.model_state,
-                opt_state,
-                self.state.key,
-                self.state.micro_step,
+            self.state = replace(
+                self.state,
+                opt_state=_drop_window(self.state.opt_state),
+                scaling=loss_scale.forget_window(self.state.scaling),
             )
             self._opened = 0
 
@@ -196,8 +196,10 @@ class Loop:
             total, surplus, terms = values[0], values[1], values[2:]
             if surplus != 0:
                 raise BatchError(_surplus_message(int(surplus), micro_step))
-            if not np.isfinite(total):
-                named = dict(zip(task.tags[1:], terms, strict=True))
+            named = dict(zip(task.tags[1:], terms, strict=True))
+            if task.is_scaled:
+                loss_scale.check(values[-2], total, global_step, micro_step)
+            elif not np.isfinite(total):
                 raise FloatingPointError(self._not_finite(total, named, global_step, micro_step))
             self.metrics.write(micro_step, task.tags, np.concatenate([values[:1], terms]))
 

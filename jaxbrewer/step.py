@@ -2,18 +2,21 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from . import loss_scale
 from .adaptors import Results, Side
 from .batches import Batch, sides
 from .errors import BatchError
 from .models import Model
 from .objective import Loss, Project, Weights
+from .optimizer import closes_window, without_update
+from .precision import FLOAT32, Precision
 from .teachers import Teacher
 
 ComputeLoss = Callable[[Results, Results, Project, Weights], Loss]
@@ -30,6 +33,7 @@ class TrainState:
         opt_state: the optimizer's, an open accumulation window included.
         key: the random key every step's key is folded from.
         micro_step: int32 scalar, micro-batches seen.
+        scaling: the loss scale's state, see `loss_scale.Scaling`; `()` where none is needed.
     """
 
     params: Any
@@ -37,6 +41,7 @@ class TrainState:
     opt_state: Any
     key: jax.Array
     micro_step: jax.Array
+    scaling: Any = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Program:
         optimizer: see `optimizer.build`.
         names: the terms of the loss in the order of the metrics.
         train: whether the student runs in train mode.
+        precision: the level; the models are at it already.
     """
 
     student: Side
@@ -60,6 +66,7 @@ class Program:
     optimizer: optax.GradientTransformationExtraArgs
     names: tuple[str, ...]
     train: bool
+    precision: Precision = FLOAT32
 
     def init(self, seed: int) -> TrainState:
         """The state before the first step, in arrays of its own: nothing the user holds is donated."""
@@ -73,7 +80,9 @@ class Program:
         }
         params, model_state = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, model_state))
         key = jax.random.key(seed)
-        return TrainState(params, model_state, self.optimizer.init(params), key, jnp.int32(0))
+        scaling = loss_scale.start() if self.precision.is_scaled else ()
+        opt_state = self.optimizer.init(params)
+        return TrainState(params, model_state, opt_state, key, jnp.int32(0), scaling)
 
     def loss(
         self,
@@ -115,24 +124,36 @@ class Program:
 
         Returns:
             The state after the step, and the metrics ``[2 + terms]``: the total, the surplus of
-            `Loss`, then the terms in the order of `names`.
+            `Loss`, then the terms in the order of `names`. With a loss scale, two more: the scale
+            that this micro-batch had, and the windows dropped so far.
         """
         teacher_batch, student_batch, cache = sides(batch)
         results_T = jax.lax.stop_gradient(self.teacher(teacher_variables, teacher_batch, cache))
 
         key = jax.random.fold_in(state.key, state.micro_step)
         weights = Weights(kd=schedule[0], hard_label=schedule[1])
-        gradient = jax.value_and_grad(self.loss, has_aux=True)
-        (total, (loss, model_state)), grads = gradient(
-            state.params, state.model_state, key, student_batch, results_T, weights
+        inputs = state.model_state, key, student_batch, results_T, weights
+        total, backward, (loss, model_state) = jax.vjp(
+            lambda params: self.loss(params, *inputs), state.params, has_aux=True
         )
+        scale = state.scaling.scale if self.precision.is_scaled else 1.0
+        (grads,) = backward(jnp.asarray(scale, total.dtype))
+        finite = None
+        if self.precision.is_scaled:
+            finite = loss_scale.is_finite((total, grads))
+            grads = loss_scale.unscale(state.scaling, grads, finite)
         updates, opt_state = self.optimizer.update(
             grads, state.opt_state, state.params, factor=schedule[2]
         )
         params = optax.apply_updates(state.params, updates)
-
-        metrics = jnp.stack([jnp.asarray(x, total.dtype) for x in self.values(loss)])
-        return TrainState(params, model_state, opt_state, state.key, state.micro_step + 1), metrics
+        new = TrainState(
+            params, model_state, opt_state, state.key, state.micro_step + 1, state.scaling
+        )
+        values = self.values(loss)
+        if finite is not None:
+            new = _guarded(state, new, finite)
+            values += [scale, new.scaling.skipped]
+        return new, jnp.stack([jnp.asarray(x, total.dtype) for x in values])
 
     def values(self, loss: Loss) -> list[Any]:
         """What the metrics hold, in their order.
@@ -152,3 +173,15 @@ class Program:
     def compiled(self) -> Any:
         """The step, jitted; it owns the state it is given."""
         return jax.jit(self.step, donate_argnums=0)
+
+
+def _guarded(old: TrainState, new: TrainState, finite: jax.Array) -> TrainState:
+    """The state after a micro-batch with a loss scale: what an overflow touched is as it was."""
+    scaling, dropped = loss_scale.advance(old.scaling, finite, closes_window(new.opt_state))
+    return replace(
+        new,
+        params=loss_scale.keep(old.params, new.params, dropped),
+        opt_state=without_update(old.opt_state, new.opt_state, dropped),
+        model_state=loss_scale.keep(old.model_state, new.model_state, ~finite),
+        scaling=scaling,
+    )

@@ -29,6 +29,7 @@ from .metrics import MetricsWriter
 from .objective import Loss, Weights
 from .optimizer import Optimizer
 from .plan import Schedule, Weight
+from .precision import Precision, at_level, resolve
 from .report import describe
 from .schedulers import tabulate
 from .step import Program, TrainState
@@ -77,7 +78,12 @@ def train(distiller: "Trainable", request: Request) -> None:
         return
     first, events = _open(distiller, request, schedule, start)
     programs = prepare(
-        distiller, first, request.optimizer, request.args, max_grad_norm=request.max_grad_norm
+        distiller,
+        first,
+        request.optimizer,
+        request.args,
+        max_grad_norm=request.max_grad_norm,
+        device=device,
     )
     cache = distiller._cache()
     if cache is not None:
@@ -166,11 +172,14 @@ def _cached(
 
 
 def _task(program: Program, device: jax.Device) -> Task:
+    scaled = program.precision.is_scaled
+    names = (*program.names, *(("loss_scale", "skipped_windows") if scaled else ()))
     return Task(
         step=program.compiled,
         teacher_variables=jax.device_put(program.teacher.variables, device),
-        tags=("scalar/total_loss", *(f"scalar/{name}" for name in program.names)),
+        tags=("scalar/total_loss", *(f"scalar/{name}" for name in names)),
         check_batch=_batch_check(program),
+        is_scaled=scaled,
     )
 
 
@@ -181,6 +190,7 @@ def prepare(
     args: Mapping[str, Any],
     *,
     max_grad_norm: float = -1.0,
+    device: jax.Device | None = None,
 ) -> dict[str, Program]:
     """Runs the preflight and builds each task's program.
 
@@ -190,16 +200,19 @@ def prepare(
         optimizer: see `trainable.Trainable.train`.
         args: further keyword arguments for the models.
         max_grad_norm: see `optimizer.build`.
+        device: see `precision.resolve`.
 
     Raises:
+        PrecisionError: the device lacks the half type.
         PreflightError: all that is wrong, in all tasks.
     """
+    precision = resolve(distiller.t_config, device)
     found = Findings()
     found.problems.extend(distiller._resolve())
     traced = {}
     for task, batch in batches.items():
         mine = Findings()
-        traced[task] = _trace(distiller, task, batch, args, mine)
+        traced[task] = _trace(distiller, task, batch, args, precision, mine)
         prefix = f"task {task!r}: " if task else ""
         found.problems.extend(prefix + problem for problem in mine.problems)
         found.warnings.extend(prefix + warning for warning in mine.warnings)
@@ -209,6 +222,7 @@ def prepare(
             distiller._projection_options(),
             max_grad_norm=max_grad_norm,
             accumulation=distiller.t_config.gradient_accumulation_steps,
+            clips_projections=precision.level != "O0",  # as TextBrewer does under Apex
         )
     except TypeError as error:
         found.problems.append(str(error))
@@ -230,7 +244,7 @@ def prepare(
             )
         return Loss(loss[0], dict(loss[1]), 0)
 
-    projections = distiller._projections()
+    projections = {k: at_level(p, precision) for k, p in distiller._projections().items()}
     programs = {
         task: _with_names(
             Program(
@@ -241,6 +255,7 @@ def prepare(
                 transformation,
                 (),
                 distiller._in_context,
+                precision,
             ),
             one.results_S,
             one.results_T,
@@ -278,12 +293,21 @@ class _Traced:
 
 
 def _trace(
-    distiller: "Trainable", task: str, batch: Batch, args: Mapping[str, Any], found: Findings
+    distiller: "Trainable",
+    task: str,
+    batch: Batch,
+    args: Mapping[str, Any],
+    precision: Precision,
+    found: Findings,
 ) -> _Traced:
     """Traces every model of a task by shape, then checks the objective on what they gave."""
     keywords = tuple(inspect.signature(type(distiller).train).parameters)[1:-1]
     train = distiller._in_context
     student, teacher = distiller._sides(task, args)
+    student = replace(student, model=at_level(student.model, precision))
+    teacher = teacher.with_sides(
+        [replace(s, model=at_level(s.model, precision, frozen=True)) for s in teacher.sides]
+    )
     teacher_batch, student_batch, cache = sides(batch)
     results_S = inspect_side(student, student_batch, train, found, keywords)
     results_T: Any = None
