@@ -140,7 +140,7 @@ class Checkpoints:
         path = self.folder / f"gs{step}"
         targets = _items(like)
         for name, target in targets.items():
-            _check_fits(path, name, target)
+            _check_fits(path, name, target, types=True)
         read = _read(path, **{k: ocp.args.StandardRestore(v) for k, v in targets.items()})
         student, training = read["student"], read["training"]
         projections = (
@@ -218,13 +218,13 @@ def _read(path: Path, **items: Any) -> Any:
         return checkpointer.restore(path, args=ocp.args.Composite(**items))
 
 
-def _check_fits(path: Path, item: str, target: Any) -> None:
-    """Compares names and shapes of an item with what is wanted; one error for all of it."""
+def _check_fits(path: Path, item: str, target: Any, *, types: bool = False) -> None:
+    """Compares names and shapes of an item, and its types, with what is wanted; one error for all."""
     with _reader(path) as checkpointer:
         saved = checkpointer.metadata(path).item_metadata[item]
     if saved is None:
         raise CheckpointError(f"{path} holds no {item!r}; was it written by another program?")
-    there, wanted = _described(saved.tree), _described(target)
+    there, wanted = _described(saved.tree, types), _described(target, types)
     wrong = [
         f"{name}: saved as {there[name]}, wanted {wanted[name]}"
         for name in wanted
@@ -244,13 +244,21 @@ def _check_fits(path: Path, item: str, target: Any) -> None:
         )
 
 
-def _described(tree: Any) -> dict[str, str]:
+def _described(tree: Any, types: bool) -> dict[str, str]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{list(_stored_shape(leaf))}"
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{_float_type(leaf) if types else ''}{list(_stored_shape(leaf))}"
+        )
         for path, leaf in leaves
         if hasattr(leaf, "shape")
     }
+
+
+def _float_type(leaf: Any) -> str:
+    """The name of a floating type; integers and random keys may be stored as others."""
+    dtype = getattr(leaf, "dtype", None)
+    return str(dtype) if dtype is not None and jax.numpy.issubdtype(dtype, np.floating) else ""
 
 
 def _stored_shape(leaf: Any) -> tuple[int, ...]:

@@ -111,7 +111,9 @@ def drop_window(opt_state: Any) -> Any:
 
 def closes_window(opt_state: Any) -> Any:
     """Whether the update that gave this state was the last of its accumulation window."""
-    return opt_state.mini_step == 0 if isinstance(opt_state, optax.MultiStepsState) else True
+    if not isinstance(opt_state, optax.MultiStepsState):
+        return jnp.bool_(True)
+    return opt_state.mini_step == 0
 
 
 def without_update(before: Any, after: Any, dropped: Any) -> Any:

@@ -13,6 +13,7 @@ A model at a level is a `HalfModel`, which stands in for the model itself: the s
 and the teachers see no difference. What it returns is float32 at every level, and so are losses.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,15 +21,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import linen, nnx
 
 from .configurations import TrainingConfig
 from .devices import resolve_device
 from .errors import PrecisionError
-from .models import Model, NNXModel
+from .models import LinenModel, Model, NNXModel
 from .products import Half, in_half, is_float, is_half, is_wide
 
-_NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
 _NORM_NAME = re.compile(r"norm|(^|_)(ln|bn|gn)(\d*|_\w*)$", re.IGNORECASE)
 
 
@@ -133,11 +133,11 @@ class HalfModel:
 
     - O1: the model as it is, its products on half inputs.
     - O2, O3: its parameters and floating inputs in half. In an NNX model every module with a
-      ``dtype`` computes in half too; norms then take float32 statistics as they always do.
-    - At O2 the parameters of norms stay float32: those below an NNX module whose class is a norm
-      of flax's or has "norm" in its name and, in every kind of model, those with a part in their
-      path that has "norm" in it or is an ``ln``, ``bn`` or ``gn`` (``ln_1``, ``bn2``). State (batch
-      statistics) stays float32.
+      ``dtype`` computes in half; in a Linen model what norms return is brought to half. Norms take
+      their statistics in float32 all the same, as flax does.
+    - At O2 the parameters of norms stay float32: those below an NNX module whose class has "norm"
+      in its name and, in every kind of model, those with a part in their path that has "norm" in it
+      or is an ``ln``, ``bn`` or ``gn`` (``ln_1``, ``bn2``). State (batch statistics) stays float32.
     - At O3 all of it is half.
 
     Outputs in half are returned in float32. Captured submodules' outputs are as the module gave
@@ -221,11 +221,24 @@ class HalfModel:
             if self.precision.level != "O1":
                 inputs = self._halved(inputs)
             args, kwargs = jax.tree.unflatten(structure, inputs)
-            outputs, new = call(params, state, key, args, kwargs, train)
+            with self._linen_norms_in_half():
+                outputs, new = call(params, state, key, args, kwargs, train)
             return outputs, jax.tree.map(_like, new, state)
 
         half, emulated = self.precision.dtype, self.precision.emulated
         return in_half(run, half, emulated=emulated)(params, state, key, arrays)
+
+    def _linen_norms_in_half(self) -> contextlib.AbstractContextManager[None]:
+        """Brings what Linen's norms return to half; with float32 parameters it would be float32."""
+        if self.precision.level == "O1" or not isinstance(self.model, LinenModel):
+            return contextlib.nullcontext()
+
+        def narrow(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            outputs = method(*args, **kwargs)
+            is_norm = context.method_name == "__call__" and _is_norm(context.module)
+            return self._halved(outputs) if is_norm else outputs
+
+        return linen.intercept_methods(narrow)
 
     def _halved(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: _narrowed(x, self.precision.dtype), tree)
@@ -269,13 +282,13 @@ def _is_norm_path(names: tuple[str, ...]) -> bool:
     return any(_NORM_NAME.search(name) for name in names)
 
 
+def _is_norm(module: Any) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
 def _norm_finder(module: nnx.Module) -> Callable[[tuple], bool]:
     """Tells the paths of a module's parameters that belong to norms."""
-    found = {
-        tuple(map(str, path))
-        for path, part in nnx.iter_modules(module)
-        if isinstance(part, _NORMS) or "norm" in type(part).__name__.lower()
-    }
+    found = {tuple(map(str, path)) for path, part in nnx.iter_modules(module) if _is_norm(part)}
 
     def is_norm(names: tuple[str, ...]) -> bool:
         below = any(names[: len(path)] == path for path in found)

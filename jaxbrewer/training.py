@@ -21,7 +21,7 @@ from .batches import Batch, check_ids, sides
 from .checkpoints import Checkpoints, latest_position, load_student
 from .configurations import TrainingConfig
 from .devices import resolve_device
-from .errors import CheckpointError, PreflightError, PreflightWarning
+from .errors import CheckpointError, PrecisionError, PreflightError, PreflightWarning
 from .inspection import Findings
 from .inspection import inspect as inspect_side
 from .loop import CallbackResult, Loop, Task
@@ -273,6 +273,8 @@ def _trace_step(program: Program, batch: Batch) -> None:
     try:
         state = jax.eval_shape(lambda: program.init(0))
         program.compiled.eval_shape(state, program.teacher.variables, batch, row)
+    except PrecisionError as error:
+        raise PreflightError([str(error)]) from error
     except Exception as error:
         raise PreflightError(
             [
