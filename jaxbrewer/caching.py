@@ -94,6 +94,7 @@ def build(
     folder: str | os.PathLike[str] | None,
     dtype: str,
     seed: int,
+    level: str = "",
 ) -> CachedLoader:
     """Runs a teacher once over all batches.
 
@@ -106,6 +107,7 @@ def build(
         dtype: the type floats are kept in: ``'float32'`` (as they are), ``'float16'`` or
             ``'bfloat16'``.
         seed: of the batches' order in each epoch.
+        level: the level of half precision the teacher runs at, in words; '' is float32.
 
     Raises:
         CacheError: the folder holds the cache of another teacher, other data or another type, or
@@ -133,7 +135,7 @@ def build(
             jax.tree.map(np.asarray, compiled(variables, batch)) for batch in _bar(kept)
         ]
         return CachedLoader(students, results, shapes[0], seed)
-    disk = _DiskCache(Path(folder), variables, kept, dtype, shapes, size)
+    disk = _DiskCache(Path(folder), variables, kept, dtype, shapes, size, level)
     for i, batch in enumerate(_bar(kept)):
         if not disk.has(i):
             disk.write(i, compiled(variables, batch))
@@ -169,7 +171,14 @@ class _DiskCache:
     """The folder of a cache: what is in it, and whether it is ours."""
 
     def __init__(
-        self, folder: Path, variables: Any, batches: list, dtype: str, shapes: list, size: int
+        self,
+        folder: Path,
+        variables: Any,
+        batches: list,
+        dtype: str,
+        shapes: list,
+        size: int,
+        level: str,
     ):
         self.folder = folder
         self.paths = [folder / f"batch-{i:06}.safetensors" for i in range(len(batches))]
@@ -181,6 +190,7 @@ class _DiskCache:
             "dtype": dtype,
             "contents": hashlib.sha256(json.dumps(described).encode()).hexdigest(),
             "batches": self._digests,
+            **({"level": level} if level else {}),
         }
         folder.mkdir(parents=True, exist_ok=True)
         self._check()
@@ -211,8 +221,9 @@ class _DiskCache:
                 "dtype": f"holds {there.get('dtype')}, not {self._manifest['dtype']}",
                 "contents": "holds other results: other layers or shapes were matched",
                 "batches": "was made from other batches (another order, batch size or data)",
+                "level": f"was made at another level of precision ({there.get('level', 'float32')})",
             }
-            wrong = [what for k, what in names.items() if there.get(k) != self._manifest[k]]
+            wrong = [what for k, what in names.items() if there.get(k) != self._manifest.get(k)]
             if wrong:
                 raise CacheError(
                     f"the cache in {self.folder} {'; it '.join(wrong)}. Give another cache_dir, or "

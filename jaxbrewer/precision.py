@@ -137,8 +137,8 @@ class HalfModel:
       their statistics in float32 all the same, as flax does.
     - At O2 the parameters of norms stay float32: those below an NNX module whose class has "norm"
       in its name and, in every kind of model, those with a part in their path that has "norm" in it
-      or is an ``ln``, ``bn`` or ``gn`` (``ln_1``, ``bn2``). State (batch statistics) stays float32.
-    - At O3 all of it is half.
+      or is an ``ln``, ``bn`` or ``gn`` (``ln_1``, ``bn2``).
+    - At O3 all parameters are half. State (batch statistics) is float32 at every level.
 
     Outputs in half are returned in float32. Captured submodules' outputs are as the module gave
     them.
@@ -151,7 +151,7 @@ class HalfModel:
     Attributes:
         params: what is trained: float32 at O1 and O2 (also where the model's own are half), half
             at O3. Frozen at O2, those that the forward pass would round are half.
-        state: as the model's; half at O3.
+        state: the model's own, at every level.
     """
 
     def __init__(self, model: Model, precision: Precision, *, frozen: bool = False):
@@ -165,13 +165,13 @@ class HalfModel:
                 self._runs = NNXModel(_with_dtype(model.module, precision.dtype))
         self.id_limits: Mapping[str, int] = model.id_limits
         if precision.level == "O3":
-            self.params, self.state = self._halved(model.params), self._halved(model.state)
+            self.params = self._halved(model.params)
+        elif not frozen:
+            self.params = jax.tree.map(_widened, model.params)
         else:
-            rounds = frozen and precision.level == "O2"
+            rounds = precision.level == "O2"
             self.params = self._rounded(model.params) if rounds else model.params
-            if not frozen:
-                self.params = jax.tree.map(_widened, model.params)
-            self.state = model.state
+        self.state = model.state
 
     def __getattr__(self, name: str) -> Any:
         # What only some models offer (path_of, module_paths) is the model's own.

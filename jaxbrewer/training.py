@@ -29,7 +29,7 @@ from .metrics import MetricsWriter
 from .objective import Loss, Weights
 from .optimizer import Optimizer
 from .plan import Schedule, Weight
-from .precision import Precision, at_level, resolve
+from .precision import FLOAT32, Precision, at_level, resolve
 from .report import describe
 from .schedulers import tabulate
 from .step import Program, TrainState
@@ -166,7 +166,8 @@ def _cached(
     for batch in batches:
         check(batch)
     variables = jax.device_put(program.teacher.variables, device)
-    loader = caching.build(program.teacher, variables, batches, **cache)
+    level = "" if program.precision == FLOAT32 else str(program.precision)
+    loader = caching.build(program.teacher, variables, batches, level=level, **cache)
     served = replace(program, teacher=caching.ServedTeacher())
     return {"": served}, by_epochs(loader, schedule.epochs, start)
 

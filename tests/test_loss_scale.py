@@ -107,7 +107,9 @@ def test_a_run_with_overflows_ends_as_a_simulation_of_apex(tmp_path, monkeypatch
     monkeypatch.setattr(
         jaxbrewer.checkpoints.Checkpoints,
         "save",
-        lambda self, step, state, position: states.append(jax.tree.map(np.asarray, state.opt_state)),
+        lambda self, step, state, position: states.append(
+            jax.tree.map(np.asarray, state.opt_state)
+        ),
     )
     steps = []
     with mine:
@@ -143,15 +145,13 @@ def test_the_scale_follows_apex_over_a_long_run():
         return after, (scaling.scale, after.skipped)
 
     closes = np.arange(1, len(finite) + 1) % 4 == 0
-    last, (scales, skipped) = jax.jit(
+    _, (scales, skipped) = jax.jit(
         lambda: jax.lax.scan(one, loss_scale.start(), (jnp.array(finite), jnp.array(closes)))
     )()
     np.testing.assert_array_equal(scales, apex.scales)
     np.testing.assert_array_equal(skipped, apex.skips)
     assert max(apex.scales) > 2**18 and apex.skipped > 3
-    top = loss_scale.Scaling(
-        jnp.float32(2.0**24), jnp.int32(1999), jnp.bool_(False), jnp.int32(0)
-    )
+    top = loss_scale.Scaling(jnp.float32(2.0**24), jnp.int32(1999), jnp.bool_(False), jnp.int32(0))
     assert loss_scale.advance(top, jnp.bool_(True), jnp.bool_(True))[0].scale == 2.0**24
 
 

@@ -73,7 +73,9 @@ FUNCTIONS = {
     "einsum of three": lambda w, x: jnp.einsum("ij,jk,kl->il", x, w, w),
     "ragged": lambda w, x: jax.lax.ragged_dot(x, jnp.stack([w, 2 * w]), jnp.array([1, 2])),
     "high precision": lambda w, x: jnp.matmul(x, w, precision="highest"),
-    "mixed": lambda w, x: jax.lax.dot(x.astype(jnp.bfloat16), w, preferred_element_type=jnp.float32),
+    "mixed": lambda w, x: jax.lax.dot(
+        x.astype(jnp.bfloat16), w, preferred_element_type=jnp.float32
+    ),
     "gradient inside": lambda w, x: jax.grad(lambda x: jnp.sum(jnp.sin(x @ w)))(x) * x,
     "half attention": lambda w, x: jnp.einsum(
         "ij,kj->ik",
@@ -196,13 +198,13 @@ def test_what_it_cannot_reach_or_look_into_is_refused():
     def sharded(w, x):
         return x @ w
 
-    with pytest.raises(PrecisionError, match="product inside 'shard_map'.*fp16=False"):
+    with pytest.raises(PrecisionError, match=r"product inside 'shard_map'.*fp16=False"):
         in_half(sharded, jnp.bfloat16)(W, X)
 
     class Opaque:
         pass
 
-    with pytest.raises(PrecisionError, match="returns a Opaque.*register_dataclass"):
+    with pytest.raises(PrecisionError, match=r"returns a Opaque.*register_dataclass"):
         in_half(lambda w, x: (x @ w, Opaque()), jnp.bfloat16)(W, X)
 
 
