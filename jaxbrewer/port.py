@@ -164,10 +164,12 @@ def unbuilt(config: TrainingConfig) -> str | None:
 
 
 def _alone(name: str, config: TrainingConfig) -> dict[str, Any]:
-    """One field's value by itself, with the level where the field is the switch for it."""
+    """One field's value by itself, with what it cannot be without."""
     alone = {name: getattr(config, name)}
     if name == "fp16":
         alone["fp16_opt_level"] = config.fp16_opt_level
+    if name == "half_dtype":
+        alone["fp16"] = True
     return alone
 
 
@@ -227,7 +229,7 @@ _LEVELS = {
         "O1: parameters float32, products in half precision, norms, softmax and losses in float32"
     ),
     "O2": "O2: half precision in the forward pass, float32 master weights, norms in float32",
-    "O3": "O3: everything in half precision, without master weights",
+    "O3": "O3: everything but losses in half precision, without master weights",
 }
 
 
