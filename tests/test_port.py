@@ -286,7 +286,7 @@ def test_every_training_field_has_something_to_say():
     (parallel,) = verdicts(port.training_config({"data_parallel": True})).keys() & {"data_parallel"}
     assert set(verdicts(ported)) == {*values, "checkpoints"} - {parallel}
     assert all(finding.text for finding in ported.findings)
-    assert ported.defaults == []
+    assert ported.defaults == ["data_parallel=False"]
     assert ported.result == TrainingConfig(**values)
 
 
