@@ -215,6 +215,7 @@ def prepare(
     args: Mapping[str, Any],
     *,
     max_grad_norm: float = -1.0,
+    accumulation: int | None = None,
 ) -> dict[str, Program]:
     """Runs the preflight and builds each task's program.
 
@@ -224,6 +225,7 @@ def prepare(
         optimizer: see `trainable.Trainable.train`.
         args: further keyword arguments for the models.
         max_grad_norm: see `optimizer.build`.
+        accumulation: the same; the config's unless given.
 
     Raises:
         PreflightError: all that is wrong, in all tasks.
@@ -242,7 +244,7 @@ def prepare(
             optimizer,
             distiller._projection_options(),
             max_grad_norm=max_grad_norm,
-            accumulation=distiller.t_config.gradient_accumulation_steps,
+            accumulation=accumulation or distiller.t_config.gradient_accumulation_steps,
         )
     except TypeError as error:
         found.problems.append(str(error))

@@ -3,9 +3,13 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Eight virtual devices, and threads enough for all of them to wait for each other.
+os.environ["NPROC"] = "16"
 
 import jax
 import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture
