@@ -90,6 +90,25 @@ def placement_for(config: TrainingConfig) -> Placement:
     return Pmapped(devices) if config.mapping == "pmap" else Sharded(devices, config.sharding)
 
 
+def placement_to_cache(placement: Placement) -> Placement:
+    """Where a teacher runs whose results are kept in host memory: here, over this process's rows.
+
+    Raises:
+        ValueError: the teacher is cut into pieces that other processes hold.
+    """
+    if not isinstance(placement, _Mesh):
+        return placement
+    if isinstance(placement, Sharded) and not placement.several_processes:
+        return placement
+    if isinstance(placement, Sharded) and placement.sharding is not None:
+        raise ValueError(
+            f"is_caching_logits with sharding={placement.sharding!r} in several processes: each would "
+            "need the whole teacher to cache its own part. Cache in one process with "
+            "data_parallel=True, or leave one of the two out"
+        )
+    return OneDevice(placement.here[0])
+
+
 class OneDevice:
     """Everything on one device.
 

@@ -152,3 +152,12 @@ def test_masks_that_differ_on_one_device_are_seen(mapping, tmp_path):
     )
     with distiller, pytest.raises(BatchError, match="micro-batch 0 the teacher's logits_mask"):
         distiller.train(small.SGD, batches, num_epochs=1)
+
+
+def test_a_trainer_has_no_teacher_to_cut(tmp_path):
+    config = TrainingConfig(
+        output_dir=tmp_path, device="cpu", data_parallel=True, sharding="teacher"
+    )
+    trainer = jaxbrewer.BasicTrainer(config, tiny.Encoder(1, 8), tiny.adaptor)
+    with trainer, pytest.raises(ValueError, match="BasicTrainer has no teacher"):
+        trainer.train(tiny.SGD, tiny.loader(1, size=8), num_epochs=1)
