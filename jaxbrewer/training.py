@@ -183,7 +183,7 @@ def _open(
 
 def _cached(
     programs: Mapping[str, Program],
-    cache: Mapping[str, Any],
+    cache: dict[str, Any],
     request: Request,
     schedule: Schedule,
     start: Position,
