@@ -21,7 +21,7 @@ from .arguments import Request, make_factor, make_schedule, refuse_unbuilt
 from .batches import Batch, check_ids, sides
 from .checkpoints import Checkpoints, latest_position, load_student
 from .configurations import TrainingConfig
-from .errors import CheckpointError, PreflightError, PreflightWarning
+from .errors import CheckpointError, PrecisionError, PreflightError, PreflightWarning
 from .inspection import Findings
 from .inspection import inspect as inspect_side
 from .loop import CallbackResult, Loop, Task
@@ -30,6 +30,7 @@ from .objective import Loss, Weights
 from .optimizer import Optimizer
 from .placement import Placement, placement_for, placement_to_cache
 from .plan import Schedule, Weight
+from .precision import FLOAT32, Precision, at_level, resolve
 from .processes import Processes, joined
 from .report import describe
 from .schedulers import tabulate
@@ -85,7 +86,12 @@ def train(distiller: "Trainable", request: Request) -> None:
     with processes.together("checking the models and the first batch"):
         first, events = _open(distiller, request, schedule, start)
         programs = prepare(
-            distiller, first, request.optimizer, request.args, max_grad_norm=request.max_grad_norm
+            distiller,
+            first,
+            request.optimizer,
+            request.args,
+            max_grad_norm=request.max_grad_norm,
+            device=placement.devices[0],
         )
         for batch in first.values():
             placement.check(batch)
@@ -205,6 +211,7 @@ def _cached(
     place = placement_to_cache(placement)
     if processes.count > 1 and cache["folder"] is not None:
         cache = cache | {"folder": Path(cache["folder"]) / f"process-{processes.rank}"}
+    cache = cache | {"level": "" if program.precision == FLOAT32 else str(program.precision)}
     variables = place.teacher(program.teacher.variables)
     loader = caching.build(program.teacher, variables, batches, place=place.batch, **cache)
     served = replace(program, teacher=caching.ServedTeacher())
@@ -212,10 +219,13 @@ def _cached(
 
 
 def _task(program: Program, placement: Placement) -> Task:
+    scaled = program.precision.is_scaled
+    names = (*program.names, *(("loss_scale", "skipped_windows") if scaled else ()))
     return Task(
         step=placement.compile(program),
         teacher_variables=placement.teacher(program.teacher.variables),
-        tags=("scalar/total_loss", *(f"scalar/{name}" for name in program.names)),
+        tags=("scalar/total_loss", *(f"scalar/{name}" for name in names)),
+        is_scaled=scaled,
     )
 
 
@@ -227,6 +237,7 @@ def prepare(
     *,
     max_grad_norm: float = -1.0,
     accumulation: int | None = None,
+    device: jax.Device | None = None,
 ) -> dict[str, Program]:
     """Runs the preflight and builds each task's program.
 
@@ -237,16 +248,19 @@ def prepare(
         args: further keyword arguments for the models.
         max_grad_norm: see `optimizer.build`.
         accumulation: the same; the config's unless given.
+        device: see `precision.resolve`.
 
     Raises:
+        PrecisionError: the device lacks the half type.
         PreflightError: all that is wrong, in all tasks.
     """
+    precision = resolve(distiller.t_config, device)
     found = Findings()
     found.problems.extend(distiller._resolve())
     traced = {}
     for task, batch in batches.items():
         mine = Findings()
-        traced[task] = _trace(distiller, task, batch, args, mine)
+        traced[task] = _trace(distiller, task, batch, args, precision, mine)
         prefix = f"task {task!r}: " if task else ""
         found.problems.extend(prefix + problem for problem in mine.problems)
         found.warnings.extend(prefix + warning for warning in mine.warnings)
@@ -256,6 +270,7 @@ def prepare(
             distiller._projection_options(),
             max_grad_norm=max_grad_norm,
             accumulation=accumulation or distiller.t_config.gradient_accumulation_steps,
+            clips_projections=precision.level != "O0",  # as TextBrewer does under Apex
         )
     except TypeError as error:
         found.problems.append(str(error))
@@ -277,7 +292,7 @@ def prepare(
             )
         return Loss(loss[0], dict(loss[1]), 0)
 
-    projections = distiller._projections()
+    projections = {k: at_level(p, precision) for k, p in distiller._projections().items()}
     programs = {
         task: _with_names(
             Program(
@@ -288,6 +303,7 @@ def prepare(
                 transformation,
                 (),
                 distiller._in_context,
+                precision,
             ),
             one.results_S,
             one.results_T,
@@ -305,6 +321,8 @@ def _trace_step(program: Program, batch: Batch) -> None:
     try:
         state = jax.eval_shape(lambda: program.init(0))
         program.compiled.eval_shape(state, program.teacher.variables, batch, row)
+    except PrecisionError as error:
+        raise PreflightError([str(error)]) from error
     except Exception as error:
         raise PreflightError(
             [
@@ -325,12 +343,21 @@ class _Traced:
 
 
 def _trace(
-    distiller: "Trainable", task: str, batch: Batch, args: Mapping[str, Any], found: Findings
+    distiller: "Trainable",
+    task: str,
+    batch: Batch,
+    args: Mapping[str, Any],
+    precision: Precision,
+    found: Findings,
 ) -> _Traced:
     """Traces every model of a task by shape, then checks the objective on what they gave."""
     keywords = tuple(inspect.signature(type(distiller).train).parameters)[1:-1]
     train = distiller._in_context
     student, teacher = distiller._sides(task, args)
+    student = replace(student, model=at_level(student.model, precision))
+    teacher = teacher.with_sides(
+        [replace(s, model=at_level(s.model, precision, frozen=True)) for s in teacher.sides]
+    )
     teacher_batch, student_batch, cache = sides(batch)
     results_S = inspect_side(student, student_batch, train, found, keywords)
     results_T: Any = None

@@ -22,7 +22,7 @@ ROOMS = [
     # frozen text
     "checks", "configurations",
     # what a user brings
-    "models", "batches", "adaptors", "teachers", "optimizer",
+    "models", "products", "precision", "loss_scale", "batches", "adaptors", "teachers", "optimizer",
     # text → plan → maths
     "plan", "custom", "objective", "inspection", "preflight",
     # the compiled step
