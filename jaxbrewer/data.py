@@ -4,7 +4,7 @@ import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -198,8 +198,9 @@ def _split(rows: np.ndarray, size: int) -> list[np.ndarray]:
     return list(rows.reshape(-1, size)) if len(rows) else []
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
+def _is_count(value: Any) -> TypeGuard[int]:
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return is_whole and int(value) >= 1
 
 
 # ------------------------------------------------------------------------------- reading examples

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from transformers import BatchEncoding
 
 import jaxbrewer
 from jaxbrewer import data
+from jaxbrewer.checkpoints import steps_in
 from jaxbrewer.data import bucket_by_length
 from jaxbrewer.errors import BatchError
-from tests import tiny
+from tests import small, tiny
 
 
 def examples(count=50, longest=30, seed=0):
@@ -264,49 +266,53 @@ def test_batches_are_arrays_of_their_own():
 # --------------------------------------------------------------------------------------- training
 
 
-def sentences():
-    rng = np.random.default_rng(0)
-    return [
-        {"input_ids": rng.integers(0, tiny.VOCABULARY, n), "labels": int(n % 3)}
-        for n in rng.integers(1, 13, 21)
-    ]
-
-
 def bucketed():
-    return bucket_by_length(sentences(), 4, (4, 8, 12), mask="attention_mask", seed=1)
+    rng = np.random.default_rng(0)
+    sentences = [
+        {"ids": rng.integers(0, small.VOCABULARY, n), "labels": int(n % small.CLASSES)}
+        for n in rng.integers(1, 9, 21)
+    ]
+    return bucket_by_length(sentences, 4, (4, 8), mask="mask", seed=1)
+
+
+def distiller(folder, **training):
+    return small.distiller(
+        folder, config={"hard_label_weight": 1}, keys=("logits", "losses"), **training
+    )
 
 
 def test_training_compiles_once_a_shape_and_never_after_the_first_epoch(tmp_path):
     loader, counts, compiles = bucketed(), [], tiny.Compiles()
-
-    def callback(model, step):
-        counts.append(compiles.count)
-
-    distiller = tiny.distiller(tmp_path, log=False)
-    with distiller, compiles:
-        distiller.train(tiny.SGD, loader, num_epochs=3, callback=callback)
+    mine = distiller(tmp_path)
+    with mine, compiles:
+        mine.train(
+            small.SGD,
+            loader,
+            num_epochs=3,
+            callback=lambda model, step: counts.append(compiles.count),
+        )
     assert len(counts) == 3
-    assert counts[0] >= len(loader.shapes) == 4
+    assert counts[0] >= len(loader.shapes) == 3
     assert counts[1:] == [counts[0]] * 2
 
 
 def test_a_run_resumes_in_the_middle_of_an_epoch(tmp_path):
-    loader = bucketed()
-    straight = tiny.distiller(tmp_path / "a", log=False, ckpt_frequency=3)
+    straight = distiller(tmp_path / "a")
     with straight:
-        straight.train(tiny.SGD, loader, num_epochs=3)
+        straight.train(small.SGD, bucketed(), num_epochs=3)
+    middle = len(bucketed()) + 2
 
     def stop(model, step):
-        return jaxbrewer.CallbackResult(stop=step == 2 * len(loader) - 2)
+        return jaxbrewer.CallbackResult(stop=step == middle)
 
-    first = tiny.distiller(tmp_path / "b", log=False, ckpt_frequency=3)
+    first = distiller(tmp_path / "b", ckpt_frequency=3)
     with first:
-        first.train(tiny.SGD, bucketed(), num_epochs=3, callback=stop)
-    second = tiny.distiller(tmp_path / "b", log=False, ckpt_frequency=3, resume=True)
+        first.train(small.SGD, bucketed(), num_epochs=3, callback=stop)
+    assert steps_in(tmp_path / "b" / "out")[-1] == middle
+    second = distiller(tmp_path / "b", ckpt_frequency=3, resume=True)
     with second:
-        second.train(tiny.SGD, bucketed(), num_epochs=3)
-    for name, value in tiny.weights(straight.model_S).items():
-        np.testing.assert_array_equal(tiny.weights(second.model_S)[name], value)
+        second.train(small.SGD, bucketed(), num_epochs=3)
+    jax.tree.map(np.testing.assert_array_equal, straight.model_S.params, second.model_S.params)
 
 
 # -------------------------------------------------------------------------------------- the refused
