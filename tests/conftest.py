@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAXBREWER_COMPILATION_CACHE"] = "off"  # tests write nothing into the user's home
 
 import jax
 import pytest
