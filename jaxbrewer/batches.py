@@ -38,6 +38,12 @@ class Served(NamedTuple):
     results: Any
 
 
+class Whole(NamedTuple):
+    """A batch that every process holds whole, where it would hold its own part; see `processes`."""
+
+    batch: Any
+
+
 def own(batch: Any) -> Batch:
     """Copies a batch into arrays nobody else writes to.
 

@@ -165,6 +165,8 @@ def unbuilt(config: TrainingConfig) -> str | None:
 
 def _alone(name: str, config: TrainingConfig) -> dict[str, Any]:
     """One field's value by itself, with the level where the field is the switch for it."""
+    if name in ("mapping", "sharding"):
+        return {}  # they need another field beside them
     alone = {name: getattr(config, name)}
     if name == "fp16":
         alone["fp16_opt_level"] = config.fp16_opt_level

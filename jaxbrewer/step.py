@@ -51,6 +51,8 @@ class Program:
         optimizer: see `optimizer.build`.
         names: the terms of the loss in the order of the metrics.
         train: whether the student runs in train mode.
+        axis: the mapped axis over which devices average what each computed on its own rows; None
+            where there is none, and the batch is seen whole.
     """
 
     student: Side
@@ -60,9 +62,11 @@ class Program:
     optimizer: optax.GradientTransformationExtraArgs
     names: tuple[str, ...]
     train: bool
+    axis: str | None = None
 
-    def init(self, seed: int) -> TrainState:
-        """The state before the first step, in arrays of its own: nothing the user holds is donated."""
+    @property
+    def variables(self) -> tuple[Any, Any]:
+        """The parameters and the other state that training starts from, as the user holds them."""
         params = {
             "student": self.student.model.params,
             "projections": {name: p.params for name, p in self.projections.items()},
@@ -71,7 +75,16 @@ class Program:
             "student": self.student.model.state,
             "projections": {name: p.state for name, p in self.projections.items()},
         }
-        params, model_state = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, model_state))
+        return params, model_state
+
+    def init(self, seed: int, variables: Any = None) -> TrainState:
+        """The state before the first step, in arrays of its own: nothing the user holds is donated.
+
+        `variables` are `Program.variables`, perhaps placed elsewhere.
+        """
+        params, model_state = jax.tree.map(
+            lambda x: jnp.array(x, copy=True), self.variables if variables is None else variables
+        )
         key = jax.random.key(seed)
         return TrainState(params, model_state, self.optimizer.init(params), key, jnp.int32(0))
 
@@ -121,17 +134,21 @@ class Program:
         results_T = jax.lax.stop_gradient(self.teacher(teacher_variables, teacher_batch, cache))
 
         key = jax.random.fold_in(state.key, state.micro_step)
+        if self.axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(self.axis))
         weights = Weights(kd=schedule[0], hard_label=schedule[1])
         gradient = jax.value_and_grad(self.loss, has_aux=True)
         (total, (loss, model_state)), grads = gradient(
             state.params, state.model_state, key, student_batch, results_T, weights
         )
+        metrics = jnp.stack([jnp.asarray(x, total.dtype) for x in self.values(loss)])
+        if self.axis is not None:
+            grads, model_state, metrics = average(self.axis, grads, model_state, metrics)
+
         updates, opt_state = self.optimizer.update(
             grads, state.opt_state, state.params, factor=schedule[2]
         )
         params = optax.apply_updates(state.params, updates)
-
-        metrics = jnp.stack([jnp.asarray(x, total.dtype) for x in self.values(loss)])
         return TrainState(params, model_state, opt_state, state.key, state.micro_step + 1), metrics
 
     def values(self, loss: Loss) -> list[Any]:
@@ -152,3 +169,16 @@ class Program:
     def compiled(self) -> Any:
         """The step, jitted; it owns the state it is given."""
         return jax.jit(self.step, donate_argnums=0)
+
+
+def average(axis: str, grads: Any, model_state: Any, metrics: jax.Array) -> tuple[Any, Any, Any]:
+    """Averages over the devices of a mapped axis: gradients, float state such as batch statistics,
+    and metrics; of the surplus (see `Loss`), the largest of all devices."""
+
+    def mean(x: jax.Array) -> jax.Array:
+        return jax.lax.pmean(x, axis) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    surplus = metrics[1]
+    high, low = jax.lax.pmax(surplus, axis), jax.lax.pmin(surplus, axis)
+    metrics = jax.lax.pmean(metrics, axis).at[1].set(jnp.where(high >= -low, high, low))
+    return jax.tree.map(mean, grads), jax.tree.map(mean, model_state), metrics

@@ -28,7 +28,7 @@ ROOMS = [
     # the compiled step
     "step",
     # input and output
-    "caching", "streams", "checkpoints", "loop", "report",
+    "placement", "caching", "streams", "processes", "checkpoints", "loop", "report",
     # the facade
     "arguments", "training", "trainable", "distillers", "emd",
     # encoders, which know nothing of distillation

@@ -133,7 +133,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(name, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [{"fp16": True}, {"data_parallel": True}, {"local_rank": 0}])
+@pytest.mark.parametrize("options", [{"fp16": True}])
 def test_what_is_not_built_is_refused(options, tmp_path):
     distiller = small.distiller(tmp_path, **options)
     (name,) = options
