@@ -7,8 +7,10 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxbrewer import compilation
+from tests import small
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", *compilation._DEFAULTS)
@@ -23,6 +25,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.delenv(compilation.SWITCH, raising=False)
     jax.config.update("jax_compilation_cache_dir", None)
     yield tmp_path
+    compilation_cache.reset_cache()
     for option, value in before.items():
         jax.config.update(option, value)
 
@@ -121,6 +124,14 @@ def test_what_was_not_used_for_longest_makes_room(home, monkeypatch):
     jax.config.update("jax_compilation_cache_dir", None)
     compilation.keep_programs()
     assert sorted(path.name for path in folder.iterdir()) == ["a-cache", "d-cache", "other"]
+
+
+def test_training_keeps_what_it_compiles(home):
+    distiller = small.distiller(home / "run")
+    with distiller:
+        distiller.train(small.SGD, small.batches(2), num_epochs=1)
+    kept = [path.name for path in (home / ".cache" / "jaxbrewer" / "xla").iterdir()]
+    assert any(name.startswith("jit_step-") for name in kept)
 
 
 RUN = """
