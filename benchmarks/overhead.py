@@ -11,40 +11,13 @@ files where ``log_dir`` is set.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from typing import Any
 
 import bare
 import harness
+import turns
 import workloads
-
-from jaxbrewer import loop, training
-
-
-def train_in_turns(distiller: Any, batches: list[Any], total: int, play: Callable) -> Any:
-    """Starts ``train``, and once its loop is ready, hands ``play`` a function that runs steps of it.
-
-    Args:
-        distiller: what trains.
-        batches: its loader, which is cycled.
-        total: how many steps may be asked for.
-        play: called with the function; what it returns is returned.
-    """
-    found = []
-
-    class Turns(loop.Loop):
-        def run(self, events: Iterator[Any]) -> None:
-            run = super().run
-            found.append(play(lambda steps: run(islice(events, steps))))
-
-    training.Loop, before = Turns, training.Loop
-    try:
-        with distiller:
-            distiller.train(workloads.jax_optimizer(), batches, num_steps=total)
-    finally:
-        training.Loop = before
-    return found[0]
 
 
 def compare(
@@ -66,7 +39,7 @@ def compare(
             return harness.take_turns(programs, rounds=rounds, steps=steps, warmup=args.warmup)
 
         total = args.warmup + rounds * steps + 1
-        timings = train_in_turns(distiller, batches, total, play)
+        timings = turns.train_in_turns(distiller, batches, play, num_steps=total)
     ratio = timings["bare"].faster_than(timings["train"])[0]
     extra = [
         (t - b) * 1e6
