@@ -24,6 +24,8 @@ def bucket_by_length(
     shuffle: bool = True,
     seed: int = 0,
     drop_last: bool = False,
+    num_replicas: int = 1,
+    rank: int = 0,
 ) -> "BucketedLoader":
     """A loader whose batches hold examples of similar length, padded to the length of their bucket.
 
@@ -33,7 +35,7 @@ def bucket_by_length(
     stacked as they are, numbers too.
 
     What does not fill a batch moves up to the next bucket, which it also fits, so that an epoch has
-    one ragged batch at most, the longest bucket's: one shape a bucket, and one more.
+    one ragged batch at most, its last, of the longest bucket: one shape a bucket, and one more.
 
     Args:
         examples: dicts or tuples (nested at will) of lists, arrays and numbers, one an example; or
@@ -49,14 +51,20 @@ def bucket_by_length(
             come shortest bucket first, examples in their order.
         seed: of the order, which depends on the seed and the epoch alone.
         drop_last: leaves the ragged batch out.
+        num_replicas: processes that train together. All give the same examples and seed, and take
+            their shares of the same batches, of ``num_replicas * batch_size`` examples in all.
+        rank: which of them this is, from 0.
 
     Raises:
         BatchError: examples that cannot be batched together, named with their place; examples
             longer than the longest bucket.
         ValueError: an argument that cannot be meant.
     """
-    if not _is_count(batch_size):
-        raise ValueError(f"batch_size={batch_size!r}: expected a whole number of at least 1")
+    for name, value in (("batch_size", batch_size), ("num_replicas", num_replicas)):
+        if not _is_count(value):
+            raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+    if rank not in range(num_replicas):
+        raise ValueError(f"rank={rank!r}: expected a whole number from 0 to {num_replicas - 1}")
     columns, structure = _read(examples)
     lengths = _lengths(columns)
     chosen = _choose(lengths, buckets) if _is_count(buckets) else _given(buckets)
@@ -64,14 +72,13 @@ def bucket_by_length(
     _set_padding(columns, padding or {})
     if mask is not None:
         columns, structure = _add_mask(columns, structure, mask, lengths)
-    if drop_last and len(lengths) < batch_size:
+    if drop_last and len(lengths) < batch_size * num_replicas:
         raise ValueError(
-            f"{len(lengths)} examples do not fill one batch of {batch_size}, and drop_last=True "
-            "drops the rest: nothing is left. Lower batch_size, or set drop_last=False"
+            f"{len(lengths)} examples do not fill one batch of {batch_size * num_replicas}, and "
+            "drop_last=True drops the rest: nothing is left. Lower batch_size, or set drop_last=False"
         )
-    return BucketedLoader(
-        columns, structure, lengths, chosen, batch_size, seed if shuffle else None, drop_last
-    )
+    plan = _Plan(lengths, chosen, batch_size * num_replicas, seed if shuffle else None, drop_last)
+    return BucketedLoader(columns, structure, plan, num_replicas, rank)
 
 
 @dataclass
@@ -105,6 +112,47 @@ class _Column:
         return out
 
 
+class _Plan:
+    """Which examples come together, in which order."""
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        buckets: tuple[int, ...],
+        batch_size: int,
+        seed: int | None,
+        drop_last: bool,
+    ):
+        self.lengths = lengths
+        self.buckets = buckets
+        self.batch_size = batch_size
+        self.members = [
+            np.flatnonzero((lengths > below) & (lengths <= length))
+            for below, length in itertools.pairwise((-1, *buckets))
+        ]
+        self._seed = seed
+        self._drop_last = drop_last
+
+    def epoch(self, epoch: int) -> list[tuple[np.ndarray, int]]:
+        """The batches: whose rows, and how long."""
+        rng = None if self._seed is None else np.random.default_rng((self._seed, epoch))
+        batches: list[tuple[np.ndarray, int]] = []
+        rest = np.zeros(0, np.int64)
+        for members, length in zip(self.members, self.buckets, strict=True):
+            members = np.concatenate([rest, members])
+            if rng is not None:
+                members = rng.permutation(members)
+            whole = len(members) // self.batch_size * self.batch_size
+            batches += [(rows, length) for rows in members[:whole].reshape(-1, self.batch_size)]
+            rest = members[whole:]
+        if rng is not None:
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+        if len(rest) and not self._drop_last:
+            longest = self.lengths.max()  # of all, or the shape would change between epochs
+            batches.append((rest, next(b for b in self.buckets if b >= longest)))
+        return batches
+
+
 class BucketedLoader:
     """The batches of `bucket_by_length`; iterate it, or give it to ``train`` as the loader.
 
@@ -114,31 +162,18 @@ class BucketedLoader:
     Attributes:
         buckets: the lengths.
         counts: examples of each bucket's own.
-        batch_size: examples a batch.
     """
 
     def __init__(
-        self,
-        columns: list[_Column],
-        structure: Any,
-        lengths: np.ndarray,
-        buckets: tuple[int, ...],
-        batch_size: int,
-        seed: int | None,
-        drop_last: bool,
+        self, columns: list[_Column], structure: Any, plan: _Plan, num_replicas: int, rank: int
     ):
-        self.buckets = buckets
-        self.batch_size = batch_size
+        self.buckets = plan.buckets
+        self.counts = tuple(len(members) for members in plan.members)
         self._columns = columns
         self._structure = structure
-        self._lengths = lengths
-        self._members = [
-            np.flatnonzero((lengths > below) & (lengths <= length))
-            for below, length in itertools.pairwise((-1, *buckets))
-        ]
-        self.counts = tuple(len(members) for members in self._members)
-        self._seed = seed
-        self._drop_last = drop_last
+        self._plan = plan
+        self._num_replicas = num_replicas
+        self._rank = rank
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -147,55 +182,40 @@ class BucketedLoader:
 
     def __len__(self) -> int:
         """Batches in an epoch: the same in all."""
-        full, rest = divmod(len(self._lengths), self.batch_size)
-        return full + (1 if rest and not self._drop_last else 0)
+        return len(self._batches())
 
     def __iter__(self) -> Iterator[Any]:
-        for rows, length in self._plan():
+        for rows, length in self._batches():
             fields = [column.take(rows, length) for column in self._columns]
             yield jax.tree.unflatten(self._structure, fields)
+
+    def _batches(self) -> list[tuple[np.ndarray, int]]:
+        """This process's share of each batch; of a small last one there may be none."""
+        batches = self._plan.epoch(self._epoch)
+        shares = [
+            (np.array_split(rows, self._num_replicas)[self._rank], length)
+            for rows, length in batches
+        ]
+        return [(rows, length) for rows, length in shares if len(rows)]
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """The ``(examples, length)`` of the batches there are: what a step is compiled for."""
-        return tuple(sorted({(len(rows), length) for rows, length in self._plan()}))
+        return tuple(sorted({(len(rows), length) for rows, length in self._batches()}))
 
     @property
     def fullness(self) -> float:
         """The share of the epoch's padded positions that hold an example."""
-        plan = self._plan()
-        real = sum(int(self._lengths[rows].sum()) for rows, _ in plan)
-        return real / max(sum(len(rows) * length for rows, length in plan), 1)
+        batches = self._plan.epoch(self._epoch)
+        real = sum(int(self._plan.lengths[rows].sum()) for rows, _ in batches)
+        return real / max(sum(len(rows) * length for rows, length in batches), 1)
 
     def __repr__(self) -> str:
         lengths = ", ".join(map(str, self.buckets))
         return (
-            f"<{len(self._lengths)} examples in {len(self)} batches of {self.batch_size}, of the "
-            f"lengths {lengths}; {self.fullness:.0%} of the positions are used>"
+            f"<{sum(self.counts)} examples in {len(self)} batches of {self._plan.batch_size}, of "
+            f"the lengths {lengths}; {self.fullness:.0%} of the positions are used>"
         )
-
-    def _plan(self) -> list[tuple[np.ndarray, int]]:
-        """The epoch's batches: whose rows, and how long."""
-        rng = None if self._seed is None else np.random.default_rng((self._seed, self._epoch))
-        batches: list[tuple[np.ndarray, int]] = []
-        rest = np.zeros(0, np.int64)
-        for members, length in zip(self._members, self.buckets, strict=True):
-            members = np.concatenate([rest, members])
-            if rng is not None:
-                members = rng.permutation(members)
-            whole = len(members) // self.batch_size * self.batch_size
-            batches += [(rows, length) for rows in _split(members[:whole], self.batch_size)]
-            rest = members[whole:]
-        if len(rest) and not self._drop_last:
-            longest = self._lengths.max()  # of all, or the shape would change between epochs
-            batches.append((rest, next(b for b in self.buckets if b >= longest)))
-        if rng is not None:
-            batches = [batches[i] for i in rng.permutation(len(batches))]
-        return batches
-
-
-def _split(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    return list(rows.reshape(-1, size)) if len(rows) else []
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

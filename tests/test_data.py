@@ -231,7 +231,8 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert order(0, 0) == first
     assert len({str(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
     lengths = [length for _, length in first]
-    assert lengths != sorted(lengths)
+    assert lengths[:-1] != sorted(lengths[:-1])
+    assert lengths[-1] == 30
 
 
 def test_other_epochs_batch_other_examples_together():
@@ -261,6 +262,25 @@ def test_batches_are_arrays_of_their_own():
             value[:] = 0
     for before, after in zip(first, loader, strict=True):
         np.testing.assert_array_equal(before, after["ids"])
+
+
+@pytest.mark.parametrize("count", [48, 43, 41])
+def test_processes_share_the_batches_of_one(count):
+    def order(**share):
+        loader = bucket_by_length(examples(count), 8 // share.get("num_replicas", 1), 3, **share)
+        loader.set_epoch(2)
+        assert len(loader) == len(list(loader))
+        return rows(loader)
+
+    alone = order()
+    shares = [order(num_replicas=2, rank=rank) for rank in range(2)]
+    assert len(shares[0]) == len(alone)
+    joined = [
+        (tuple(n for part, _ in parts for n in part), parts[0][1])
+        for parts in itertools.zip_longest(*shares, fillvalue=((), None))
+    ]
+    assert joined == alone
+    assert len(shares[1]) == len(alone) - (count == 41)
 
 
 # --------------------------------------------------------------------------------------- training
@@ -321,6 +341,11 @@ def test_a_run_resumes_in_the_middle_of_an_epoch(tmp_path):
 REFUSED = {
     "no batch": ({"batch_size": 0}, "batch_size=0: expected a whole number"),
     "half a batch": ({"batch_size": 1.5}, r"batch_size=1\.5"),
+    "no processes": ({"num_replicas": 0}, "num_replicas=0: expected a whole"),
+    "no such process": (
+        {"num_replicas": 2, "rank": 2},
+        "rank=2: expected a whole number from 0 to 1",
+    ),
     "no buckets": ({"buckets": ()}, r"buckets=\(\): expected lengths in rising order"),
     "falling": ({"buckets": (32, 16)}, r"buckets=\(32, 16\): expected lengths in rising"),
     "twice": ({"buckets": (32, 32)}, "rising order"),
