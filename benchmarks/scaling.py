@@ -162,9 +162,8 @@ def measure(args: Any, grow: str, value: int) -> harness.Row:
 
     with tempfile.TemporaryDirectory() as folder:
         distiller, loader = job(args, grow, value, folder)
-        timing, (seconds, programs) = turns.train_in_turns(distiller, loader, play, num_steps=total)
-        distiller.tb_writer.close()
-        losses = read_scalars(f"{folder}/log")["scalar/total_loss"]
+        timing = turns.train_in_turns(distiller, loader, play, num_steps=total)
+        losses = read_scalars(f"{folder}/log").get("scalar/total_loss", {})
     return {
         "grows": grow,
         "to": value,

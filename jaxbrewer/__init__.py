@@ -1,6 +1,6 @@
 """Knowledge distillation for NLP on JAX, with TextBrewer's configs and numbers."""
 
-from . import data, data_utils, presets, schedulers, utils, zoo
+from . import data, data_utils, presets, schedulers, testing, utils, zoo
 from .checkpoints import export_hf, load_student
 from .configurations import DistillationConfig, IntermediateMatch, TrainingConfig
 from .custom import CustomMatch
@@ -67,6 +67,7 @@ __all__ = [
     "presets",
     "register_new",
     "schedulers",
+    "testing",
     "utils",
     "zoo",
 ]

@@ -8,7 +8,7 @@ Axes of meshes are named here and nowhere else.
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import jax
@@ -88,6 +88,25 @@ def placement_for(config: TrainingConfig) -> Placement:
         return OneDevice(resolve_device(config.device))
     devices = resolve_devices(config.device, rank=config.local_rank)
     return Pmapped(devices) if config.mapping == "pmap" else Sharded(devices, config.sharding)
+
+
+def placement_to_cache(placement: Placement) -> Placement:
+    """Where a teacher runs whose results are kept in host memory: here, over this process's rows.
+
+    Raises:
+        ValueError: the teacher is cut into pieces that other processes hold.
+    """
+    if not isinstance(placement, _Mesh):
+        return placement
+    if isinstance(placement, Sharded) and not placement.several_processes:
+        return placement
+    if isinstance(placement, Sharded) and placement.sharding is not None:
+        raise ValueError(
+            f"is_caching_logits with sharding={placement.sharding!r} in several processes: each would "
+            "need the whole teacher to cache its own part. Cache in one process with "
+            "data_parallel=True, or leave one of the two out"
+        )
+    return OneDevice(placement.here[0])
 
 
 class OneDevice:
@@ -273,24 +292,33 @@ class Pmapped(_Mesh):
     average of the devices' losses is not the loss of the whole batch.
     """
 
+    # Between `enter` and `leave` arrays belong to this process alone, as `jax.pmap` wants them, with
+    # an axis for its devices; random keys are plain numbers, which it need not fetch to look at.
+
+    def __init__(self, devices: Sequence[jax.Device]):
+        super().__init__(devices)
+        self._here = Mesh(np.array(self.here), (AXIS,))
+
     def start(self, program: Program, seed: int) -> TrainState:
         """See `Placement.start`."""
         return Sharded(self.devices).start(program, seed)
 
     def enter(self, state: TrainState) -> TrainState:
         """See `Placement.enter`: every array gets an axis for the devices, without being moved."""
-        return self._map(lambda x: x[None], PartitionSpec(), PartitionSpec(AXIS))(state)
+        mine = _regrouped(_without_keys(state), NamedSharding(self._here, PartitionSpec()))
+        return self._map(lambda x: x[None], PartitionSpec(), PartitionSpec(AXIS))(mine)
 
     def leave(self, state: TrainState) -> TrainState:
         """See `Placement.leave`."""
-        return self._map(lambda x: x[0], PartitionSpec(AXIS), PartitionSpec())(state)
+        mine = self._map(lambda x: x[0], PartitionSpec(AXIS), PartitionSpec())(state)
+        return _with_keys(_regrouped(mine, self.whole))
 
     def _map(self, change: Callable, before: PartitionSpec, after: PartitionSpec) -> Callable:
         # One program for all arrays: taking x[0] of each on the host takes a slow path.
         return jax.jit(
             jax.shard_map(
                 lambda tree: jax.tree.map(change, tree),
-                mesh=self.mesh,
+                mesh=self._here,
                 in_specs=before,
                 out_specs=after,
                 check_vma=False,
@@ -310,18 +338,26 @@ class Pmapped(_Mesh):
         batch, rows, even = self._parted(batch)
         count = len(self.here)
 
-        def place(x: Any) -> jax.Array:
+        def split(x: Any) -> np.ndarray:
             x = np.asarray(x)
             if even and has_rows(x, rows):
-                return self._put(x.reshape(count, rows // count, *x.shape[1:]), self.cut)
-            return self._put(np.broadcast_to(x, (count, *x.shape)), self.cut)
+                return x.reshape(count, rows // count, *x.shape[1:])
+            return np.broadcast_to(x, (count, *x.shape))
 
-        return jax.tree.map(place, batch)
+        return jax.device_put(
+            jax.tree.map(split, batch), NamedSharding(self._here, PartitionSpec(AXIS))
+        )
 
     def compile(self, program: Program) -> Callable:
         """See `Placement.compile`."""
+        mapped = replace(program, axis=AXIS)
+
+        def step(state: Any, teacher: Any, batch: Batch, row: jax.Array) -> tuple[Any, jax.Array]:
+            state, metrics = mapped.step(_with_keys(state), _with_keys(teacher), batch, row)
+            return _without_keys(state), metrics
+
         return jax.pmap(
-            replace(program, axis=AXIS).step,
+            step,
             axis_name=AXIS,
             in_axes=(0, 0, 0, None),
             out_axes=(0, None),
@@ -350,6 +386,43 @@ def _placed(x: Any, sharding: NamedSharding) -> jax.Array:
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _KeyData:
+    """The numbers of a random key, and what kind of key they are."""
+
+    data: jax.Array
+    kind: str = field(metadata={"static": True})
+
+
+def _without_keys(tree: Any) -> Any:
+    def open_key(x: Any) -> Any:
+        if not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x
+        return _KeyData(jax.random.key_data(x), str(jax.random.key_impl(x)))
+
+    return jax.tree.map(open_key, tree)
+
+
+def _with_keys(tree: Any) -> Any:
+    def close_key(x: Any) -> Any:
+        return jax.random.wrap_key_data(x.data, impl=x.kind) if isinstance(x, _KeyData) else x
+
+    return jax.tree.map(close_key, tree, is_leaf=lambda x: isinstance(x, _KeyData))
+
+
+def _regrouped(tree: Any, sharding: NamedSharding) -> Any:
+    """The same buffers as arrays of more processes, or of fewer."""
+    if sharding.is_fully_addressable and all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        return tree
+
+    def regroup(x: jax.Array) -> jax.Array:
+        buffers = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, buffers)
+
+    return jax.tree.map(regroup, tree)
 
 
 def _gathered(x: jax.Array, whole: NamedSharding) -> jax.Array:

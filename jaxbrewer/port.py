@@ -281,7 +281,8 @@ _TRAINING: Mapping[str, Any] = {
     "local_rank": lambda value, config: (
         Verdict.CHANGED,
         "call jax.distributed.initialize() in place of torch.distributed.init_process_group; "
-        "every process feeds its own part of the data",
+        "every process feeds its own part of the data. Losses are those of the global batch; "
+        "mapping='pmap' averages each process's own, as DDP does",
     ),
 }
 

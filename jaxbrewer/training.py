@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,7 +29,7 @@ from .loop import CallbackResult, Loop, Task
 from .metrics import MetricsWriter
 from .objective import Loss, Weights
 from .optimizer import Optimizer
-from .placement import Placement, placement_for
+from .placement import Placement, placement_for, placement_to_cache
 from .plan import Schedule, Weight
 from .processes import Processes, joined
 from .report import describe
@@ -90,10 +91,17 @@ def train(distiller: "Trainable", request: Request) -> None:
         )
         for batch in first.values():
             placement.check(batch)
+        if config.sharding == "teacher" and not any(p.teacher.sides for p in programs.values()):
+            raise ValueError(
+                f"sharding='teacher', but {type(distiller).__name__} has no teacher; use sharding='all' "
+                "to cut the model itself, or None"
+            )
         checks = {name: _batch_check(program) for name, program in programs.items()}
         cache = distiller._cache()
         if cache is not None:
-            programs, events = _cached(programs, cache, request, schedule, start, placement)
+            programs, events = _cached(
+                programs, cache, request, schedule, start, placement, processes
+            )
             checks = {name: _nothing_to_check for name in programs}
     events = checked(events, checks)
     if processes.count > 1:
@@ -177,11 +185,12 @@ def _open(
 
 def _cached(
     programs: Mapping[str, Program],
-    cache: Mapping[str, Any],
+    cache: dict[str, Any],
     request: Request,
     schedule: Schedule,
     start: Position,
     placement: Placement,
+    processes: Processes,
 ) -> tuple[dict[str, Program], Iterator[Event]]:
     """Runs the teacher once; returns the program that is served its results, and their stream."""
     if schedule.epochs is None:
@@ -195,9 +204,11 @@ def _cached(
     batches = [event.inputs for event in stream if isinstance(event, Micro)]
     for batch in batches:
         check(batch)
-    device = jax.local_devices(backend=placement.devices[0].platform)[0]
-    variables = jax.device_put(program.teacher.variables, device)
-    loader = caching.build(program.teacher, variables, batches, **cache)
+    place = placement_to_cache(placement)
+    if processes.count > 1 and cache["folder"] is not None:
+        cache = cache | {"folder": Path(cache["folder"]) / f"process-{processes.rank}"}
+    variables = place.teacher(program.teacher.variables)
+    loader = caching.build(program.teacher, variables, batches, place=place.batch, **cache)
     served = replace(program, teacher=caching.ServedTeacher())
     return {"": served}, by_epochs(loader, schedule.epochs, start)
 
@@ -217,6 +228,7 @@ def prepare(
     args: Mapping[str, Any],
     *,
     max_grad_norm: float = -1.0,
+    accumulation: int | None = None,
 ) -> dict[str, Program]:
     """Runs the preflight and builds each task's program.
 
@@ -226,6 +238,7 @@ def prepare(
         optimizer: see `trainable.Trainable.train`.
         args: further keyword arguments for the models.
         max_grad_norm: see `optimizer.build`.
+        accumulation: the same; the config's unless given.
 
     Raises:
         PreflightError: all that is wrong, in all tasks.
@@ -244,7 +257,7 @@ def prepare(
             optimizer,
             distiller._projection_options(),
             max_grad_norm=max_grad_norm,
-            accumulation=distiller.t_config.gradient_accumulation_steps,
+            accumulation=accumulation or distiller.t_config.gradient_accumulation_steps,
         )
     except TypeError as error:
         found.problems.append(str(error))

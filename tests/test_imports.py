@@ -30,7 +30,7 @@ ROOMS = [
     # input and output
     "placement", "caching", "streams", "processes", "checkpoints", "loop", "report",
     # the facade
-    "arguments", "training", "trainable", "distillers", "emd",
+    "arguments", "training", "trainable", "distillers", "emd", "testing",
     # encoders, which know nothing of distillation
     "zoo.activations", "zoo.configuration", "zoo.outputs", "zoo.heads", "zoo.blocks", "zoo.hf",
     "zoo.encoder", "zoo.tasks", "zoo.bert", "zoo.roberta", "zoo.electra", "zoo.distilbert",
@@ -44,7 +44,7 @@ ROOMS = [
 # Libraries that only some rooms may know.
 KEPT_APART = {
     "orbax": {"checkpoints"},
-    "optax": {"commands.checking", "optimizer", "step", "training"},
+    "optax": {"commands.checking", "optimizer", "step", "testing", "training"},
     "tensorboardX": {"trainable", "metrics"},
     "tqdm": {"caching", "loop"},
     "safetensors": {"caching", "zoo.hf", "commands.weights", "commands.inspecting"},
