@@ -107,7 +107,8 @@ class BertForSequenceClassification(SequenceClassifier):
         self.classifier = linear(sizes, sizes.hidden_size, sizes.num_labels, **build)
 
     def _logits(self, encoded: BaseModelOutput) -> Float[Array, "batch labels"]:
-        return self.classifier(self.dropout(encoded.pooler_output))
+        pooled: Any = encoded.pooler_output
+        return self.classifier(self.dropout(pooled))
 
 
 class BertForTokenClassification(TokenClassifier):

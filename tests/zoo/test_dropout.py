@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxbrewer.models import NNXModel
 from jaxbrewer.zoo.dropout import Dropout, keep_mask
 
 
@@ -55,13 +56,12 @@ def test_dropout_keeps_the_dtype_and_the_mean(dtype):
 
 
 def test_the_gradient_passes_where_the_input_did():
-    dropout = Dropout(0.4, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(dropout)
+    model = NNXModel(Dropout(0.4, rngs=nnx.Rngs(0)))
 
-    def total(x, state):
-        kept = nnx.merge(graph, state)(x)
+    def total(x):
+        kept, _ = model.apply({}, model.state, jax.random.key(1), (x,), {}, True)
         return jnp.sum(kept), kept
 
-    x = jnp.ones((20, 30))
-    grad, kept = jax.grad(total, has_aux=True)(x, state)
+    grad, kept = jax.grad(total, has_aux=True)(jnp.ones((20, 30)))
+    assert 0.5 < np.mean(np.asarray(kept) != 0) < 0.7
     np.testing.assert_array_equal(grad, kept)
