@@ -139,7 +139,8 @@ class Loop:
     def _micro_step(self, task: Task, batch: Batch) -> None:
         row = self.rows[min(self.position.global_step, len(self.rows) - 1)]
         self.state, metrics = task.step(self.state, task.teacher_variables, batch, row)
-        metrics.copy_to_host_async()
+        if self.placement.devices[0].platform != "cpu":  # there they are on the host already
+            metrics.copy_to_host_async()
         position = self.position
         self._pending.append((task, position.micro_step, position.global_step, metrics))
         self._opened += 1

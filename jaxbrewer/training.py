@@ -20,6 +20,7 @@ from .adaptors import Results, Side, model_name
 from .arguments import Request, make_factor, make_schedule, refuse_unbuilt
 from .batches import Batch, check_ids, sides
 from .checkpoints import Checkpoints, latest_position, load_student
+from .compilation import keep_programs
 from .configurations import TrainingConfig
 from .errors import CheckpointError, PrecisionError, PreflightError, PreflightWarning
 from .inspection import Findings
@@ -60,6 +61,7 @@ def train(distiller: "Trainable", request: Request) -> None:
     """Runs one training. See `trainable.Trainable.train`."""
     config = distiller.t_config
     refuse_unbuilt(config)
+    keep_programs()
     placement = placement_for(config)
     processes = Processes(placement.devices)
     distiller.rank = processes.rank

@@ -16,7 +16,7 @@ MODULES = sorted(
 
 # Lowest rooms first; a room imports from rooms above it only.
 ROOMS = [
-    "errors", "devices", "data_utils", "utils", "metrics", "transport",
+    "errors", "devices", "compilation", "data", "data_utils", "utils", "metrics", "transport",
     # functions of arrays, and their names
     "loss_checks", "losses", "schedulers", "projections", "matches", "presets",
     # frozen text
@@ -32,8 +32,8 @@ ROOMS = [
     # the facade
     "arguments", "training", "trainable", "distillers", "emd", "testing",
     # encoders, which know nothing of distillation
-    "zoo.activations", "zoo.configuration", "zoo.outputs", "zoo.heads", "zoo.blocks", "zoo.hf",
-    "zoo.encoder", "zoo.tasks", "zoo.bert", "zoo.roberta", "zoo.electra", "zoo.distilbert",
+    "zoo.activations", "zoo.configuration", "zoo.outputs", "zoo.heads", "zoo.dropout", "zoo.blocks",
+    "zoo.hf", "zoo.encoder", "zoo.tasks", "zoo.bert", "zoo.roberta", "zoo.electra", "zoo.distilbert",
     "zoo.bigru", "zoo.transfer", "zoo.auto", "zoo.students", "zoo.__init__",
     # the command
     "commands.__init__", "commands.literals", "commands.zoo_models", "port", "commands.advice",
