@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +94,21 @@ def build(
     folder: str | os.PathLike[str] | None,
     dtype: str,
     seed: int,
+    place: Callable[[Batch], Batch] = lambda batch: batch,
     level: str = "",
 ) -> CachedLoader:
     """Runs a teacher once over all batches.
 
     Args:
         teacher: the teacher.
-        variables: its arrays, on the device.
+        variables: its arrays, on their devices.
         batches: all batches of an epoch, as `batches.own` gives them.
         used: feature → the layers the objective uses.
         folder: where the cache lies; None keeps it in host memory.
         dtype: the type floats are kept in: ``'float32'`` (as they are), ``'float16'`` or
             ``'bfloat16'``.
         seed: of the batches' order in each epoch.
+        place: puts a batch where the variables are.
         level: the level of half precision the teacher runs at, in words; '' is float32.
 
     Raises:
@@ -132,13 +134,13 @@ def build(
     students = [sides(batch)[1] for batch in kept]
     if folder is None:
         results: list[Any] = [
-            jax.tree.map(np.asarray, compiled(variables, batch)) for batch in _bar(kept)
+            jax.tree.map(np.asarray, compiled(variables, place(batch))) for batch in _bar(kept)
         ]
         return CachedLoader(students, results, shapes[0], seed)
     disk = _DiskCache(Path(folder), variables, kept, dtype, shapes, size, level)
     for i, batch in enumerate(_bar(kept)):
         if not disk.has(i):
-            disk.write(i, compiled(variables, batch))
+            disk.write(i, compiled(variables, place(batch)))
     return CachedLoader(students, disk.paths, shapes[0], seed)
 
 

@@ -6,7 +6,8 @@ A checkpoint holds, as separate items, so that each can be read without the othe
 student     ``{'params': …, 'state': …}``
 projections likewise, by projection
 training    optimizer state (with an open accumulation window), random key, counters, loss scale
-position    JSON: step, epoch, batch, host random states, the configs, the format's version
+position    JSON: step, epoch, batch, the same with its random state for each process, the
+            configs, the format's version
 =========== ====================================================================
 """
 
@@ -58,16 +59,20 @@ class Checkpoints:
             moved to a folder ``earlier-1`` (2, …) beside the new ones.
         max_to_keep: how many to keep: the newest, and of the others those with the best scores
             (see `score`) and then the newest. None keeps all.
+        is_chief: of several processes, all of which write arrays, one does the rest.
     """
 
-    def __init__(self, folder: Folder, *, resume: bool, max_to_keep: int | None):
+    def __init__(
+        self, folder: Folder, *, resume: bool, max_to_keep: int | None, is_chief: bool = True
+    ):
         self.folder = Path(folder).absolute()
         self.max_to_keep = max_to_keep
+        self._is_chief = is_chief
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"output_dir={str(folder)!r} cannot be made: {error}") from error
-        if not resume:
+        if not resume and is_chief:
             self._set_aside()
         self._checkpointer = ocp.AsyncCheckpointer(_handler())
 
@@ -99,6 +104,8 @@ class Checkpoints:
 
     def score(self, step: int, score: float) -> None:
         """Notes how good a checkpoint is (higher is better)."""
+        if not self._is_chief:
+            return
         scores = self.scores() | {step: float(score)}
         temporary = self.folder / (_SCORES + ".new")
         temporary.write_text(json.dumps(scores, indent=1))
@@ -119,7 +126,7 @@ class Checkpoints:
         return self.folder / f"gs{max(there)[1]}" if there else None
 
     def _prune(self, newest: int) -> None:
-        if self.max_to_keep is None:
+        if self.max_to_keep is None or not self._is_chief:
             return
         scores = self.scores()
         others = [step for step in steps_in(self.folder) if step != newest]

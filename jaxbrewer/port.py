@@ -165,6 +165,8 @@ def unbuilt(config: TrainingConfig) -> str | None:
 
 def _alone(name: str, config: TrainingConfig) -> dict[str, Any]:
     """One field's value by itself, with what it cannot be without."""
+    if name in ("mapping", "sharding"):
+        return {}  # they need another field beside them
     alone = {name: getattr(config, name)}
     if name == "fp16":
         alone["fp16_opt_level"] = config.fp16_opt_level
@@ -281,7 +283,8 @@ _TRAINING: Mapping[str, Any] = {
     "local_rank": lambda value, config: (
         Verdict.CHANGED,
         "call jax.distributed.initialize() in place of torch.distributed.init_process_group; "
-        "every process feeds its own part of the data",
+        "every process feeds its own part of the data. Losses are those of the global batch; "
+        "mapping='pmap' averages each process's own, as DDP does",
     ),
 }
 

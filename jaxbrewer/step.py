@@ -57,6 +57,8 @@ class Program:
         names: the terms of the loss in the order of the metrics.
         train: whether the student runs in train mode.
         precision: the level; the models are at it already.
+        axis: the mapped axis over which devices average what each computed on its own rows; None
+            where there is none, and the batch is seen whole.
     """
 
     student: Side
@@ -67,9 +69,11 @@ class Program:
     names: tuple[str, ...]
     train: bool
     precision: Precision = FLOAT32
+    axis: str | None = None
 
-    def init(self, seed: int) -> TrainState:
-        """The state before the first step, in arrays of its own: nothing the user holds is donated."""
+    @property
+    def variables(self) -> tuple[Any, Any]:
+        """The parameters and the other state that training starts from, as the user holds them."""
         params = {
             "student": self.student.model.params,
             "projections": {name: p.params for name, p in self.projections.items()},
@@ -78,7 +82,16 @@ class Program:
             "student": self.student.model.state,
             "projections": {name: p.state for name, p in self.projections.items()},
         }
-        params, model_state = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, model_state))
+        return params, model_state
+
+    def init(self, seed: int, variables: Any = None) -> TrainState:
+        """The state before the first step, in arrays of its own: nothing the user holds is donated.
+
+        `variables` are `Program.variables`, perhaps placed elsewhere.
+        """
+        params, model_state = jax.tree.map(
+            lambda x: jnp.array(x, copy=True), self.variables if variables is None else variables
+        )
         key = jax.random.key(seed)
         scaling = loss_scale.start() if self.precision.is_scaled else ()
         opt_state = self.optimizer.init(params)
@@ -131,6 +144,8 @@ class Program:
         results_T = jax.lax.stop_gradient(self.teacher(teacher_variables, teacher_batch, cache))
 
         key = jax.random.fold_in(state.key, state.micro_step)
+        if self.axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(self.axis))
         weights = Weights(kd=schedule[0], hard_label=schedule[1])
         inputs = state.model_state, key, student_batch, results_T, weights
         total, backward, (loss, model_state) = jax.vjp(
@@ -138,9 +153,12 @@ class Program:
         )
         scale = state.scaling.scale if self.precision.is_scaled else 1.0
         (grads,) = backward(jnp.asarray(scale, total.dtype))
+        metrics = jnp.stack([jnp.asarray(x, total.dtype) for x in self.values(loss)])
+        if self.axis is not None:
+            grads, model_state, metrics = average(self.axis, grads, model_state, metrics)
         finite = None
         if self.precision.is_scaled:
-            finite = loss_scale.is_finite((total, grads))
+            finite = loss_scale.is_finite((metrics[0], grads))
             grads = loss_scale.unscale(state.scaling, grads, finite)
         updates, opt_state = self.optimizer.update(
             grads, state.opt_state, state.params, factor=schedule[2]
@@ -149,11 +167,11 @@ class Program:
         new = TrainState(
             params, model_state, opt_state, state.key, state.micro_step + 1, state.scaling
         )
-        values = self.values(loss)
         if finite is not None:
             new = _guarded(state, new, finite)
-            values += [scale, new.scaling.skipped]
-        return new, jnp.stack([jnp.asarray(x, total.dtype) for x in values])
+            scaling = jnp.stack([jnp.asarray(x, total.dtype) for x in (scale, new.scaling.skipped)])
+            metrics = jnp.concatenate([metrics, scaling])
+        return new, metrics
 
     def values(self, loss: Loss) -> list[Any]:
         """What the metrics hold, in their order.
@@ -173,6 +191,19 @@ class Program:
     def compiled(self) -> Any:
         """The step, jitted; it owns the state it is given."""
         return jax.jit(self.step, donate_argnums=0)
+
+
+def average(axis: str, grads: Any, model_state: Any, metrics: jax.Array) -> tuple[Any, Any, Any]:
+    """Averages over the devices of a mapped axis: gradients, float state such as batch statistics,
+    and metrics; of the surplus (see `Loss`), the largest of all devices."""
+
+    def mean(x: jax.Array) -> jax.Array:
+        return jax.lax.pmean(x, axis) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    surplus = metrics[1]
+    high, low = jax.lax.pmax(surplus, axis), jax.lax.pmin(surplus, axis)
+    metrics = jax.lax.pmean(metrics, axis).at[1].set(jnp.where(high >= -low, high, low))
+    return jax.tree.map(mean, grads), jax.tree.map(mean, model_state), metrics
 
 
 def _guarded(old: TrainState, new: TrainState, finite: jax.Array) -> TrainState:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,8 +20,8 @@ from .adaptors import Results, Side, model_name
 from .arguments import Request, make_factor, make_schedule, refuse_unbuilt
 from .batches import Batch, check_ids, sides
 from .checkpoints import Checkpoints, latest_position, load_student
+from .compilation import keep_programs
 from .configurations import TrainingConfig
-from .devices import resolve_device
 from .errors import CheckpointError, PrecisionError, PreflightError, PreflightWarning
 from .inspection import Findings
 from .inspection import inspect as inspect_side
@@ -28,8 +29,10 @@ from .loop import CallbackResult, Loop, Task
 from .metrics import MetricsWriter
 from .objective import Loss, Weights
 from .optimizer import Optimizer
+from .placement import Placement, placement_for, placement_to_cache
 from .plan import Schedule, Weight
 from .precision import FLOAT32, Precision, at_level, resolve
+from .processes import Processes, joined
 from .report import describe
 from .schedulers import tabulate
 from .step import Program, TrainState
@@ -40,6 +43,7 @@ from .streams import (
     by_epochs,
     by_steps,
     by_tasks,
+    checked,
     peek,
     prepared,
     restore_host_random,
@@ -57,9 +61,14 @@ def train(distiller: "Trainable", request: Request) -> None:
     """Runs one training. See `trainable.Trainable.train`."""
     config = distiller.t_config
     refuse_unbuilt(config)
-    schedule = make_schedule(config, request)
-    factor = make_factor(request, schedule.total_steps)
-    device = resolve_device(config.device)
+    keep_programs()
+    placement = placement_for(config)
+    processes = Processes(placement.devices)
+    distiller.rank = processes.rank
+    with processes.together("reading the arguments of train"):
+        request = _of_all(request, processes)
+        schedule = make_schedule(config, request)
+        factor = make_factor(request, schedule.total_steps)
     if not distiller._in_context:
         warnings.warn(
             "train() outside `with distiller:` runs the student in evaluation mode: dropout is off "
@@ -70,38 +79,58 @@ def train(distiller: "Trainable", request: Request) -> None:
 
     # Looking at the first batches comes before anything is touched on disk, and loses none of them.
     # A resumed run skips to its position, which only its checkpoint knows.
-    latest = _latest_position(config) if config.resume else None
+    latest = _latest_position(config, processes) if config.resume else None
     start = latest or Position()
     if latest is not None and start.global_step >= schedule.total_steps:
         logger.info("gs%d is the end of this run; nothing is left to train", start.global_step)
         load_student(config.output_dir, distiller.model_S)
         return
-    first, events = _open(distiller, request, schedule, start)
-    programs = prepare(
-        distiller,
-        first,
-        request.optimizer,
-        request.args,
-        max_grad_norm=request.max_grad_norm,
-        device=device,
-    )
-    cache = distiller._cache()
-    if cache is not None:
-        programs, events = _cached(programs, cache, request, schedule, start, device)
+    with processes.together("checking the models and the first batch"):
+        first, events = _open(distiller, request, schedule, start)
+        programs = prepare(
+            distiller,
+            first,
+            request.optimizer,
+            request.args,
+            max_grad_norm=request.max_grad_norm,
+            device=placement.devices[0],
+        )
+        for batch in first.values():
+            placement.check(batch)
+        if config.sharding == "teacher" and not any(p.teacher.sides for p in programs.values()):
+            raise ValueError(
+                f"sharding='teacher', but {type(distiller).__name__} has no teacher; use sharding='all' "
+                "to cut the model itself, or None"
+            )
+        checks = {name: _batch_check(program) for name, program in programs.items()}
+        cache = distiller._cache()
+        if cache is not None:
+            programs, events = _cached(
+                programs, cache, request, schedule, start, placement, processes
+            )
+            checks = {name: _nothing_to_check for name in programs}
+    events = checked(events, checks)
+    if processes.count > 1:
+        like = next(iter(first.values()))
+        share = len(placement.devices) // processes.count
+        events = joined(events, processes, share=share, start=start, like=like)
 
     checkpoints = Checkpoints(
-        config.output_dir, resume=config.resume, max_to_keep=config.max_to_keep
+        config.output_dir,
+        resume=config.resume,
+        max_to_keep=config.max_to_keep,
+        is_chief=processes.rank == 0,
     )
     any_program = next(iter(programs.values()))
-    state = jax.device_put(any_program.init(config.seed), device)
+    state = placement.start(any_program, config.seed)
     if latest is not None:
         state = checkpoints.restore(latest.global_step, state)
         logger.info("Resuming from gs%d", latest.global_step)
-    metrics = MetricsWriter(distiller.tb_writer)
+    metrics = MetricsWriter(distiller.tb_writer if processes.rank == 0 else None)
     lengths = [feed.length for feed in request.feeds.values()]
     loop = Loop(
-        tasks={name: _task(program, device) for name, program in programs.items()},
-        state=state,
+        tasks={name: _task(program, placement) for name, program in programs.items()},
+        state=placement.enter(state),
         rows=_rows(distiller, factor, schedule.total_steps),
         schedule=schedule,
         checkpoints=checkpoints,
@@ -109,15 +138,27 @@ def train(distiller: "Trainable", request: Request) -> None:
         position=start,
         after_save=_after_save(distiller, any_program, request),
         describe=distiller._describe() | {"batches_per_epoch": lengths[0]},
+        placement=placement,
+        processes=processes,
         print_freq=distiller.print_freq,
     )
+    del state  # the loop's steps own it
     try:
         loop.run(events)
-        hand_over(any_program, loop.state)
+        hand_over(any_program, placement, placement.leave(loop.state))
         distiller.best_checkpoint = checkpoints.best()
     finally:
         metrics.close()
         checkpoints.close()
+
+
+def _of_all(request: Request, processes: Processes) -> Request:
+    """The request with the loaders' lengths that all processes agree on: the longest of each."""
+    feeds = {}
+    for task, feed in request.feeds.items():
+        lengths = processes.numbers(-1 if feed.length is None else feed.length)
+        feeds[task] = replace(feed, length=int(lengths.max()) if lengths.min() >= 0 else None)
+    return replace(request, feeds=feeds)
 
 
 def _open(
@@ -131,6 +172,9 @@ def _open(
         else:
             stream = by_steps(feed.loader, start)
         first, events = peek(prepared(stream, feed.postprocess))
+        if first is None and start.micro_step:  # this process's last epoch is over already
+            first, _ = peek(prepared(by_epochs(feed.loader, 1, Position()), feed.postprocess))
+            restore_host_random(start)
         if first is None:
             raise ValueError("the loader gave no batch: it is empty")
         return {"": first}, events
@@ -147,11 +191,12 @@ def _open(
 
 def _cached(
     programs: Mapping[str, Program],
-    cache: Mapping[str, Any],
+    cache: dict[str, Any],
     request: Request,
     schedule: Schedule,
     start: Position,
-    device: jax.Device,
+    placement: Placement,
+    processes: Processes,
 ) -> tuple[dict[str, Program], Iterator[Event]]:
     """Runs the teacher once; returns the program that is served its results, and their stream."""
     if schedule.epochs is None:
@@ -165,21 +210,23 @@ def _cached(
     batches = [event.inputs for event in stream if isinstance(event, Micro)]
     for batch in batches:
         check(batch)
-    variables = jax.device_put(program.teacher.variables, device)
-    level = "" if program.precision == FLOAT32 else str(program.precision)
-    loader = caching.build(program.teacher, variables, batches, level=level, **cache)
+    place = placement_to_cache(placement)
+    if processes.count > 1 and cache["folder"] is not None:
+        cache = cache | {"folder": Path(cache["folder"]) / f"process-{processes.rank}"}
+    cache = cache | {"level": "" if program.precision == FLOAT32 else str(program.precision)}
+    variables = place.teacher(program.teacher.variables)
+    loader = caching.build(program.teacher, variables, batches, place=place.batch, **cache)
     served = replace(program, teacher=caching.ServedTeacher())
     return {"": served}, by_epochs(loader, schedule.epochs, start)
 
 
-def _task(program: Program, device: jax.Device) -> Task:
+def _task(program: Program, placement: Placement) -> Task:
     scaled = program.precision.is_scaled
     names = (*program.names, *(("loss_scale", "skipped_windows") if scaled else ()))
     return Task(
-        step=program.compiled,
-        teacher_variables=jax.device_put(program.teacher.variables, device),
+        step=placement.compile(program),
+        teacher_variables=placement.teacher(program.teacher.variables),
         tags=("scalar/total_loss", *(f"scalar/{name}" for name in names)),
-        check_batch=_batch_check(program),
         is_scaled=scaled,
     )
 
@@ -191,6 +238,7 @@ def prepare(
     args: Mapping[str, Any],
     *,
     max_grad_norm: float = -1.0,
+    accumulation: int | None = None,
     device: jax.Device | None = None,
 ) -> dict[str, Program]:
     """Runs the preflight and builds each task's program.
@@ -201,6 +249,7 @@ def prepare(
         optimizer: see `trainable.Trainable.train`.
         args: further keyword arguments for the models.
         max_grad_norm: see `optimizer.build`.
+        accumulation: the same; the config's unless given.
         device: see `precision.resolve`.
 
     Raises:
@@ -222,7 +271,7 @@ def prepare(
             optimizer,
             distiller._projection_options(),
             max_grad_norm=max_grad_norm,
-            accumulation=distiller.t_config.gradient_accumulation_steps,
+            accumulation=accumulation or distiller.t_config.gradient_accumulation_steps,
             clips_projections=precision.level != "O0",  # as TextBrewer does under Apex
         )
     except TypeError as error:
@@ -364,11 +413,9 @@ def _with_names(program: Program, results_S: Results, results_T: Results) -> Pro
     return replace(program, names=tuple(names))
 
 
-def hand_over(program: Program, state: TrainState) -> None:
+def hand_over(program: Program, placement: Placement, state: TrainState) -> None:
     """Puts copies of the trained arrays into the objects the user holds."""
-    params, model_state = jax.tree.map(
-        lambda x: jnp.array(x, copy=True), (state.params, state.model_state)
-    )
+    params, model_state = placement.local((state.params, state.model_state))
     program.student.model.write(params["student"], model_state["student"])
     for name, projection in program.projections.items():
         projection.write(params["projections"][name], model_state["projections"][name])
@@ -376,12 +423,13 @@ def hand_over(program: Program, state: TrainState) -> None:
 
 def _after_save(
     distiller: "Trainable", program: Program, request: Request
-) -> Callable[[Loop, int], bool]:
-    def after_save(loop: Loop, step: int) -> bool:
+) -> Callable[[Loop, TrainState, int], bool]:
+    def after_save(loop: Loop, saved: TrainState, step: int) -> bool:
         if request.callback is None:
             return False
-        hand_over(program, loop.state)
-        logger.info("Running the callback at step %d", step)
+        hand_over(program, loop.placement, saved)
+        if loop.is_chief:
+            logger.info("Running the callback at step %d", step)
         result = request.callback(model=distiller.model_S, step=step)
         if not isinstance(result, CallbackResult):
             return False
@@ -404,7 +452,7 @@ def _rows(distiller: "Trainable", factor: Callable | None, total: int) -> np.nda
     return rows.astype(jnp.result_type(float))
 
 
-def _latest_position(config: TrainingConfig) -> Position | None:
+def _latest_position(config: TrainingConfig, processes: Processes) -> Position | None:
     saved = latest_position(config.output_dir)
     if saved is None:
         return None
@@ -416,8 +464,25 @@ def _latest_position(config: TrainingConfig) -> Position | None:
             f"{config.gradient_accumulation_steps}; its position in the data would be wrong. Use the "
             "same, or start anew with another output_dir"
         )
-    names = ("epoch", "batch", "global_step", "micro_step", "host_random")
-    return Position(**{name: saved[name] for name in names})
+    each = saved["processes"]
+    if len(each) == processes.count:
+        mine = each[processes.rank]
+    else:
+        mine = each[0] | {"host_random": None}
+        logger.warning(
+            "gs%d was saved by %d processes and goes on in %d: each starts %d batches into epoch %d of "
+            "its own data, which is right only if a step still takes the same number of examples",
+            step,
+            len(each),
+            processes.count,
+            mine["batch"],
+            mine["epoch"] + 1,
+        )
+    return Position(global_step=step, micro_step=saved["micro_step"], **mine)
+
+
+def _nothing_to_check(batch: Batch) -> None:
+    """For batches that were checked when the cache was built."""
 
 
 def _batch_check(program: Program) -> Callable[[Batch], None]:

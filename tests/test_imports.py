@@ -16,7 +16,7 @@ MODULES = sorted(
 
 # Lowest rooms first; a room imports from rooms above it only.
 ROOMS = [
-    "errors", "devices", "data_utils", "utils", "metrics", "transport",
+    "errors", "devices", "compilation", "data", "data_utils", "utils", "metrics", "transport",
     # functions of arrays, and their names
     "loss_checks", "losses", "schedulers", "projections", "matches", "presets",
     # frozen text
@@ -28,12 +28,12 @@ ROOMS = [
     # the compiled step
     "step",
     # input and output
-    "caching", "streams", "checkpoints", "loop", "report",
+    "placement", "caching", "streams", "processes", "checkpoints", "loop", "report",
     # the facade
-    "arguments", "training", "trainable", "distillers", "emd",
+    "arguments", "training", "trainable", "distillers", "emd", "testing",
     # encoders, which know nothing of distillation
-    "zoo.activations", "zoo.configuration", "zoo.outputs", "zoo.heads", "zoo.blocks", "zoo.hf",
-    "zoo.encoder", "zoo.tasks", "zoo.bert", "zoo.roberta", "zoo.electra", "zoo.distilbert",
+    "zoo.activations", "zoo.configuration", "zoo.outputs", "zoo.heads", "zoo.dropout", "zoo.blocks",
+    "zoo.hf", "zoo.encoder", "zoo.tasks", "zoo.bert", "zoo.roberta", "zoo.electra", "zoo.distilbert",
     "zoo.bigru", "zoo.transfer", "zoo.auto", "zoo.students", "zoo.__init__",
     # the command
     "commands.__init__", "commands.literals", "commands.zoo_models", "port", "commands.advice",
@@ -44,7 +44,7 @@ ROOMS = [
 # Libraries that only some rooms may know.
 KEPT_APART = {
     "orbax": {"checkpoints"},
-    "optax": {"commands.checking", "optimizer", "step", "training"},
+    "optax": {"commands.checking", "optimizer", "step", "testing", "training"},
     "tensorboardX": {"trainable", "metrics"},
     "tqdm": {"caching", "loop"},
     "safetensors": {"caching", "zoo.hf", "commands.weights", "commands.inspecting"},

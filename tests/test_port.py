@@ -276,16 +276,17 @@ def test_every_training_field_has_something_to_say():
         "device": "cuda:1",
         "fp16": True,
         "fp16_opt_level": "O2",
-        "data_parallel": True,
         "local_rank": 0,
         "seed": 1,
         "resume": True,
         "max_to_keep": 2,
+        "mapping": "pmap",
     }
     ported = port.training_config(values)
-    assert set(verdicts(ported)) == {*values, "checkpoints"}
+    (parallel,) = verdicts(port.training_config({"data_parallel": True})).keys() & {"data_parallel"}
+    assert set(verdicts(ported)) == {*values, "checkpoints"} - {parallel}
     assert all(finding.text for finding in ported.findings)
-    assert ported.defaults == []
+    assert ported.defaults == ["data_parallel=False"]
     assert ported.result == TrainingConfig(**values)
 
 

@@ -22,6 +22,7 @@ from jaxbrewer.zoo.configuration import (
     ModelConfig,
     TransformerConfig,
 )
+from jaxbrewer.zoo.dropout import Dropout
 from jaxbrewer.zoo.encoder import EncoderModel, PooledModel
 from jaxbrewer.zoo.hf import TensorNames
 from jaxbrewer.zoo.outputs import BaseModelOutput
@@ -102,11 +103,12 @@ class BertForSequenceClassification(SequenceClassifier):
         build = Build(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         sizes = config.sizes
         self._set_encoder(self.encoder_class(config, **build))
-        self.dropout = nnx.Dropout(sizes.head_dropout, rngs=rngs)
+        self.dropout = Dropout(sizes.head_dropout, rngs=rngs)
         self.classifier = linear(sizes, sizes.hidden_size, sizes.num_labels, **build)
 
     def _logits(self, encoded: BaseModelOutput) -> Float[Array, "batch labels"]:
-        return self.classifier(self.dropout(encoded.pooler_output))
+        pooled: Any = encoded.pooler_output
+        return self.classifier(self.dropout(pooled))
 
 
 class BertForTokenClassification(TokenClassifier):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from jaxbrewer.zoo import heads
 from jaxbrewer.zoo.blocks import Build, Table, linear, resolved
 from jaxbrewer.zoo.configuration import ModelConfig
+from jaxbrewer.zoo.dropout import Dropout
 from jaxbrewer.zoo.encoder import as_asked, either, embedded_words
 from jaxbrewer.zoo.hf import PretrainedModel, TensorNames
 from jaxbrewer.zoo.outputs import BaseModelOutput, TokenClassifierOutput
@@ -154,7 +155,7 @@ class BiGRUModel(PretrainedModel):
             **build,
         )
         self.gru = GRU(config.embedding_size, config.hidden_size, **build)
-        self.dropout = nnx.Dropout(config.hidden_dropout_prob, rngs=rngs)
+        self.dropout = Dropout(config.hidden_dropout_prob, rngs=rngs)
 
     def __call__(
         self,
@@ -196,7 +197,7 @@ class BiGRUForTokenClassification(PretrainedModel):
         build = Build(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
         self.bigru = BiGRUModel(config, **build)
-        self.dropout = nnx.Dropout(config.hidden_dropout_prob, rngs=rngs)
+        self.dropout = Dropout(config.hidden_dropout_prob, rngs=rngs)
         self.classifier = linear(config, 2 * config.hidden_size, config.num_labels, **build)
 
     def __call__(

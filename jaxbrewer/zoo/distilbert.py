@@ -26,6 +26,7 @@ from jaxbrewer.zoo.configuration import (
     TransformerConfig,
     shape_problems,
 )
+from jaxbrewer.zoo.dropout import Dropout
 from jaxbrewer.zoo.encoder import EncoderModel
 from jaxbrewer.zoo.hf import TensorNames
 from jaxbrewer.zoo.outputs import (
@@ -185,7 +186,7 @@ class DistilBertForSequenceClassification(SequenceClassifier):
         self._set_encoder(self.encoder_class(config, **build))
         self.pre_classifier = linear(config.sizes, config.dim, config.dim, **build)
         self.classifier = linear(config.sizes, config.dim, config.num_labels, **build)
-        self.dropout = nnx.Dropout(config.seq_classif_dropout, rngs=rngs)
+        self.dropout = Dropout(config.seq_classif_dropout, rngs=rngs)
 
     def __call__(  # type: ignore[override]
         self,
@@ -272,7 +273,7 @@ class DistilBertForQuestionAnswering(SpanClassifier):
         rngs: nnx.Rngs,
     ):
         super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.dropout = nnx.Dropout(config.qa_dropout, rngs=rngs)
+        self.dropout = Dropout(config.qa_dropout, rngs=rngs)
 
     def __call__(  # type: ignore[override]
         self,

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Num
 from jaxbrewer.zoo import heads
 from jaxbrewer.zoo.blocks import Build, ClassificationHead, linear
 from jaxbrewer.zoo.configuration import TransformerConfig
+from jaxbrewer.zoo.dropout import Dropout
 from jaxbrewer.zoo.encoder import EncoderModel, as_asked
 from jaxbrewer.zoo.hf import PretrainedModel
 from jaxbrewer.zoo.outputs import (
@@ -114,7 +115,7 @@ class TokenClassifier(TaskModel):
         build = Build(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         sizes = config.sizes
         self._set_encoder(self.encoder_class.without_pooler(config, **build))
-        self.dropout = nnx.Dropout(sizes.head_dropout, rngs=rngs)
+        self.dropout = Dropout(sizes.head_dropout, rngs=rngs)
         self.classifier = linear(sizes, sizes.hidden_size, sizes.num_labels, **build)
 
     def __call__(

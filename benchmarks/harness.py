@@ -1,0 +1,183 @@
+"""What every benchmark here shares: taking turns, medians with spread, a table, JSON, a plot.
+
+A program to time is a function ``run(steps)`` that runs so many steps and returns when the last one
+has finished. Programs are run in turn (A, B, C, A, B, C…), so that whatever else the machine is
+doing falls on all of them; ratios are taken within a round, and their median is reported.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# JAX shares the accelerator with torch where both are timed; read when JAX starts.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+RESULTS = Path(__file__).parent / "results"
+
+Run = Callable[[int], None]
+Row = dict[str, Any]
+
+
+def parser(question: str, *, rounds: int = 5, steps: int = 1) -> argparse.ArgumentParser:
+    """A parser with the flags every script has; ``question`` is what the script answers."""
+    made = argparse.ArgumentParser(
+        description=question, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    made.add_argument("--rounds", type=int, default=rounds, help="turns that each program gets")
+    made.add_argument("--steps", type=int, default=steps, help="steps in a turn")
+    made.add_argument("--warmup", type=int, default=2, help="steps of each before the first turn")
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and the plots")
+    made.add_argument("--name", help="name of the JSON file, if not the script's")
+    made.add_argument("--plot", action="store_true", help="draw the curves too (needs matplotlib)")
+    made.add_argument(
+        "--smoke", action="store_true", help="tiny sizes: does the script run at all?"
+    )
+    return made
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a step, one number for each round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The median over rounds."""
+        return quantile(self.seconds, 0.5)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The first and third quartile over rounds."""
+        return quantile(self.seconds, 0.25), quantile(self.seconds, 0.75)
+
+    def faster_than(self, other: "Timing") -> tuple[float, float, float]:
+        """How many times as fast as ``other``: median and quartiles of each round's ratio."""
+        ratios = [b / a for a, b in zip(self.seconds, other.seconds, strict=True)]
+        return quantile(ratios, 0.5), quantile(ratios, 0.25), quantile(ratios, 0.75)
+
+    def columns(self, prefix: str = "", *, unit: float = 1e3, name: str = "ms") -> Row:
+        """Median and quartiles as cells of a row, by default in milliseconds."""
+        low, high = self.quartiles
+        values = {"": self.median, "_q1": low, "_q3": high}
+        return {f"{prefix}{name}{which}": value * unit for which, value in values.items()}
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """A quantile with linear interpolation, as numpy's default."""
+    ordered = sorted(values)
+    place = q * (len(ordered) - 1)
+    low, high = math.floor(place), math.ceil(place)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def take_turns(
+    programs: Mapping[str, Run], *, rounds: int, steps: int = 1, warmup: int = 2
+) -> dict[str, Timing]:
+    """Times programs in turn. A program that needs no compiling may be given ``warmup=0``."""
+    if warmup:
+        for run in programs.values():
+            run(warmup)
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, run in programs.items():
+            start = time.perf_counter()
+            run(steps)
+            seconds[name].append((time.perf_counter() - start) / steps)
+    return {name: Timing(tuple(each)) for name, each in seconds.items()}
+
+
+def machine() -> Row:
+    """What the figures were taken on."""
+    import jax
+
+    packages = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "textbrewer")
+    row: Row = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.devices()[0].platform,
+        "devices": jax.device_count(),
+    }
+    for package in packages:
+        try:
+            row[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            row[package] = None
+    return row
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def save(args: argparse.Namespace, rows: Sequence[Row], **more: Any) -> Path:
+    """Writes ``{machine, settings, rows, …}`` as JSON; the script names the file unless told."""
+    name = args.name or Path(sys.argv[0]).stem
+    settings = {key: _plain(value) for key, value in vars(args).items() if key != "out"}
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{name}.json"
+    found = {"machine": machine(), "settings": settings, "rows": list(rows), **more}
+    path.write_text(json.dumps(found, indent=1, default=_plain) + "\n")
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: numpy's numbers as Python's, paths as text."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value) if isinstance(value, Path) else value
+
+
+def show(rows: Sequence[Row], columns: Sequence[str] | None = None) -> None:
+    """Prints rows as a Markdown table, so that it can stand in a README as it is."""
+    columns = list(columns or dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    print("\n".join(lines), flush=True)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def plot(
+    path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str
+) -> None:
+    """Draws curves, name → (x, y), on logarithmic axes."""
+    from matplotlib import figure
+
+    drawing = figure.Figure(figsize=(6, 4), layout="constrained")
+    axes = drawing.subplots()
+    for name, (xs, ys) in curves.items():
+        axes.plot(xs, ys, marker="o", label=name)
+    axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path)

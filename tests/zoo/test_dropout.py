@@ -1,0 +1,67 @@
+"""Dropout's masks are JAX's own, whatever the shape, the rate, the device count and the mode."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxbrewer.models import NNXModel
+from jaxbrewer.zoo.dropout import Dropout, keep_mask
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 3, 4, 5), (0, 4)], ids=str)
+@pytest.mark.parametrize("probability", [0.9, 0.5, 1 / 3, 1e-3])
+def test_masks_are_those_of_jax(shape, probability):
+    for seed in range(3):
+        key = jax.random.key(seed)
+        wanted = jax.random.bernoulli(key, np.float32(probability), shape)
+        np.testing.assert_array_equal(keep_mask(key, probability, shape), wanted)
+
+
+def test_masks_are_the_same_in_double_precision(x64):
+    wanted = jax.random.bernoulli(jax.random.key(1), np.float32(0.9), (4, 33))
+    np.testing.assert_array_equal(keep_mask(jax.random.key(1), 0.9, (4, 33)), wanted)
+
+
+def test_other_generators_are_left_to_jax():
+    key = jax.random.key(0, impl="rbg")
+    wanted = jax.random.bernoulli(key, np.float32(0.9), (5, 6))
+    np.testing.assert_array_equal(keep_mask(key, 0.9, (5, 6)), wanted)
+
+
+def test_dropout_is_flax_dropout():
+    ours, theirs = (kind(0.3, rngs=nnx.Rngs(4)) for kind in (Dropout, nnx.Dropout))
+    x = jax.random.normal(jax.random.key(2), (6, 50))
+    for _ in range(2):  # each call draws anew
+        np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-6)
+    assert np.any(ours(x) != ours(x))
+    ours.eval()
+    assert ours(x) is x
+    ours.train()
+    assert np.any(ours(x) != x)
+    no_rate = Dropout(0.0, rngs=nnx.Rngs(4))
+    assert no_rate(x) is x
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_dropout_keeps_the_dtype_and_the_mean(dtype):
+    dropout = Dropout(0.1, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(dropout)
+    dropped = jax.jit(lambda x, state: nnx.merge(graph, state)(x))(
+        jnp.ones((300, 400), dtype), state
+    )
+    assert dropped.dtype == dtype
+    assert abs(float(jnp.mean(dropped.astype(jnp.float32))) - 1) < 5e-3
+
+
+def test_the_gradient_passes_where_the_input_did():
+    model = NNXModel(Dropout(0.4, rngs=nnx.Rngs(0)))
+
+    def total(x):
+        kept, _ = model.apply({}, model.state, jax.random.key(1), (x,), {}, True)
+        return jnp.sum(kept), kept
+
+    grad, kept = jax.grad(total, has_aux=True)(jnp.ones((20, 30)))
+    assert 0.5 < np.mean(np.asarray(kept) != 0) < 0.7
+    np.testing.assert_array_equal(grad, kept)
