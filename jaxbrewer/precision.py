@@ -264,7 +264,9 @@ class HalfModel:
 
 
 def _narrowed(x: Any, half: Half) -> Any:
-    return jnp.asarray(x, half) if is_wide(x) or is_half(x) else x
+    if not (is_wide(x) or is_half(x)):
+        return x
+    return x.astype(half)  # of numpy's it makes numpy's, which may be more than a device holds
 
 
 def _like(x: Any, other: Any) -> Any:
