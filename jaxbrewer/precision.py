@@ -29,7 +29,8 @@ from .errors import PrecisionError
 from .models import LinenModel, Model, NNXModel
 from .products import Half, in_half, is_float, is_half, is_wide
 
-_NORM_NAME = re.compile(r"norm|(^|_)(ln|bn|gn)(\d*|_\w*)$", re.IGNORECASE)
+_NORM_NAME = re.compile(r"(norm|normalization|(^|_)(ln|bn|gn))(_\w{1,3}|_?\d+)?$", re.IGNORECASE)
+_NORM_CLASS = re.compile(r"(?<!weight)(?<!spectral)(norm|normalization)(\dd)?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,14 @@ class HalfModel:
     """A model at a level of half precision; stands in for it as a `models.Model`.
 
     - O1: the model as it is, its products on half inputs.
-    - O2, O3: its parameters and floating inputs in half. In an NNX model every module with a
-      ``dtype`` computes in half; in a Linen model what norms return is brought to half. Norms take
-      their statistics in float32 all the same, as flax does.
-    - At O2 the parameters of norms stay float32: those below an NNX module whose class has "norm"
-      in its name and, in every kind of model, those with a part in their path that has "norm" in it
-      or is an ``ln``, ``bn`` or ``gn`` (``ln_1``, ``bn2``).
-    - At O3 all parameters are half. State (batch statistics) is float32 at every level.
+    - O2: its parameters and floating inputs in half. In an NNX model every module with a ``dtype``
+      computes in half. Norms are exempt: their parameters stay float32, and so do they compute;
+      what they return is brought to half, in NNX and Linen models. Norms are the modules whose class
+      is called so (``LayerNorm``, ``MyRMSNorm``); the parameters of norms are those below one, in
+      NNX models, and in every kind of model those with a part in their path that ends so, or in
+      ``ln``, ``bn``, ``gn`` (``layer_norm``, ``norm1``, ``ln_f``).
+    - O3: as O2, without an exemption. Flax's norms still take their statistics in float32.
+    - State (batch statistics) stays as it is at every level.
 
     Outputs in half are returned in float32. Captured submodules' outputs are as the module gave
     them.
@@ -162,7 +164,7 @@ class HalfModel:
         if isinstance(model, NNXModel):
             self._norms = _norm_finder(model.module)
             if precision.level != "O1":
-                self._runs = NNXModel(_with_dtype(model.module, precision.dtype))
+                self._runs = NNXModel(_with_dtype(model.module, precision))
         self.id_limits: Mapping[str, int] = model.id_limits
         if precision.level == "O3":
             self.params = self._halved(model.params)
@@ -283,7 +285,7 @@ def _is_norm_path(names: tuple[str, ...]) -> bool:
 
 
 def _is_norm(module: Any) -> bool:
-    return "norm" in type(module).__name__.lower()
+    return _NORM_CLASS.search(type(module).__name__) is not None
 
 
 def _norm_finder(module: nnx.Module) -> Callable[[tuple], bool]:
@@ -297,14 +299,28 @@ def _norm_finder(module: nnx.Module) -> Callable[[tuple], bool]:
     return is_norm
 
 
-def _with_dtype(module: nnx.Module, half: Half) -> nnx.Module:
-    """The same module over the same arrays, all its parts that have a dtype computing in half."""
+def _with_dtype(module: nnx.Module, precision: Precision) -> nnx.Module:
+    """The same module over the same arrays, its parts computing in half as `HalfModel` says."""
     twin = nnx.merge(*nnx.split(module))
     part: Any
     for _, part in nnx.iter_modules(twin):
+        exempt = precision.level == "O2" and _is_norm(part)
         if "dtype" in vars(part) and _is_wide_dtype(part.dtype):
-            part.dtype = half
+            part.dtype = None if exempt else precision.dtype
+        if exempt:
+            _narrow_calls(part, precision.dtype)
     return twin
+
+
+def _narrow_calls(module: nnx.Module, half: Half) -> None:
+    """Lets a module return in half."""
+    base: Any = type(module)
+
+    def narrowed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = base.__call__(self, *args, **kwargs)
+        return jax.tree.map(lambda x: _narrowed(x, half), outputs)
+
+    object.__setattr__(module, "__class__", type(base.__name__, (base,), {"__call__": narrowed}))
 
 
 def _is_wide_dtype(dtype: Any) -> bool:

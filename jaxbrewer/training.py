@@ -17,7 +17,7 @@ import optax
 from . import caching
 from . import optimizer as optimizers
 from .adaptors import Results, Side, model_name
-from .arguments import Request, make_factor, make_schedule, refuse_unbuilt
+from .arguments import Request, make_factor, make_schedule
 from .batches import Batch, check_ids, sides
 from .checkpoints import Checkpoints, latest_position, load_student
 from .compilation import keep_programs
@@ -60,7 +60,6 @@ logger = logging.getLogger(__name__)
 def train(distiller: "Trainable", request: Request) -> None:
     """Runs one training. See `trainable.Trainable.train`."""
     config = distiller.t_config
-    refuse_unbuilt(config)
     keep_programs()
     placement = placement_for(config)
     processes = Processes(placement.devices)
@@ -509,7 +508,6 @@ def report(
     args: Mapping[str, Any],
 ) -> str:
     """Checks as `train` would, and describes what would be trained and at what cost."""
-    refuse_unbuilt(distiller.t_config)
     programs = prepare(distiller, batches, optimizer or (lambda **options: optax.sgd(1.0)), args)
     lines = [f"{type(distiller).__name__}: nothing wrong was found"]
     for task, program in programs.items():

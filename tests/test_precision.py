@@ -329,6 +329,68 @@ def test_a_model_is_shown_what_the_level_says(level):
     assert seen["table"][1] == half
 
 
+class OneNorm(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.LayerNorm(name="norm")(x)
+
+
+@pytest.mark.parametrize("framework", [nnx, linen])
+@pytest.mark.parametrize("level", LEVELS)
+def test_norms_compute_in_float32_at_o2(framework, level):
+    """Float32 parameters, unrounded; only what comes in and goes out is half."""
+    rng = np.random.default_rng(0)
+    x, scale, bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5), 5, 5))
+    if framework is nnx:
+        norm = nnx.LayerNorm(5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        norm.scale[...], norm.bias[...] = scale, bias
+        model = as_model(norm)
+    else:
+        params = {"norm": {"scale": scale, "bias": bias}}
+        model = LinenModel(OneNorm(), {"params": params})
+
+    def exact(x):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * scale + bias
+
+    def half(x):
+        return np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32))
+
+    handle = at_level(model, Precision(level, "bfloat16"))
+    found, _ = handle.apply(handle.params, handle.state, jax.random.key(0), (x,), {}, False)
+    expected = exact(x) if level == "O1" else half(exact(half(x)))
+    differs = np.abs(found - expected).max()
+    assert differs < 1e-6 if level != "O3" else differs > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "is_norm"),
+    [
+        *(
+            (n, True)
+            for n in ("norm", "layer_norm", "LayerNorm_0", "norm1", "norm_f", "ln", "ln_1")
+        ),
+        *((n, True) for n in ("input_layernorm", "bn2", "final_ln", "batch_normalization_3")),
+        *((n, False) for n in ("normal", "prenorm_block", "kernel", "gnn", "plan", "ln_before_it")),
+    ],
+)
+def test_parameters_of_norms_are_known_by_their_names(name, is_norm):
+    model = FunctionModel(lambda params: params, {name: {"w": jnp.ones(2)}, "other": jnp.ones(2)})
+    handle = at_level(model, Precision("O2", "float16"), frozen=True)
+    assert (handle.params[name]["w"].dtype == jnp.float32) == is_norm
+    assert handle.params["other"].dtype == jnp.float16
+
+
+def test_a_layer_that_holds_a_norm_is_none():
+    class PreNormLayer(nnx.Module):
+        def __init__(self):
+            self.inner = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+            self.scaled = nnx.RMSNorm(2, rngs=nnx.Rngs(0))
+
+    handle = at_level(as_model(PreNormLayer()), Precision("O2", "float16"), frozen=True)
+    assert {n for n, x in handle.params.items() if x.dtype == jnp.float32} == {"scaled.scale"}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_write_gives_back_float32(kind, level):
@@ -391,6 +453,43 @@ def test_types_of_a_whole_step(tmp_path, level, half):
 
 
 # ------------------------------------------------------------------------------------------- training
+
+
+# The largest distance from float32, relative to the largest value, of a random BERT's outputs.
+BOUNDS = {"O1": 3, "O2": 6, "O3": 6}  # in units of the half type's rounding
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_a_bert_stays_near_float32(half):
+    """In units of 2^-8 for bfloat16, 2^-11 for float16; more than none."""
+    config = BertConfig(
+        vocab_size=60,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=16,
+        num_labels=5,
+        initializer_range=0.15,
+        output_hidden_states=True,
+    )
+    model = as_model(BertForSequenceClassification(config, rngs=nnx.Rngs(0)))
+    ids = np.random.default_rng(0).integers(1, 60, (4, 16), np.int32)
+    inputs = {"input_ids": ids, "attention_mask": (ids > 6).astype(np.int32)}
+
+    def outputs(precision):
+        handle = at_level(model, precision, frozen=True)
+        run = jax.jit(lambda p, s: handle.apply(p, s, jax.random.key(0), (), inputs, False)[0])
+        found = run(handle.params, handle.state)
+        return [*found.hidden_states[1:], found.logits]
+
+    exact, unit = outputs(FLOAT32), {"bfloat16": 2.0**-8, "float16": 2.0**-11}[half]
+    for level, bound in BOUNDS.items():
+        near = outputs(Precision(level, half, emulated=True))
+        far = [
+            float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(near, exact, strict=True)
+        ]
+        assert 0.1 * unit < max(far) < bound * unit, (level, far, unit)
 
 
 def curve(folder, **config):
