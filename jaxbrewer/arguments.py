@@ -59,10 +59,6 @@ class Request:
     tau: float = 1.0
 
 
-def refuse_unbuilt(config: TrainingConfig) -> None:
-    """Options that are accepted in a config but not built yet are refused, never ignored."""
-
-
 def make_schedule(config: TrainingConfig, request: Request) -> Schedule:
     """Lays out a run; refuses lengths and loaders that cannot be meant."""
     epochs, steps = request.num_epochs, request.num_steps

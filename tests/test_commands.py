@@ -346,12 +346,6 @@ def test_check_finds_what_would_go_wrong(run, job, quick, file, values, expected
     assert expected in printed
 
 
-def test_check_says_what_is_not_built(run, job, quick):
-    write("train.json", {"data_parallel": True})
-    code, printed = run(*job)
-    assert (code == 1) == ("not built yet" in printed)
-
-
 def test_check_runs_at_the_level(run, job, monkeypatch):
     monkeypatch.setattr(checking, "describe", lambda d, program, batch, **k: str(program.precision))
     write("train.json", {"fp16": True, "fp16_opt_level": "O2", "half_dtype": "float16"})

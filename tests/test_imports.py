@@ -30,7 +30,7 @@ ROOMS = [
     # input and output
     "placement", "caching", "streams", "processes", "checkpoints", "loop", "report",
     # the facade
-    "arguments", "training", "trainable", "distillers", "emd", "testing",
+    "arguments", "preparation", "training", "trainable", "distillers", "emd", "testing",
     # encoders, which know nothing of distillation
     "zoo.activations", "zoo.configuration", "zoo.outputs", "zoo.heads", "zoo.dropout", "zoo.blocks",
     "zoo.hf", "zoo.encoder", "zoo.tasks", "zoo.bert", "zoo.roberta", "zoo.electra", "zoo.distilbert",

@@ -307,18 +307,6 @@ def test_defaults_are_summarised():
     assert "seed=0" not in training.defaults
 
 
-@pytest.mark.parametrize("option", [{"data_parallel": True}, {"local_rank": 0}], ids=str)
-def test_what_training_refuses_is_said_to_be_refused(option):
-    config = TrainingConfig(**option)
-    refused = port.unbuilt(config)
-    ported = port.training_config(option)
-    (name,) = option
-    assert (verdicts(ported)[name] is Verdict.BY_HAND) == (refused is not None)
-    if refused is not None:
-        assert any(refused in finding.text for finding in ported.findings)
-    assert port.unbuilt(TrainingConfig()) is None
-
-
 @pytest.mark.parametrize(("level", "word"), [("O0", "everything in float32"), ("O3", "without")])
 def test_the_level_becomes_dtypes(level, word):
     ported = port.training_config({"fp16": True, "fp16_opt_level": level})
