@@ -59,21 +59,6 @@ class Request:
     tau: float = 1.0
 
 
-def refuse_unbuilt(config: TrainingConfig) -> None:
-    """Options that are accepted in a config but not built yet are refused, never ignored."""
-    asked = {
-        f"fp16=True with fp16_opt_level={config.fp16_opt_level!r}": config.fp16
-        and config.fp16_opt_level != "O0",
-    }
-    unbuilt = [name for name, is_asked in asked.items() if is_asked]
-    if unbuilt:
-        raise ValueError(
-            f"{', '.join(unbuilt)}: training in half precision or on several devices is not built "
-            "yet. Set fp16=False, data_parallel=False and local_rank=-1 to train in float32 on one "
-            "device"
-        )
-
-
 def make_schedule(config: TrainingConfig, request: Request) -> Schedule:
     """Lays out a run; refuses lengths and loaders that cannot be meant."""
     epochs, steps = request.num_epochs, request.num_steps

@@ -5,7 +5,7 @@ A checkpoint holds, as separate items, so that each can be read without the othe
 =========== ====================================================================
 student     ``{'params': …, 'state': …}``
 projections likewise, by projection
-training    optimizer state (with an open accumulation window), random key, counters
+training    optimizer state (with an open accumulation window), random key, counters, loss scale
 position    JSON: step, epoch, batch, the same with its random state for each process, the
             configs, the format's version
 =========== ====================================================================
@@ -147,7 +147,7 @@ class Checkpoints:
         path = self.folder / f"gs{step}"
         targets = _items(like)
         for name, target in targets.items():
-            _check_fits(path, name, target)
+            _check_fits(path, name, target, types=True)
         read = _read(path, **{k: ocp.args.StandardRestore(v) for k, v in targets.items()})
         student, training = read["student"], read["training"]
         projections = (
@@ -159,6 +159,7 @@ class Checkpoints:
             training["opt_state"],
             training["key"],
             training["micro_step"],
+            training.get("scaling", ()),
         )
 
     def wait(self) -> None:
@@ -188,6 +189,7 @@ def _items(state: TrainState) -> dict[str, Any]:
             "opt_state": state.opt_state,
             "key": state.key,
             "micro_step": state.micro_step,
+            **({"scaling": state.scaling} if state.scaling else {}),
         },
     }
     return items if state.params["projections"] else {k: items[k] for k in ("student", "training")}
@@ -223,13 +225,13 @@ def _read(path: Path, **items: Any) -> Any:
         return checkpointer.restore(path, args=ocp.args.Composite(**items))
 
 
-def _check_fits(path: Path, item: str, target: Any) -> None:
-    """Compares names and shapes of an item with what is wanted; one error for all of it."""
+def _check_fits(path: Path, item: str, target: Any, *, types: bool = False) -> None:
+    """Compares names and shapes of an item, and its types, with what is wanted; one error for all."""
     with _reader(path) as checkpointer:
         saved = checkpointer.metadata(path).item_metadata[item]
     if saved is None:
         raise CheckpointError(f"{path} holds no {item!r}; was it written by another program?")
-    there, wanted = _described(saved.tree), _described(target)
+    there, wanted = _described(saved.tree, types), _described(target, types)
     wrong = [
         f"{name}: saved as {there[name]}, wanted {wanted[name]}"
         for name in wanted
@@ -249,13 +251,21 @@ def _check_fits(path: Path, item: str, target: Any) -> None:
         )
 
 
-def _described(tree: Any) -> dict[str, str]:
+def _described(tree: Any, types: bool) -> dict[str, str]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{list(_stored_shape(leaf))}"
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{_float_type(leaf) if types else ''}{list(_stored_shape(leaf))}"
+        )
         for path, leaf in leaves
         if hasattr(leaf, "shape")
     }
+
+
+def _float_type(leaf: Any) -> str:
+    """The name of a floating type; integers and random keys may be stored as others."""
+    dtype = getattr(leaf, "dtype", None)
+    return str(dtype) if dtype is not None and jax.numpy.issubdtype(dtype, np.floating) else ""
 
 
 def _stored_shape(leaf: Any) -> tuple[int, ...]:

@@ -196,11 +196,13 @@ class TrainingConfig(Config):
         device: ``'cuda'``, ``'gpu'``, ``'tpu'``, ``'cpu'``, with an index where one is meant
             (``'cuda:1'``), a ``jax.Device``, or anything whose ``str()`` is such a text. Kept as
             text; see :func:`~jaxbrewer.devices.resolve_device` for what it means on a machine.
-        fp16: mixed precision.
-        fp16_opt_level: Apex's level of it, ``'O0'`` to ``'O3'``.
+        fp16: half precision, as far as the level says.
+        fp16_opt_level: Apex's level of it, ``'O0'`` to ``'O3'``; see `jaxbrewer.precision`.
         data_parallel: share each batch out over this process's devices.
         local_rank: −1: one process; 0 or more: this process's rank on its machine.
         seed: of every random number of the training, from 0 to 2³² − 1.
+        half_dtype: the half type of ``fp16``: ``'bfloat16'``, ``'float16'``, or ``'auto'``:
+            bfloat16 where the hardware has it, else float16.
         resume: go on from the newest checkpoint in ``output_dir``.
         max_to_keep: checkpoints to keep, the newest; None: all.
         mapping: how several devices share a batch. ``'sharded'``: one program sees the batch whole,
@@ -229,6 +231,7 @@ class TrainingConfig(Config):
     local_rank: int = -1
     _: KW_ONLY
     seed: int = 0
+    half_dtype: str = "auto"
     resume: bool = False
     max_to_keep: int | None = None
     mapping: str = "sharded"
@@ -247,6 +250,7 @@ class TrainingConfig(Config):
         "data_parallel": checks.boolean,
         "local_rank": checks.integer(-1),
         "seed": checks.integer(0, 2**32 - 1),
+        "half_dtype": checks.one_of(("auto", "bfloat16", "float16")),
         "resume": checks.boolean,
         "max_to_keep": checks.optional(checks.integer(1)),
         "mapping": checks.one_of(("sharded", "pmap")),
@@ -256,6 +260,11 @@ class TrainingConfig(Config):
     @classmethod
     def _check_together(cls, kept: Mapping[str, Any]) -> list[str]:
         problems = []
+        half = kept.get("half_dtype", "auto")
+        if half != "auto" and not kept.get("fp16", True):
+            problems.append(
+                f"half_dtype is {half!r}, but fp16 is False: set it to train in a half type"
+            )
         parallel, rank = kept.get("data_parallel"), kept.get("local_rank", -1)
         if parallel and rank >= 0:
             problems.append(

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from . import loss_scale
 from .batches import Batch
 from .checkpoints import Checkpoints
 from .errors import BatchError
@@ -54,11 +55,13 @@ class Task:
         step: the compiled step: ``(state, teacher_variables, batch, row) -> (state, metrics)``.
         teacher_variables: the teacher's arrays, placed.
         tags: tensorboard names of the metrics: the total first, then the terms.
+        is_scaled: whether the last two metrics are the loss scale and the windows dropped.
     """
 
     step: Callable
     teacher_variables: Any
     tags: tuple[str, ...]
+    is_scaled: bool = False
 
 
 @dataclass
@@ -190,7 +193,11 @@ class Loop:
                 expected,
             )
         if self._opened:
-            self.state = replace(self.state, opt_state=_drop_window(self.state.opt_state))
+            self.state = replace(
+                self.state,
+                opt_state=_drop_window(self.state.opt_state),
+                scaling=loss_scale.forget_window(self.state.scaling),
+            )
             self._opened = 0
 
     def _look(self, leave: int) -> None:
@@ -201,8 +208,10 @@ class Loop:
             total, surplus, terms = values[0], values[1], values[2:]
             if surplus != 0:
                 raise BatchError(_surplus_message(int(surplus), micro_step))
-            if not np.isfinite(total):
-                named = dict(zip(task.tags[1:], terms, strict=True))
+            named = dict(zip(task.tags[1:], terms, strict=True))
+            if task.is_scaled:
+                loss_scale.check(values[-2], total, global_step, micro_step)
+            elif not np.isfinite(total):
                 raise FloatingPointError(self._not_finite(total, named, global_step, micro_step))
             self.metrics.write(micro_step, task.tags, np.concatenate([values[:1], terms]))
 

@@ -22,7 +22,7 @@ ROOMS = [
     # frozen text
     "checks", "configurations",
     # what a user brings
-    "models", "batches", "adaptors", "teachers", "optimizer",
+    "models", "products", "precision", "loss_scale", "batches", "adaptors", "teachers", "optimizer",
     # text → plan → maths
     "plan", "custom", "objective", "inspection", "preflight",
     # the compiled step
@@ -30,7 +30,7 @@ ROOMS = [
     # input and output
     "placement", "caching", "streams", "processes", "checkpoints", "loop", "report",
     # the facade
-    "arguments", "training", "trainable", "distillers", "emd", "testing",
+    "arguments", "preparation", "training", "trainable", "distillers", "emd", "testing",
     # encoders, which know nothing of distillation
     "zoo.activations", "zoo.configuration", "zoo.outputs", "zoo.heads", "zoo.dropout", "zoo.blocks",
     "zoo.hf", "zoo.encoder", "zoo.tasks", "zoo.bert", "zoo.roberta", "zoo.electra", "zoo.distilbert",

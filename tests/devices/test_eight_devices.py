@@ -186,3 +186,47 @@ def test_one_compile_for_each_shape(mapping, tmp_path):
     with tiny.Compiles() as compiles, distiller:
         distiller.train(tiny.SGD, Loader(jobs.batches(2)), num_epochs=3)
     assert counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("options", [{}, {"mapping": "pmap"}, {"sharding": "all"}], ids=str)
+@pytest.mark.parametrize(("level", "half"), [("O1", "bfloat16"), ("O2", "float16")])
+def test_half_precision_on_eight_devices(level, half, options, tmp_path):
+    """The curves of one device but for the rounding of half products; and the same loss scale.
+
+    In the third micro-batch one row overflows float16: the window is dropped on all devices.
+    """
+    loader = jobs.batches(6)
+    for batch in loader:
+        batch["noise"] = np.zeros(16, np.float32)
+    loader[2]["noise"][3] = np.inf if half == "float16" else 0
+
+    def train(folder, **more):
+        distiller = jaxbrewer.BasicTrainer(
+            jobs.config(
+                folder,
+                fp16=True,
+                fp16_opt_level=level,
+                half_dtype=half,
+                gradient_accumulation_steps=2,
+                **more,
+            ),
+            tiny.Encoder(1, 32),
+            tiny.adaptor,
+        )
+        jobs.train(distiller, loader)
+        return tiny.weights(distiller.model_S), read_scalars(folder / "log")
+
+    wanted_weights, wanted = train(tmp_path / "one")
+    weights, curves = train(tmp_path / "eight", data_parallel=True, **options)
+    assert curves.keys() == wanted.keys()
+    for tag, points in wanted.items():
+        found = [curves[tag][i] for i in points]
+        np.testing.assert_allclose(found, list(points.values()), rtol=1e-2, err_msg=tag)
+    if half == "float16":
+        for tag in ("scalar/loss_scale", "scalar/skipped_windows"):
+            assert curves[tag] == wanted[tag]
+        scales = curves["scalar/loss_scale"]
+        assert scales[3] == scales[2] / 2
+    for key, value in weights.items():
+        scale = np.abs(wanted_weights[key]).max()
+        np.testing.assert_allclose(value, wanted_weights[key], atol=1e-2 * scale, err_msg=key)
