@@ -75,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.rounds, args.sentences, args.batch, args.buckets = 1, 12, 4, 2
-    work = workloads.work(args.student, smoke=args.smoke)
+    work = turns.work(args.student, args.smoke)
     examples = sentences(args, work.teacher["vocab_size"])
     loader = bucket_by_length(examples, args.batch, args.buckets, mask="attention_mask")
     print(loader)

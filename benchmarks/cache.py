@@ -99,7 +99,7 @@ def main() -> None:
         args.ways = ["none", "memory float16", "disk float32"]
     if args.ways[0] != "none":
         args.ways.insert(0, "none")
-    work = workloads.work(args.student, smoke=args.smoke)
+    work = turns.work(args.student, args.smoke)
     vocabulary = work.teacher["vocab_size"]
     loader = [
         workloads.make_batch(vocabulary, args.batch, args.length, seed=seed)

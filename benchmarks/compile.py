@@ -19,6 +19,7 @@ from typing import Any
 import harness
 import jax
 import numpy as np
+import turns
 import workloads
 
 from jaxbrewer import training
@@ -29,7 +30,7 @@ from jaxbrewer.devices import resolve_device
 def measure(args: Any) -> harness.Row:
     """What one process takes, in seconds."""
     folder = keep_programs()
-    work = workloads.work(args.student, smoke=args.smoke)
+    work = turns.work(args.student, args.smoke)
     batch = workloads.make_batch(work.teacher["vocab_size"], args.batch, args.length)
     distiller = workloads.jax_distiller(work, args.device)
     start = time.perf_counter()

@@ -74,7 +74,7 @@ def main() -> None:
             )
             rows.append({"work": "tiny", "log_dir": "tensorboard" if logged else "none", **row})
     if args.only != "tiny":
-        work = workloads.work(args.student, smoke=args.smoke)
+        work = turns.work(args.student, args.smoke)
         vocabulary = work.teacher["vocab_size"]
         batches = [
             workloads.make_batch(vocabulary, args.batch, args.length, seed=i) for i in range(4)

@@ -69,7 +69,7 @@ class Compiled:
     def _hear(self, event: str, duration: float, fun_name: str = "", **_: Any) -> None:
         if event.endswith("backend_compile_duration"):
             self.programs += 1
-            if fun_name.endswith("step"):
+            if fun_name in ("jit(step)", "jit(_fun)"):  # the latter is pmap's
                 self.steps.append(duration)
 
 

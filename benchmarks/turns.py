@@ -13,6 +13,18 @@ Play = Callable[[Callable[[int], None]], Any]
 NEVER = 10**9  # an epoch or step at which a checkpoint may be due: it does not come
 
 
+def work(name: str, smoke: bool) -> workloads.Work:
+    """The work of that name; with ``smoke`` one that compiles in a second or two."""
+    if not smoke:
+        return workloads.work(name)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"vocab_size": 50, "max_position_embeddings": 128}
+    match = {"layer_T": 2, "layer_S": 1, "feature": "hidden", "loss": "hidden_mse", "weight": 1}
+    grams = {**match, "layer_T": [2, 2], "layer_S": [1, 1], "loss": "mmd"}
+    teacher, student = ({**sizes, "num_hidden_layers": layers} for layers in (2, 1))
+    return workloads.Work(name, teacher, student, (match, grams))
+
+
 def train_in_turns(distiller: Any, loader: Any, play: Play, **lengths: int) -> Any:
     """Starts ``train``, and once its loop is ready, hands ``play`` a function that runs steps of it.
 
