@@ -64,8 +64,8 @@ def in_half(
 
     Every matrix product and convolution gets its floating inputs in `half` and gives its result
     in the type it had, accumulated in float32; so do those of its gradient. The result of a
-    convolution is rounded to `half` before. Sums of half values (of a bias's gradient, of rows of a table) are made in float32
-    and rounded once. All else stays as it is.
+    convolution is rounded to `half` before. Sums of half values (of a bias's gradient, of rows of a
+    table) are made in float32 and rounded once. All else stays as it is.
 
     Args:
         function: takes pytrees of arrays; returns a pytree of arrays and of plain numbers, text
