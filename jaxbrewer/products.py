@@ -63,9 +63,9 @@ def in_half(
     """Returns `function` with its products on half inputs and its half sums in float32.
 
     Every matrix product and convolution gets its floating inputs in `half` and gives its result
-    in the type it had (accumulated in float32, where the hardware does); so do those of its
-    gradient. Sums of half values (of a bias's gradient, of rows of a table) are made in float32
-    and rounded once. All else stays as it is.
+    in the type it had, accumulated in float32; so do those of its gradient. The result of a
+    convolution is rounded to `half` before. Sums of half values (of a bias's gradient, of rows of a
+    table) are made in float32 and rounded once. All else stays as it is.
 
     Args:
         function: takes pytrees of arrays; returns a pytree of arrays and of plain numbers, text
@@ -236,11 +236,15 @@ def _product(eqn: Any, values: Sequence[Any], how: _How) -> Any:
     rounded = [jnp.asarray(x, how.half) if is_wide(x) else x for x in values[:2]]
     if rounded[0].dtype != rounded[1].dtype:
         rounded = [jnp.asarray(x, how.half) for x in rounded]
-    params = {**eqn.params, "precision": None, "preferred_element_type": out}
+    # XLA has no convolutions on GPUs whose result is wider than their inputs.
+    is_convolution = eqn.primitive.name == "conv_general_dilated"
+    result = rounded[0].dtype if is_convolution else out
+    params = {**eqn.params, "precision": None, "preferred_element_type": result}
     if how.emulated:
         params["preferred_element_type"] = jnp.dtype(jnp.float32)
         rounded = [jnp.asarray(x, jnp.float32) for x in rounded]
-    return jnp.asarray(eqn.primitive.bind(*rounded, *values[2:], **params), out)
+    product = eqn.primitive.bind(*rounded, *values[2:], **params)
+    return jnp.asarray(jnp.asarray(product, result), out)
 
 
 def _sum(eqn: Any, values: Sequence[Any]) -> Any:
