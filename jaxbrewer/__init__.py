@@ -1,6 +1,6 @@
 """Knowledge distillation for NLP on JAX, with TextBrewer's configs and numbers."""
 
-from . import data_utils, presets, schedulers, utils, zoo
+from . import data, data_utils, presets, schedulers, testing, utils, zoo
 from .checkpoints import export_hf, load_student
 from .configurations import DistillationConfig, IntermediateMatch, TrainingConfig
 from .custom import CustomMatch
@@ -62,10 +62,12 @@ __all__ = [
     "TrainingConfig",
     "export_hf",
     "load_student",
+    "data",
     "data_utils",
     "presets",
     "register_new",
     "schedulers",
+    "testing",
     "utils",
     "zoo",
 ]

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -20,20 +20,21 @@ class Feed:
     Attributes:
         loader: an iterable of batches.
         postprocess: applied to each batch, or None.
+        length: batches in a pass, or None if the loader does not say.
     """
 
     loader: Iterable
     postprocess: Callable[[Any], Any] | None
+    length: int | None
 
-    @property
-    def length(self) -> int | None:
-        """Batches in a pass, or None if the loader does not say."""
-        if not isinstance(self.loader, Sized):
-            return None
+    @classmethod
+    def of(cls, loader: Any, postprocess: Any) -> Self:
+        """The feed of a loader."""
         try:
-            return len(self.loader)
+            length = len(loader) if isinstance(loader, Sized) else None
         except TypeError:  # torch's DataLoader over a dataset without a length
-            return None
+            length = None
+        return cls(loader, postprocess, length)
 
 
 @dataclass(frozen=True)
@@ -56,23 +57,6 @@ class Request:
     callback: Callable[..., Any] | None
     args: Mapping[str, Any]
     tau: float = 1.0
-
-
-def refuse_unbuilt(config: TrainingConfig) -> None:
-    """Options that are accepted in a config but not built yet are refused, never ignored."""
-    asked = {
-        f"fp16=True with fp16_opt_level={config.fp16_opt_level!r}": config.fp16
-        and config.fp16_opt_level != "O0",
-        "data_parallel=True": config.data_parallel,
-        f"local_rank={config.local_rank}": config.local_rank >= 0,
-    }
-    unbuilt = [name for name, is_asked in asked.items() if is_asked]
-    if unbuilt:
-        raise ValueError(
-            f"{', '.join(unbuilt)}: training in half precision or on several devices is not built "
-            "yet. Set fp16=False, data_parallel=False and local_rank=-1 to train in float32 on one "
-            "device"
-        )
 
 
 def make_schedule(config: TrainingConfig, request: Request) -> Schedule:

@@ -11,6 +11,8 @@ from .errors import BatchError
 
 Batch = Any
 
+_KEPT = {"i": (-(2**31), 2**31 - 1), "u": (0, 2**32 - 1)}  # what 32 bits hold
+
 
 @jax.tree_util.register_static
 class Static:
@@ -38,6 +40,12 @@ class Served(NamedTuple):
     results: Any
 
 
+class Whole(NamedTuple):
+    """A batch that every process holds whole, where it would hold its own part; see `processes`."""
+
+    batch: Any
+
+
 def own(batch: Any) -> Batch:
     """Copies a batch into arrays nobody else writes to.
 
@@ -53,7 +61,7 @@ def own(batch: Any) -> Batch:
     Raises:
         BatchError: for anything else, naming the place in the batch.
     """
-    if not isinstance(batch, Mapping | tuple | list):
+    if not isinstance(batch, dict | tuple | list | Mapping):
         raise BatchError(
             f"a batch must be a dict (model(**batch)) or a tuple (model(*batch)); the loader gave "
             f"{_describe(batch)}. For a single array, yield the tuple (array,)"
@@ -64,15 +72,19 @@ def own(batch: Any) -> Batch:
         raise BatchError(
             f"a batch that is a dict names the model's inputs, but has the keys {list(batch)}"
         )
-    return _own(batch, "batch")
+    return _own(batch, ())
 
 
-def _own(value: Any, where: str) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _own(v, f"{where}[{k!r}]") for k, v in value.items()}
+def _own(value: Any, path: tuple) -> Any:
+    kind = type(value)  # the usual kinds first: this runs for every array of every batch
+    if kind is np.ndarray and value.dtype.kind in "biuf":
+        _check_range(value, path)
+        return value.copy()
+    if kind is dict or isinstance(value, Mapping):
+        return {k: _own(v, (*path, k)) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        items = [_own(v, f"{where}[{i}]") for i, v in enumerate(value)]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        items = [_own(v, (*path, i)) for i, v in enumerate(value)]
+        return kind(*items) if hasattr(value, "_fields") else tuple(items)
     if value is None or isinstance(value, bool):
         return Static(value)
     if isinstance(value, jax.Array):
@@ -81,39 +93,41 @@ def _own(value: Any, where: str) -> Any:
         tensor = value.detach().cpu()
         half = str(tensor.dtype) == "torch.bfloat16"  # numpy has no such type of its own
         array = (tensor.float() if half else tensor).numpy()
-        _check_range(array, where)
+        _check_range(array, path)
         return array.astype(jax.numpy.bfloat16) if half else array.copy()
     if isinstance(value, np.ndarray | np.generic | int | float):
         array = np.array(value)
-        _check_range(array, where)
+        _check_range(array, path)
         if array.dtype.kind in "biufV" and array.dtype.type is not np.void:  # V: bfloat16
             return array
     if not jax.tree_util.all_leaves([value]):
         parts, structure = jax.tree_util.tree_flatten(value, is_leaf=lambda x: x is not value)
-        parts = [_own(v, f"{where}[{i}]") for i, v in enumerate(parts)]
+        parts = [_own(v, (*path, i)) for i, v in enumerate(parts)]
         return jax.tree_util.tree_unflatten(structure, parts)
     raise BatchError(
-        f"{where} is {_describe(value)}, which cannot go to the device. Batches hold numbers; drop "
-        "or convert it in the loader or with train(…, batch_postprocessor=…)"
+        f"{_place(path)} is {_describe(value)}, which cannot go to the device. Batches hold numbers; "
+        "drop or convert it in the loader or with train(…, batch_postprocessor=…)"
     )
 
 
-def _check_range(array: np.ndarray, where: str) -> None:
+def _place(path: tuple) -> str:
+    return "batch" + "".join(f"[{step!r}]" for step in path)
+
+
+def _check_range(array: np.ndarray, path: tuple) -> None:
     """Refuses integers that would lose their upper half where JAX has no 64 bits."""
-    if array.dtype not in (np.int64, np.uint64) or not array.size or _has_64_bits():
+    if array.dtype.itemsize < 8 or array.dtype.kind not in "iu":
+        return
+    if not array.size or getattr(jax.config, "jax_enable_x64"):  # noqa: B009  not in its stub
         return
     low, high = int(array.min()), int(array.max())
-    kept = np.iinfo(np.int32 if array.dtype == np.int64 else np.uint32)
-    if low < kept.min or high > kept.max:
+    least, most = _KEPT[array.dtype.kind]
+    if low < least or high > most:
         raise BatchError(
-            f"{where} holds {low if low < kept.min else high}, which does not fit the 32 bits JAX "
-            "keeps of an integer. Drop it in the loader or with train(…, batch_postprocessor=…), "
+            f"{_place(path)} holds {low if low < least else high}, which does not fit the 32 bits "
+            "JAX keeps of an integer. Drop it in the loader or with train(…, batch_postprocessor=…), "
             "or turn jax_enable_x64 on"
         )
-
-
-def _has_64_bits() -> bool:
-    return jax.numpy.result_type(int).itemsize == 8
 
 
 def _describe(value: Any) -> str:
@@ -167,8 +181,10 @@ def check_ids(
     """
     if not limits:
         return
-    args, named = as_call(batch, {})
-    named |= dict(zip(signature.parameters, args, strict=False))
+    if isinstance(batch, dict):
+        named = batch
+    else:
+        named = dict(zip(signature.parameters, as_call(batch, {})[0], strict=False))
     for name, limit in limits.items():
         ids = named.get(name)
         if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or not ids.size:

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,10 @@ class ServedTeacher:
     def __call__(self, variables: Any, batch: Batch, cache: Any) -> Results:
         """Hands on the batch's own results."""
         return cache
+
+    def with_sides(self, sides: Sequence[Side]) -> Teacher:
+        """See `teachers.Teacher.with_sides`."""
+        return self
 
 
 class CachedLoader:
@@ -90,18 +94,22 @@ def build(
     folder: str | os.PathLike[str] | None,
     dtype: str,
     seed: int,
+    place: Callable[[Batch], Batch] = lambda batch: batch,
+    level: str = "",
 ) -> CachedLoader:
     """Runs a teacher once over all batches.
 
     Args:
         teacher: the teacher.
-        variables: its arrays, on the device.
+        variables: its arrays, on their devices.
         batches: all batches of an epoch, as `batches.own` gives them.
         used: feature → the layers the objective uses.
         folder: where the cache lies; None keeps it in host memory.
         dtype: the type floats are kept in: ``'float32'`` (as they are), ``'float16'`` or
             ``'bfloat16'``.
         seed: of the batches' order in each epoch.
+        place: puts a batch where the variables are.
+        level: the level of half precision the teacher runs at, in words; '' is float32.
 
     Raises:
         CacheError: the folder holds the cache of another teacher, other data or another type, or
@@ -126,13 +134,13 @@ def build(
     students = [sides(batch)[1] for batch in kept]
     if folder is None:
         results: list[Any] = [
-            jax.tree.map(np.asarray, compiled(variables, batch)) for batch in _bar(kept)
+            jax.tree.map(np.asarray, compiled(variables, place(batch))) for batch in _bar(kept)
         ]
         return CachedLoader(students, results, shapes[0], seed)
-    disk = _DiskCache(Path(folder), variables, kept, dtype, shapes, size)
+    disk = _DiskCache(Path(folder), variables, kept, dtype, shapes, size, level)
     for i, batch in enumerate(_bar(kept)):
         if not disk.has(i):
-            disk.write(i, compiled(variables, batch))
+            disk.write(i, compiled(variables, place(batch)))
     return CachedLoader(students, disk.paths, shapes[0], seed)
 
 
@@ -165,7 +173,14 @@ class _DiskCache:
     """The folder of a cache: what is in it, and whether it is ours."""
 
     def __init__(
-        self, folder: Path, variables: Any, batches: list, dtype: str, shapes: list, size: int
+        self,
+        folder: Path,
+        variables: Any,
+        batches: list,
+        dtype: str,
+        shapes: list,
+        size: int,
+        level: str,
     ):
         self.folder = folder
         self.paths = [folder / f"batch-{i:06}.safetensors" for i in range(len(batches))]
@@ -177,6 +192,7 @@ class _DiskCache:
             "dtype": dtype,
             "contents": hashlib.sha256(json.dumps(described).encode()).hexdigest(),
             "batches": self._digests,
+            **({"level": level} if level else {}),
         }
         folder.mkdir(parents=True, exist_ok=True)
         self._check()
@@ -207,8 +223,9 @@ class _DiskCache:
                 "dtype": f"holds {there.get('dtype')}, not {self._manifest['dtype']}",
                 "contents": "holds other results: other layers or shapes were matched",
                 "batches": "was made from other batches (another order, batch size or data)",
+                "level": f"was made at another level of precision ({there.get('level', 'float32')})",
             }
-            wrong = [what for k, what in names.items() if there.get(k) != self._manifest[k]]
+            wrong = [what for k, what in names.items() if there.get(k) != self._manifest.get(k)]
             if wrong:
                 raise CacheError(
                     f"the cache in {self.folder} {'; it '.join(wrong)}. Give another cache_dir, or "

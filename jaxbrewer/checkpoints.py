@@ -5,8 +5,9 @@ A checkpoint holds, as separate items, so that each can be read without the othe
 =========== ====================================================================
 student     ``{'params': …, 'state': …}``
 projections likewise, by projection
-training    optimizer state (with an open accumulation window), random key, counters
-position    JSON: step, epoch, batch, host random states, the configs, the format's version
+training    optimizer state (with an open accumulation window), random key, counters, loss scale
+position    JSON: step, epoch, batch, the same with its random state for each process, the
+            configs, the format's version
 =========== ====================================================================
 """
 
@@ -58,16 +59,20 @@ class Checkpoints:
             moved to a folder ``earlier-1`` (2, …) beside the new ones.
         max_to_keep: how many to keep: the newest, and of the others those with the best scores
             (see `score`) and then the newest. None keeps all.
+        is_chief: of several processes, all of which write arrays, one does the rest.
     """
 
-    def __init__(self, folder: Folder, *, resume: bool, max_to_keep: int | None):
+    def __init__(
+        self, folder: Folder, *, resume: bool, max_to_keep: int | None, is_chief: bool = True
+    ):
         self.folder = Path(folder).absolute()
         self.max_to_keep = max_to_keep
+        self._is_chief = is_chief
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"output_dir={str(folder)!r} cannot be made: {error}") from error
-        if not resume:
+        if not resume and is_chief:
             self._set_aside()
         self._checkpointer = ocp.AsyncCheckpointer(_handler())
 
@@ -99,6 +104,8 @@ class Checkpoints:
 
     def score(self, step: int, score: float) -> None:
         """Notes how good a checkpoint is (higher is better)."""
+        if not self._is_chief:
+            return
         scores = self.scores() | {step: float(score)}
         temporary = self.folder / (_SCORES + ".new")
         temporary.write_text(json.dumps(scores, indent=1))
@@ -119,7 +126,7 @@ class Checkpoints:
         return self.folder / f"gs{max(there)[1]}" if there else None
 
     def _prune(self, newest: int) -> None:
-        if self.max_to_keep is None:
+        if self.max_to_keep is None or not self._is_chief:
             return
         scores = self.scores()
         others = [step for step in steps_in(self.folder) if step != newest]
@@ -140,7 +147,7 @@ class Checkpoints:
         path = self.folder / f"gs{step}"
         targets = _items(like)
         for name, target in targets.items():
-            _check_fits(path, name, target)
+            _check_fits(path, name, target, types=True)
         read = _read(path, **{k: ocp.args.StandardRestore(v) for k, v in targets.items()})
         student, training = read["student"], read["training"]
         projections = (
@@ -152,6 +159,7 @@ class Checkpoints:
             training["opt_state"],
             training["key"],
             training["micro_step"],
+            training.get("scaling", ()),
         )
 
     def wait(self) -> None:
@@ -181,6 +189,7 @@ def _items(state: TrainState) -> dict[str, Any]:
             "opt_state": state.opt_state,
             "key": state.key,
             "micro_step": state.micro_step,
+            **({"scaling": state.scaling} if state.scaling else {}),
         },
     }
     return items if state.params["projections"] else {k: items[k] for k in ("student", "training")}
@@ -216,13 +225,13 @@ def _read(path: Path, **items: Any) -> Any:
         return checkpointer.restore(path, args=ocp.args.Composite(**items))
 
 
-def _check_fits(path: Path, item: str, target: Any) -> None:
-    """Compares names and shapes of an item with what is wanted; one error for all of it."""
+def _check_fits(path: Path, item: str, target: Any, *, types: bool = False) -> None:
+    """Compares names and shapes of an item, and its types, with what is wanted; one error for all."""
     with _reader(path) as checkpointer:
         saved = checkpointer.metadata(path).item_metadata[item]
     if saved is None:
         raise CheckpointError(f"{path} holds no {item!r}; was it written by another program?")
-    there, wanted = _described(saved.tree), _described(target)
+    there, wanted = _described(saved.tree, types), _described(target, types)
     wrong = [
         f"{name}: saved as {there[name]}, wanted {wanted[name]}"
         for name in wanted
@@ -242,13 +251,21 @@ def _check_fits(path: Path, item: str, target: Any) -> None:
         )
 
 
-def _described(tree: Any) -> dict[str, str]:
+def _described(tree: Any, types: bool) -> dict[str, str]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{list(_stored_shape(leaf))}"
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{_float_type(leaf) if types else ''}{list(_stored_shape(leaf))}"
+        )
         for path, leaf in leaves
         if hasattr(leaf, "shape")
     }
+
+
+def _float_type(leaf: Any) -> str:
+    """The name of a floating type; integers and random keys may be stored as others."""
+    dtype = getattr(leaf, "dtype", None)
+    return str(dtype) if dtype is not None and jax.numpy.issubdtype(dtype, np.floating) else ""
 
 
 def _stored_shape(leaf: Any) -> tuple[int, ...]:

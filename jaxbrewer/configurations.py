@@ -196,13 +196,22 @@ class TrainingConfig(Config):
         device: ``'cuda'``, ``'gpu'``, ``'tpu'``, ``'cpu'``, with an index where one is meant
             (``'cuda:1'``), a ``jax.Device``, or anything whose ``str()`` is such a text. Kept as
             text; see :func:`~jaxbrewer.devices.resolve_device` for what it means on a machine.
-        fp16: mixed precision.
-        fp16_opt_level: Apex's level of it, ``'O0'`` to ``'O3'``.
+        fp16: half precision, as far as the level says.
+        fp16_opt_level: Apex's level of it, ``'O0'`` to ``'O3'``; see `jaxbrewer.precision`.
         data_parallel: share each batch out over this process's devices.
         local_rank: −1: one process; 0 or more: this process's rank on its machine.
         seed: of every random number of the training, from 0 to 2³² − 1.
+        half_dtype: the half type of ``fp16``: ``'bfloat16'``, ``'float16'``, or ``'auto'``:
+            bfloat16 where the hardware has it, else float16.
         resume: go on from the newest checkpoint in ``output_dir``.
         max_to_keep: checkpoints to keep, the newest; None: all.
+        mapping: how several devices share a batch. ``'sharded'``: one program sees the batch whole,
+            and the numbers do not depend on how many devices there are. ``'pmap'``: each device
+            computes the loss of its own rows, and gradients and metrics are averaged, as torch's
+            DistributedDataParallel does.
+        sharding: what is cut into pieces over the devices, for models larger than one of them:
+            ``'teacher'``; ``'all'``, which is parameters, optimizer state and teacher; None:
+            nothing, each device holds everything.
 
     Raises:
         ConfigError: a ValueError that lists everything wrong.
@@ -222,8 +231,11 @@ class TrainingConfig(Config):
     local_rank: int = -1
     _: KW_ONLY
     seed: int = 0
+    half_dtype: str = "auto"
     resume: bool = False
     max_to_keep: int | None = None
+    mapping: str = "sharded"
+    sharding: str | None = None
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         "gradient_accumulation_steps": checks.integer(1),
@@ -238,9 +250,39 @@ class TrainingConfig(Config):
         "data_parallel": checks.boolean,
         "local_rank": checks.integer(-1),
         "seed": checks.integer(0, 2**32 - 1),
+        "half_dtype": checks.one_of(("auto", "bfloat16", "float16")),
         "resume": checks.boolean,
         "max_to_keep": checks.optional(checks.integer(1)),
+        "mapping": checks.one_of(("sharded", "pmap")),
+        "sharding": checks.optional(checks.one_of(("teacher", "all"))),
     }
+
+    @classmethod
+    def _check_together(cls, kept: Mapping[str, Any]) -> list[str]:
+        problems = []
+        half = kept.get("half_dtype", "auto")
+        if half != "auto" and not kept.get("fp16", True):
+            problems.append(
+                f"half_dtype is {half!r}, but fp16 is False: set it to train in a half type"
+            )
+        parallel, rank = kept.get("data_parallel"), kept.get("local_rank", -1)
+        if parallel and rank >= 0:
+            problems.append(
+                f"data_parallel is True and local_rank is {rank}: expected one of them; with "
+                "local_rank, all devices of all processes are used, so leave data_parallel out"
+            )
+        alone = parallel is False and rank < 0
+        several = "several devices: set data_parallel=True, or local_rank where there are several processes"
+        if kept.get("mapping") == "pmap" and alone:
+            problems.append(f"mapping is 'pmap', which is for {several}")
+        if kept.get("sharding") and alone:
+            problems.append(f"sharding is {kept['sharding']!r}, which is for {several}")
+        if kept.get("sharding") and kept.get("mapping") == "pmap":
+            problems.append(
+                f"sharding is {kept['sharding']!r} and mapping is 'pmap', in which each device "
+                "holds everything: expected mapping='sharded'"
+            )
+        return problems
 
 
 @dataclass(frozen=True)

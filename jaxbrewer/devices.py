@@ -53,6 +53,46 @@ def resolve_device(device: Any) -> jax.Device:
     if isinstance(device, jax.Device):
         _name_of(device)
         return device
+    name, found, index = _candidates(device)
+    if not found and name.startswith(("cuda", "gpu")):
+        _warn_of_cpu(name)
+        return _local_devices("cpu")[0]
+    if (index or 0) >= len(found):
+        raise ValueError(f"there is no device {name!r} here; there are: {_there_are(found)}")
+    return found[index or 0]
+
+
+def resolve_devices(device: Any, *, rank: int = -1) -> list[jax.Device]:
+    """Returns all devices of the kind a config's ``device`` names: of this process, or of all.
+
+    Args:
+        device: as :func:`device_name` takes it. An index would single one out: only 0 and, as
+            scripts of several processes write it, `rank` are taken.
+        rank: this process's rank on its machine: the devices of all processes are returned, in the
+            order of the processes; −1: this process's own.
+
+    Raises:
+        ValueError: as :func:`resolve_device`, and for another index.
+    """
+    name, found, index = _candidates(device)
+    if index not in (None, 0, rank):
+        raise ValueError(
+            f"device={name!r} names one device, and data_parallel or local_rank use all there are; "
+            f"write device={name.partition(':')[0]!r}"
+        )
+    if not found and name.startswith(("cuda", "gpu")):
+        _warn_of_cpu(name)
+        found = _local_devices("cpu")
+    if not found:
+        raise ValueError(f"there is no device {name!r} here; there are: {_there_are(found)}")
+    if rank < 0:
+        return found
+    everywhere = jax.devices(found[0].platform)
+    return sorted(everywhere, key=lambda d: (d.process_index, d.id))
+
+
+def _candidates(device: Any) -> tuple[str, list[jax.Device], int | None]:
+    """A device's name, this process's devices of that kind, and its index if it has one."""
     try:
         name = device_name(device)
     except ValueError as error:
@@ -60,19 +100,21 @@ def resolve_device(device: Any) -> jax.Device:
     platform, _, index = name.partition(":")
     if platform in ("cuda", "gpu"):
         found = _local_devices("gpu") or [d for d in jax.local_devices() if d.platform != "cpu"]
-        if not found:
-            warnings.warn(
-                f"device {name!r} was asked for, but JAX sees no accelerator here; using the CPU",
-                DeviceWarning,
-                stacklevel=2,
-            )
-            return _local_devices("cpu")[0]
     else:
         found = _local_devices(platform)
-    if int(index or 0) >= len(found):
-        here = ", ".join(dict.fromkeys(map(_name_of, [*found, *jax.local_devices()])))
-        raise ValueError(f"there is no device {name!r} here; there are: {here}")
-    return found[int(index or 0)]
+    return name, found, int(index) if index else None
+
+
+def _warn_of_cpu(name: str) -> None:
+    warnings.warn(
+        f"device {name!r} was asked for, but JAX sees no accelerator here; using the CPU",
+        DeviceWarning,
+        stacklevel=3,
+    )
+
+
+def _there_are(found: list[jax.Device]) -> str:
+    return ", ".join(dict.fromkeys(map(_name_of, [*found, *jax.local_devices()])))
 
 
 def _local_devices(platform: str) -> list[jax.Device]:

@@ -406,7 +406,7 @@ class MultiTaskDistiller(GeneralDistiller):
             raise ValueError(f"dataloaders lacks the tasks {', '.join(map(repr, missing))}")
         if not np.isfinite(tau):
             raise ValueError(f"tau={tau!r}: expected a finite number")
-        feeds = {task: Feed(loader, posts.get(task)) for task, loader in dataloaders.items()}
+        feeds = {task: Feed.of(loader, posts.get(task)) for task, loader in dataloaders.items()}
         schedule = (scheduler_class, scheduler_args, scheduler)
         training.train(
             self,

@@ -65,6 +65,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, does not fit, or cannot be written."""
 
 
+class PrecisionError(ValueError):
+    """A model, or a device, that a level of half precision does not go with."""
+
+
 class PreflightWarning(UserWarning):
     """Something that trains, but is rarely what was meant."""
 

@@ -2,7 +2,7 @@
 
 import inspect as _inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax
 from .adaptors import Results, Side, adaptor_name, model_name
 from .batches import Batch, as_call, check_ids, plain, signature_of
 from .errors import BatchError, suggest
+from .precision import HalfModel
 
 
 @dataclass
@@ -65,8 +66,23 @@ def inspect(
     except Exception as error:  # noqa: BLE001  the user's model may raise anything
         found.problems.append(
             f"{name} failed on the batch ({signature_of(batch)}): {type(error).__name__}: {error}"
+            + _level_hint(side, batch, train)
         )
     return None
+
+
+def _level_hint(side: Side, batch: Batch, train: bool) -> str:
+    """The end of a message about a model that fails at its level, and in float32 does not."""
+    model = side.model
+    if not isinstance(model, HalfModel) or model.precision.level == "O1":
+        return ""
+    plain, found = replace(side, model=model.model), Findings()
+    if inspect(plain, batch, train, found) is None:
+        return ""
+    return (
+        f". In float32 it runs: something in it does not go with values in {model.precision.half}. "
+        "Use fp16_opt_level='O1', which keeps all but products in float32"
+    )
 
 
 def _check_trainable(params: Any, name: str, found: Findings) -> None:

@@ -7,21 +7,24 @@ started: metrics are read `LOOK_BACK` micro-batches later, and all of them befor
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from . import loss_scale
 from .batches import Batch
 from .checkpoints import Checkpoints
 from .errors import BatchError
 from .metrics import MetricsWriter
 from .optimizer import drop_window
+from .placement import Placement
 from .plan import Schedule
+from .processes import Processes
 from .step import TrainState
-from .streams import EpochEnd, Event, Position, host_random
+from .streams import EpochEnd, Event, Position, as_json, host_random
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +53,15 @@ class Task:
 
     Attributes:
         step: the compiled step: ``(state, teacher_variables, batch, row) -> (state, metrics)``.
-        teacher_variables: the teacher's arrays.
+        teacher_variables: the teacher's arrays, placed.
         tags: tensorboard names of the metrics: the total first, then the terms.
-        check_batch: called with each batch before it is used.
+        is_scaled: whether the last two metrics are the loss scale and the windows dropped.
     """
 
     step: Callable
     teacher_variables: Any
     tags: tuple[str, ...]
-    check_batch: Callable[[Batch], None]
+    is_scaled: bool = False
 
 
 @dataclass
@@ -73,8 +76,11 @@ class Loop:
         checkpoints: where to save.
         metrics: where numbers go.
         position: where the run starts; kept up to date.
-        after_save: called with the global step after each checkpoint; true: stop.
+        after_save: called after each checkpoint with the saved state and the global step; true:
+            stop.
         describe: what is written into a checkpoint beside the position.
+        placement: where arrays lie; `state` is as the step takes it.
+        processes: this process and the others.
         print_freq: log lines in an epoch, or between two checkpoints of a run by steps.
     """
 
@@ -85,8 +91,10 @@ class Loop:
     checkpoints: Checkpoints
     metrics: MetricsWriter
     position: Position
-    after_save: Callable[["Loop", int], bool]
+    after_save: Callable[["Loop", TrainState, int], bool]
     describe: dict[str, Any]
+    placement: Placement
+    processes: Processes
     print_freq: int = 20
 
     def run(self, events: Iterator[Event]) -> None:
@@ -98,37 +106,41 @@ class Loop:
         """
         self._pending: deque[tuple[Task, int, int, jax.Array]] = deque()
         self._opened = 0  # micro-batches in the current accumulation window
+        self._drawn: Any = (
+            None  # the host's random state after the last batch, if later ones are drawn
+        )
         self._log_start()
         bar = tqdm(
             total=self._expected_micro_steps(),
             initial=self.position.micro_step,
             desc="Training",
             unit="batch",
-            disable=None,
+            disable=None if self.is_chief else True,
         )
         try:
             for event in events:
                 if isinstance(event, EpochEnd):
                     self._end_epoch(event)
                     continue
-                self._micro_step(self.tasks[event.task], event.inputs)
+                self._micro_step(self.tasks[event.task], self.placement.batch(event.inputs))
+                self._drawn = event.host_random
                 bar.update(1)
                 done = self._opened == self.schedule.accumulation
                 self._move(event.epoch, event.batch + 1, done)
                 if done and self._after_update(event.epoch):
                     break
             self._look(0)
-            logger.info("Training finished at step %d", self.position.global_step)
+            self._say("Training finished at step %d", self.position.global_step)
         finally:
             bar.close()
             self.metrics.flush()
             self.checkpoints.wait()
 
     def _micro_step(self, task: Task, batch: Batch) -> None:
-        task.check_batch(batch)
         row = self.rows[min(self.position.global_step, len(self.rows) - 1)]
         self.state, metrics = task.step(self.state, task.teacher_variables, batch, row)
-        metrics.copy_to_host_async()
+        if self.placement.devices[0].platform != "cpu":  # there they are on the host already
+            metrics.copy_to_host_async()
         position = self.position
         self._pending.append((task, position.micro_step, position.global_step, metrics))
         self._opened += 1
@@ -144,30 +156,33 @@ class Loop:
         """Logs and saves where it is due; returns whether training ends here."""
         step = self.position.global_step
         if step % self._print_every() == 0:
-            logger.info("Global step %d of %d", step, self.schedule.total_steps)
+            self._say("Global step %d of %d", step, self.schedule.total_steps)
         ends = self.schedule.epochs is None and step >= self.schedule.total_steps
         if self.schedule.saves_at(step, epoch):
             self._look(0)
-            logger.info("Saving at global step %d, epoch %d", step, epoch + 1)
-            self.checkpoints.save(step, self.state, self._saved_position())
-            if self.after_save(self, step):
-                logger.info("The callback stopped training at step %d", step)
+            self._say("Saving at global step %d, epoch %d", step, epoch + 1)
+            saved = self.placement.leave(self.state)
+            self.checkpoints.save(step, saved, self._saved_position())
+            stop = self.after_save(self, saved, step)
+            if self.processes.numbers(stop).any():
+                self._say("The callback stopped training at step %d", step)
                 return True
         return ends
 
     def _saved_position(self) -> dict[str, Any]:
         p = self.position
+        mine = {"epoch": p.epoch, "batch": p.batch}
+        random = as_json(self._drawn or host_random())
         return {
-            "epoch": p.epoch,
-            "batch": p.batch,
+            **mine,
             "global_step": p.global_step,
             "micro_step": p.micro_step,
-            "host_random": host_random(),
+            "processes": self.processes.objects(mine | {"host_random": random}),
             **self.describe,
         }
 
     def _end_epoch(self, event: EpochEnd) -> None:
-        logger.info("Epoch %d finished", event.epoch + 1)
+        self._say("Epoch %d finished", event.epoch + 1)
         expected = self.schedule.steps_per_epoch
         if expected is not None and event.batches // self.schedule.accumulation != expected:
             logger.warning(
@@ -178,13 +193,10 @@ class Loop:
                 expected,
             )
         if self._opened:
-            opt_state = _drop_window(self.state.opt_state)
-            self.state = TrainState(
-                self.state.params,
-                self.state.model_state,
-                opt_state,
-                self.state.key,
-                self.state.micro_step,
+            self.state = replace(
+                self.state,
+                opt_state=_drop_window(self.state.opt_state),
+                scaling=loss_scale.forget_window(self.state.scaling),
             )
             self._opened = 0
 
@@ -196,8 +208,10 @@ class Loop:
             total, surplus, terms = values[0], values[1], values[2:]
             if surplus != 0:
                 raise BatchError(_surplus_message(int(surplus), micro_step))
-            if not np.isfinite(total):
-                named = dict(zip(task.tags[1:], terms, strict=True))
+            named = dict(zip(task.tags[1:], terms, strict=True))
+            if task.is_scaled:
+                loss_scale.check(values[-2], total, global_step, micro_step)
+            elif not np.isfinite(total):
                 raise FloatingPointError(self._not_finite(total, named, global_step, micro_step))
             self.metrics.write(micro_step, task.tags, np.concatenate([values[:1], terms]))
 
@@ -233,7 +247,16 @@ class Loop:
     def _log_start(self) -> None:
         checkpoints = self.schedule.checkpoints()
         shown = ", ".join(map(str, checkpoints[:12])) + (" …" if len(checkpoints) > 12 else "")
-        logger.info("Training steps: %d; checkpoints at steps %s", self.schedule.total_steps, shown)
+        self._say("Training steps: %d; checkpoints at steps %s", self.schedule.total_steps, shown)
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this is the process that logs."""
+        return self.processes.rank == 0
+
+    def _say(self, message: str, *values: Any) -> None:
+        if self.is_chief:
+            logger.info(message, *values)
 
 
 def _surplus_message(surplus: int, micro_step: int) -> str:

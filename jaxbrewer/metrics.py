@@ -2,8 +2,9 @@
 
 import os
 import struct
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
+
+TOGETHER = 32  # points are written so many at a time,
+LATEST = 1.0  # or after so many seconds,
+FLUSH_EVERY = 10.0  # and are on disk after so many
 
 
 def read_scalars(folder: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
@@ -37,6 +42,9 @@ def read_scalars(folder: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
 class MetricsWriter:
     """Writes one point of every tag a micro-batch.
 
+    The training thread only notes the points; some at a time, another thread writes them, straight
+    into the writer's file: its own queue would pickle every point for one more thread.
+
     Args:
         writer: the writer, or None to write nothing.
     """
@@ -44,28 +52,54 @@ class MetricsWriter:
     def __init__(self, writer: SummaryWriter | None):
         self._writer: Any = writer
         self._thread = ThreadPoolExecutor(1) if writer is not None else None
-        self._last: Any = None
+        self._points: list[tuple[float, int, Sequence[str], np.ndarray]] = []
+        self._writing: Future | None = None
+        self._flushed = 0.0
 
     def write(self, step: int, tags: Sequence[str], values: np.ndarray) -> None:
-        """Queues a point: `tags` and their `values` at `step`."""
-        if self._thread is not None:
-            self._last = self._thread.submit(self._write, step, tags, values)
+        """Notes a point: `tags` and their `values` at `step`.
 
-    def _write(self, step: int, tags: Sequence[str], values: np.ndarray) -> None:
-        points = [
-            Summary.Value(tag=tag, simple_value=value)
-            for tag, value in zip(tags, values.tolist(), strict=True)
-        ]
-        self._writer.file_writer.add_summary(Summary(value=points), step)
+        Raises:
+            OSError: points before it could not be written.
+        """
+        if self._thread is None:
+            return
+        now = time.time()
+        self._points.append((now, step, tags, values))
+        if len(self._points) >= TOGETHER or now > self._points[0][0] + LATEST:
+            self._send(self._thread)
+
+    def _send(self, thread: ThreadPoolExecutor) -> Future:
+        if self._writing is not None:
+            self._writing.result()  # raises what went wrong, and lets no backlog grow
+        points, self._points = self._points, []
+        self._writing = thread.submit(self._write, points)
+        return self._writing
+
+    def _write(self, points: list[tuple[float, int, Sequence[str], np.ndarray]]) -> None:
+        file = self._writer.file_writer.event_writer._ev_writer
+        for wall_time, step, tags, values in points:
+            summary = Summary(
+                value=[
+                    Summary.Value(tag=tag, simple_value=value)
+                    for tag, value in zip(tags, values.tolist(), strict=True)
+                ]
+            )
+            file.write_event(Event(wall_time=wall_time, step=step, summary=summary))
+        if time.time() > self._flushed + FLUSH_EVERY:
+            self._writer.flush()
+            self._flushed = time.time()
 
     def flush(self) -> None:
-        """Waits until all that was queued is in the file."""
-        if self._thread is not None and self._last is not None:
-            self._last.result()
+        """Waits until all that was noted is in the file."""
+        if self._thread is not None:
+            self._send(self._thread).result()
             self._writer.flush()
 
     def close(self) -> None:
         """Flushes and ends the thread; the writer stays open for the user."""
-        self.flush()
-        if self._thread is not None:
-            self._thread.shutdown()
+        try:
+            self.flush()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()

@@ -31,6 +31,7 @@ def build(
     *,
     max_grad_norm: float = -1.0,
     accumulation: int = 1,
+    clips_projections: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the transformation for parameters ``{'student': …, 'projections': {name: …}}``.
 
@@ -42,8 +43,10 @@ def build(
         projections: name → the options its optimizer gets over the factory's own
             (``{'lr': 1e-3}``; torch's names are understood), or None.
         max_grad_norm: clips the norm of the student's gradient to this, if positive, as
-            ``torch.nn.utils.clip_grad_norm_`` does; projections are not clipped.
+            ``torch.nn.utils.clip_grad_norm_`` does.
         accumulation: micro-batches whose gradients are averaged into one update.
+        clips_projections: whether the projections' gradients are clipped with the student's, by
+            one norm of them all; if not, they are not clipped.
 
     Raises:
         TypeError: if `optimizer` is neither, or cannot take a projection's options; if
@@ -63,12 +66,15 @@ def build(
         }
 
     def update(updates: Any, state: Any, params: Any = None, *, factor: Any, **extra: Any) -> Any:
-        grads = updates[STUDENT]
-        if max_grad_norm > 0:
-            grads = clip_by_norm(grads, max_grad_norm)
+        if max_grad_norm > 0 and clips_projections:
+            updates = clip_by_norm(updates, max_grad_norm)
+        elif max_grad_norm > 0:
+            updates = {**updates, STUDENT: clip_by_norm(updates[STUDENT], max_grad_norm)}
         new: Any = {"projections": {}}
         new_state: Any = {"projections": {}}
-        new[STUDENT], new_state[STUDENT] = student.update(grads, state[STUDENT], params[STUDENT])
+        new[STUDENT], new_state[STUDENT] = student.update(
+            updates[STUDENT], state[STUDENT], params[STUDENT]
+        )
         for k, opt in groups.items():
             new["projections"][k], new_state["projections"][k] = opt.update(
                 updates["projections"][k], state["projections"][k], params["projections"][k]
@@ -101,6 +107,24 @@ def drop_window(opt_state: Any) -> Any:
         mini_step=jnp.zeros_like(opt_state.mini_step),
         acc_grads=jax.tree.map(jnp.zeros_like, opt_state.acc_grads),
     )
+
+
+def closes_window(opt_state: Any) -> Any:
+    """Whether the update that gave this state was the last of its accumulation window."""
+    if not isinstance(opt_state, optax.MultiStepsState):
+        return jnp.bool_(True)
+    return opt_state.mini_step == 0
+
+
+def without_update(before: Any, after: Any, dropped: Any) -> Any:
+    """The state `after` an update; where `dropped`, with all that it learnt as it was `before`.
+
+    An accumulation window that ends is over all the same.
+    """
+    if not isinstance(after, optax.MultiStepsState):
+        return jax.tree.map(lambda b, a: jnp.where(dropped, b, a), before, after)
+    inner = without_update(before.inner_opt_state, after.inner_opt_state, dropped)
+    return after._replace(inner_opt_state=inner)
 
 
 def make_optimizer(

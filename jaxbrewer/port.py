@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxbrewer import checks, presets
-from jaxbrewer.arguments import refuse_unbuilt
 from jaxbrewer.configurations import DistillationConfig, IntermediateMatch, TrainingConfig
 from jaxbrewer.errors import ConfigError, suggest
 from jaxbrewer.losses import fsp_loss, mmd_loss
@@ -146,29 +145,9 @@ def training_config(values: Mapping[str, Any], run: Run | None = None) -> Ported
     for f in given:
         value = getattr(config, f.name)
         verdict, text = _TRAINING.get(f.name, _ours)(value, config)
-        refused = unbuilt(dataclasses.replace(TrainingConfig(), **_alone(f.name, config)))
-        if refused:
-            verdict, text = Verdict.BY_HAND, f"{text}. {refused}"
         ported.add(f.name, repr(value), verdict, text)
     _add_schedule(ported, config, run)
     return ported
-
-
-def unbuilt(config: TrainingConfig) -> str | None:
-    """Why training with a config is refused as not built yet, or None."""
-    try:
-        refuse_unbuilt(config)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _alone(name: str, config: TrainingConfig) -> dict[str, Any]:
-    """One field's value by itself, with the level where the field is the switch for it."""
-    alone = {name: getattr(config, name)}
-    if name == "fp16":
-        alone["fp16_opt_level"] = config.fp16_opt_level
-    return alone
 
 
 def _add_schedule(ported: Ported, config: TrainingConfig, run: Run | None) -> None:
@@ -227,7 +206,7 @@ _LEVELS = {
         "O1: parameters float32, products in half precision, norms, softmax and losses in float32"
     ),
     "O2": "O2: half precision in the forward pass, float32 master weights, norms in float32",
-    "O3": "O3: everything in half precision, without master weights",
+    "O3": "O3: everything but losses in half precision, without master weights",
 }
 
 
@@ -279,7 +258,8 @@ _TRAINING: Mapping[str, Any] = {
     "local_rank": lambda value, config: (
         Verdict.CHANGED,
         "call jax.distributed.initialize() in place of torch.distributed.init_process_group; "
-        "every process feeds its own part of the data",
+        "every process feeds its own part of the data. Losses are those of the global batch; "
+        "mapping='pmap' averages each process's own, as DDP does",
     ),
 }
 

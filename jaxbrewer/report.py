@@ -27,6 +27,8 @@ def describe(
     lines.append(f"{name:12}{student:>13,} parameters")
     for name, projection in program.projections.items():
         lines.append(f"proj {name:7}{_count(projection.params):>13,} parameters")
+    if program.precision.level != "O0":
+        lines.append(f"precision   {program.precision}")
     lines += ["", "loss ="]
     lines += _objective(distiller, program)
     lines += ["", *_cost(program, batch, with_optimizer)]

@@ -2,18 +2,21 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from . import loss_scale
 from .adaptors import Results, Side
 from .batches import Batch, sides
 from .errors import BatchError
 from .models import Model
 from .objective import Loss, Project, Weights
+from .optimizer import closes_window, without_update
+from .precision import FLOAT32, Precision
 from .teachers import Teacher
 
 ComputeLoss = Callable[[Results, Results, Project, Weights], Loss]
@@ -30,6 +33,7 @@ class TrainState:
         opt_state: the optimizer's, an open accumulation window included.
         key: the random key every step's key is folded from.
         micro_step: int32 scalar, micro-batches seen.
+        scaling: the loss scale's state, see `loss_scale.Scaling`; `()` where none is needed.
     """
 
     params: Any
@@ -37,6 +41,7 @@ class TrainState:
     opt_state: Any
     key: jax.Array
     micro_step: jax.Array
+    scaling: Any = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,9 @@ class Program:
         optimizer: see `optimizer.build`.
         names: the terms of the loss in the order of the metrics.
         train: whether the student runs in train mode.
+        precision: the level; the models are at it already.
+        axis: the mapped axis over which devices average what each computed on its own rows; None
+            where there is none, and the batch is seen whole.
     """
 
     student: Side
@@ -60,9 +68,12 @@ class Program:
     optimizer: optax.GradientTransformationExtraArgs
     names: tuple[str, ...]
     train: bool
+    precision: Precision = FLOAT32
+    axis: str | None = None
 
-    def init(self, seed: int) -> TrainState:
-        """The state before the first step, in arrays of its own: nothing the user holds is donated."""
+    @property
+    def variables(self) -> tuple[Any, Any]:
+        """The parameters and the other state that training starts from, as the user holds them."""
         params = {
             "student": self.student.model.params,
             "projections": {name: p.params for name, p in self.projections.items()},
@@ -71,9 +82,20 @@ class Program:
             "student": self.student.model.state,
             "projections": {name: p.state for name, p in self.projections.items()},
         }
-        params, model_state = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, model_state))
+        return params, model_state
+
+    def init(self, seed: int, variables: Any = None) -> TrainState:
+        """The state before the first step, in arrays of its own: nothing the user holds is donated.
+
+        `variables` are `Program.variables`, perhaps placed elsewhere.
+        """
+        params, model_state = jax.tree.map(
+            lambda x: jnp.array(x, copy=True), self.variables if variables is None else variables
+        )
         key = jax.random.key(seed)
-        return TrainState(params, model_state, self.optimizer.init(params), key, jnp.int32(0))
+        scaling = loss_scale.start() if self.precision.is_scaled else ()
+        opt_state = self.optimizer.init(params)
+        return TrainState(params, model_state, opt_state, key, jnp.int32(0), scaling)
 
     def loss(
         self,
@@ -115,24 +137,41 @@ class Program:
 
         Returns:
             The state after the step, and the metrics ``[2 + terms]``: the total, the surplus of
-            `Loss`, then the terms in the order of `names`.
+            `Loss`, then the terms in the order of `names`. With a loss scale, two more: the scale
+            that this micro-batch had, and the windows dropped so far.
         """
         teacher_batch, student_batch, cache = sides(batch)
         results_T = jax.lax.stop_gradient(self.teacher(teacher_variables, teacher_batch, cache))
 
         key = jax.random.fold_in(state.key, state.micro_step)
+        if self.axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(self.axis))
         weights = Weights(kd=schedule[0], hard_label=schedule[1])
-        gradient = jax.value_and_grad(self.loss, has_aux=True)
-        (total, (loss, model_state)), grads = gradient(
-            state.params, state.model_state, key, student_batch, results_T, weights
+        inputs = state.model_state, key, student_batch, results_T, weights
+        total, backward, (loss, model_state) = jax.vjp(
+            lambda params: self.loss(params, *inputs), state.params, has_aux=True
         )
+        scale = state.scaling.scale if self.precision.is_scaled else 1.0
+        (grads,) = backward(jnp.asarray(scale, total.dtype))
+        metrics = jnp.stack([jnp.asarray(x, total.dtype) for x in self.values(loss)])
+        if self.axis is not None:
+            grads, model_state, metrics = average(self.axis, grads, model_state, metrics)
+        finite = None
+        if self.precision.is_scaled:
+            finite = loss_scale.is_finite((metrics[0], grads))
+            grads = loss_scale.unscale(state.scaling, grads, finite)
         updates, opt_state = self.optimizer.update(
             grads, state.opt_state, state.params, factor=schedule[2]
         )
         params = optax.apply_updates(state.params, updates)
-
-        metrics = jnp.stack([jnp.asarray(x, total.dtype) for x in self.values(loss)])
-        return TrainState(params, model_state, opt_state, state.key, state.micro_step + 1), metrics
+        new = TrainState(
+            params, model_state, opt_state, state.key, state.micro_step + 1, state.scaling
+        )
+        if finite is not None:
+            new = _guarded(state, new, finite)
+            scaling = jnp.stack([jnp.asarray(x, total.dtype) for x in (scale, new.scaling.skipped)])
+            metrics = jnp.concatenate([metrics, scaling])
+        return new, metrics
 
     def values(self, loss: Loss) -> list[Any]:
         """What the metrics hold, in their order.
@@ -152,3 +191,28 @@ class Program:
     def compiled(self) -> Any:
         """The step, jitted; it owns the state it is given."""
         return jax.jit(self.step, donate_argnums=0)
+
+
+def average(axis: str, grads: Any, model_state: Any, metrics: jax.Array) -> tuple[Any, Any, Any]:
+    """Averages over the devices of a mapped axis: gradients, float state such as batch statistics,
+    and metrics; of the surplus (see `Loss`), the largest of all devices."""
+
+    def mean(x: jax.Array) -> jax.Array:
+        return jax.lax.pmean(x, axis) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    surplus = metrics[1]
+    high, low = jax.lax.pmax(surplus, axis), jax.lax.pmin(surplus, axis)
+    metrics = jax.lax.pmean(metrics, axis).at[1].set(jnp.where(high >= -low, high, low))
+    return jax.tree.map(mean, grads), jax.tree.map(mean, model_state), metrics
+
+
+def _guarded(old: TrainState, new: TrainState, finite: jax.Array) -> TrainState:
+    """The state after a micro-batch with a loss scale: what an overflow touched is as it was."""
+    scaling, dropped = loss_scale.advance(old.scaling, finite, closes_window(new.opt_state))
+    return replace(
+        new,
+        params=loss_scale.keep(old.params, new.params, dropped),
+        opt_state=without_update(old.opt_state, new.opt_state, dropped),
+        model_state=loss_scale.keep(old.model_state, new.model_state, ~finite),
+        scaling=scaling,
+    )

@@ -36,12 +36,16 @@ class Position:
 
 
 class Micro(NamedTuple):
-    """A batch: the `batch`-th (from 0) of `epoch` (from 0), of a task where there are several."""
+    """A batch: the `batch`-th (from 0) of `epoch` (from 0), of a task where there are several.
+
+    `host_random` is the random state just after it was drawn, where more were drawn since.
+    """
 
     epoch: int
     batch: int
     inputs: Any
     task: str = ""
+    host_random: Any = None
 
 
 class EpochEnd(NamedTuple):
@@ -151,6 +155,16 @@ def prepared(events: Iterator[Event], postprocess: Callable[[Any], Any] | None) 
         yield event
 
 
+def checked(
+    events: Iterator[Event], checks: Mapping[str, Callable[[Any], None]]
+) -> Iterator[Event]:
+    """Calls each task's check on its batches."""
+    for event in events:
+        if isinstance(event, Micro):
+            checks[event.task](event.inputs)
+        yield event
+
+
 def peek(events: Iterator[Event]) -> tuple[Any, Iterator[Event]]:
     """The first batch (None if there is none), and a stream that still begins with it."""
     passed: list[Event] = []
@@ -162,9 +176,13 @@ def peek(events: Iterator[Event]) -> tuple[Any, Iterator[Event]]:
 
 
 def host_random() -> Any:
-    """Python's and numpy's global random states as JSON: loaders and postprocessors draw on them."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    version, internal, gauss_next = random.getstate()
+    """Python's and numpy's global random states: loaders and postprocessors draw on them."""
+    return np.random.get_state(), random.getstate()
+
+
+def as_json(state: Any) -> Any:
+    """What `host_random` gave, as JSON."""
+    (kind, keys, position, has_gauss, gauss), (version, internal, gauss_next) = state
     return {
         "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
         "python": [version, list(internal), gauss_next],

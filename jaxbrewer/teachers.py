@@ -25,6 +25,10 @@ class Teacher(Protocol):
         """The teacher's results on a batch; `cache` holds model outputs computed before."""
         ...
 
+    def with_sides(self, sides: Sequence[Side]) -> "Teacher":
+        """The same teacher of other sides, as many."""
+        ...
+
 
 class NoTeacher:
     """No teacher: supervised training."""
@@ -35,6 +39,10 @@ class NoTeacher:
     def __call__(self, variables: Any, batch: Batch, cache: Any) -> Results:
         """Returns no results."""
         return {}
+
+    def with_sides(self, sides: Sequence[Side]) -> "Teacher":
+        """See `Teacher.with_sides`."""
+        return self
 
 
 class OneTeacher:
@@ -54,6 +62,10 @@ class OneTeacher:
         if cache is not None:
             return side.adapt(batch, plain(cache))
         return _evaluate(side, variables, batch)
+
+    def with_sides(self, sides: Sequence[Side]) -> "Teacher":
+        """See `Teacher.with_sides`."""
+        return OneTeacher(*sides)
 
 
 class MeanTeacher:
@@ -92,6 +104,10 @@ class MeanTeacher:
         if "logits_mask" in each[0]:
             mean["logits_mask"] = each[0]["logits_mask"]
         return mean
+
+    def with_sides(self, sides: Sequence[Side]) -> "Teacher":
+        """See `Teacher.with_sides`."""
+        return MeanTeacher(sides)
 
 
 def _evaluate(side: Side, variables: Any, batch: Batch) -> Results:

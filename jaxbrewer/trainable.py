@@ -195,7 +195,7 @@ class Trainable:
             PreflightError: all that is wrong, found on the first batch before compiling.
             FloatingPointError: a loss that is not finite, with the term and the step.
         """
-        feeds = {"": Feed(dataloader, batch_postprocessor)}
+        feeds = {"": Feed.of(dataloader, batch_postprocessor)}
         schedule = (scheduler_class, scheduler_args, scheduler)
         training.train(
             self,

@@ -1,34 +1,33 @@
 """From a distiller and the arguments of ``train`` to a running loop: each thing is built once."""
 
-import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from . import caching
-from . import optimizer as optimizers
-from .adaptors import Results, Side, model_name
-from .arguments import Request, make_factor, make_schedule, refuse_unbuilt
+from .adaptors import model_name
+from .arguments import Request, make_factor, make_schedule
 from .batches import Batch, check_ids, sides
 from .checkpoints import Checkpoints, latest_position, load_student
+from .compilation import keep_programs
 from .configurations import TrainingConfig
-from .devices import resolve_device
-from .errors import CheckpointError, PreflightError, PreflightWarning
-from .inspection import Findings
-from .inspection import inspect as inspect_side
+from .errors import CheckpointError, PreflightWarning
 from .loop import CallbackResult, Loop, Task
 from .metrics import MetricsWriter
-from .objective import Loss, Weights
 from .optimizer import Optimizer
+from .placement import Placement, placement_for, placement_to_cache
 from .plan import Schedule, Weight
+from .precision import FLOAT32
+from .preparation import prepare
+from .processes import Processes, joined
 from .report import describe
 from .schedulers import tabulate
 from .step import Program, TrainState
@@ -39,12 +38,12 @@ from .streams import (
     by_epochs,
     by_steps,
     by_tasks,
+    checked,
     peek,
     prepared,
     restore_host_random,
     task_order,
 )
-from .teachers import Teacher
 
 if TYPE_CHECKING:
     from .trainable import Trainable
@@ -55,10 +54,14 @@ logger = logging.getLogger(__name__)
 def train(distiller: "Trainable", request: Request) -> None:
     """Runs one training. See `trainable.Trainable.train`."""
     config = distiller.t_config
-    refuse_unbuilt(config)
-    schedule = make_schedule(config, request)
-    factor = make_factor(request, schedule.total_steps)
-    device = resolve_device(config.device)
+    keep_programs()
+    placement = placement_for(config)
+    processes = Processes(placement.devices)
+    distiller.rank = processes.rank
+    with processes.together("reading the arguments of train"):
+        request = _of_all(request, processes)
+        schedule = make_schedule(config, request)
+        factor = make_factor(request, schedule.total_steps)
     if not distiller._in_context:
         warnings.warn(
             "train() outside `with distiller:` runs the student in evaluation mode: dropout is off "
@@ -69,33 +72,58 @@ def train(distiller: "Trainable", request: Request) -> None:
 
     # Looking at the first batches comes before anything is touched on disk, and loses none of them.
     # A resumed run skips to its position, which only its checkpoint knows.
-    latest = _latest_position(config) if config.resume else None
+    latest = _latest_position(config, processes) if config.resume else None
     start = latest or Position()
     if latest is not None and start.global_step >= schedule.total_steps:
         logger.info("gs%d is the end of this run; nothing is left to train", start.global_step)
         load_student(config.output_dir, distiller.model_S)
         return
-    first, events = _open(distiller, request, schedule, start)
-    programs = prepare(
-        distiller, first, request.optimizer, request.args, max_grad_norm=request.max_grad_norm
-    )
-    cache = distiller._cache()
-    if cache is not None:
-        programs, events = _cached(programs, cache, request, schedule, start, device)
+    with processes.together("checking the models and the first batch"):
+        first, events = _open(distiller, request, schedule, start)
+        programs = prepare(
+            distiller,
+            first,
+            request.optimizer,
+            request.args,
+            max_grad_norm=request.max_grad_norm,
+            device=placement.devices[0],
+        )
+        for batch in first.values():
+            placement.check(batch)
+        if config.sharding == "teacher" and not any(p.teacher.sides for p in programs.values()):
+            raise ValueError(
+                f"sharding='teacher', but {type(distiller).__name__} has no teacher; use sharding='all' "
+                "to cut the model itself, or None"
+            )
+        checks = {name: _batch_check(program) for name, program in programs.items()}
+        cache = distiller._cache()
+        if cache is not None:
+            programs, events = _cached(
+                programs, cache, request, schedule, start, placement, processes
+            )
+            checks = {name: _nothing_to_check for name in programs}
+    events = checked(events, checks)
+    if processes.count > 1:
+        like = next(iter(first.values()))
+        share = len(placement.devices) // processes.count
+        events = joined(events, processes, share=share, start=start, like=like)
 
     checkpoints = Checkpoints(
-        config.output_dir, resume=config.resume, max_to_keep=config.max_to_keep
+        config.output_dir,
+        resume=config.resume,
+        max_to_keep=config.max_to_keep,
+        is_chief=processes.rank == 0,
     )
     any_program = next(iter(programs.values()))
-    state = jax.device_put(any_program.init(config.seed), device)
+    state = placement.start(any_program, config.seed)
     if latest is not None:
         state = checkpoints.restore(latest.global_step, state)
         logger.info("Resuming from gs%d", latest.global_step)
-    metrics = MetricsWriter(distiller.tb_writer)
+    metrics = MetricsWriter(distiller.tb_writer if processes.rank == 0 else None)
     lengths = [feed.length for feed in request.feeds.values()]
     loop = Loop(
-        tasks={name: _task(program, device) for name, program in programs.items()},
-        state=state,
+        tasks={name: _task(program, placement) for name, program in programs.items()},
+        state=placement.enter(state),
         rows=_rows(distiller, factor, schedule.total_steps),
         schedule=schedule,
         checkpoints=checkpoints,
@@ -103,15 +131,27 @@ def train(distiller: "Trainable", request: Request) -> None:
         position=start,
         after_save=_after_save(distiller, any_program, request),
         describe=distiller._describe() | {"batches_per_epoch": lengths[0]},
+        placement=placement,
+        processes=processes,
         print_freq=distiller.print_freq,
     )
+    del state  # the loop's steps own it
     try:
         loop.run(events)
-        hand_over(any_program, loop.state)
+        hand_over(any_program, placement, placement.leave(loop.state))
         distiller.best_checkpoint = checkpoints.best()
     finally:
         metrics.close()
         checkpoints.close()
+
+
+def _of_all(request: Request, processes: Processes) -> Request:
+    """The request with the loaders' lengths that all processes agree on: the longest of each."""
+    feeds = {}
+    for task, feed in request.feeds.items():
+        lengths = processes.numbers(-1 if feed.length is None else feed.length)
+        feeds[task] = replace(feed, length=int(lengths.max()) if lengths.min() >= 0 else None)
+    return replace(request, feeds=feeds)
 
 
 def _open(
@@ -125,6 +165,9 @@ def _open(
         else:
             stream = by_steps(feed.loader, start)
         first, events = peek(prepared(stream, feed.postprocess))
+        if first is None and start.micro_step:  # this process's last epoch is over already
+            first, _ = peek(prepared(by_epochs(feed.loader, 1, Position()), feed.postprocess))
+            restore_host_random(start)
         if first is None:
             raise ValueError("the loader gave no batch: it is empty")
         return {"": first}, events
@@ -141,11 +184,12 @@ def _open(
 
 def _cached(
     programs: Mapping[str, Program],
-    cache: Mapping[str, Any],
+    cache: dict[str, Any],
     request: Request,
     schedule: Schedule,
     start: Position,
-    device: jax.Device,
+    placement: Placement,
+    processes: Processes,
 ) -> tuple[dict[str, Program], Iterator[Event]]:
     """Runs the teacher once; returns the program that is served its results, and their stream."""
     if schedule.epochs is None:
@@ -159,189 +203,30 @@ def _cached(
     batches = [event.inputs for event in stream if isinstance(event, Micro)]
     for batch in batches:
         check(batch)
-    variables = jax.device_put(program.teacher.variables, device)
-    loader = caching.build(program.teacher, variables, batches, **cache)
+    place = placement_to_cache(placement)
+    if processes.count > 1 and cache["folder"] is not None:
+        cache = cache | {"folder": Path(cache["folder"]) / f"process-{processes.rank}"}
+    cache = cache | {"level": "" if program.precision == FLOAT32 else str(program.precision)}
+    variables = place.teacher(program.teacher.variables)
+    loader = caching.build(program.teacher, variables, batches, place=place.batch, **cache)
     served = replace(program, teacher=caching.ServedTeacher())
     return {"": served}, by_epochs(loader, schedule.epochs, start)
 
 
-def _task(program: Program, device: jax.Device) -> Task:
+def _task(program: Program, placement: Placement) -> Task:
+    scaled = program.precision.is_scaled
+    names = (*program.names, *(("loss_scale", "skipped_windows") if scaled else ()))
     return Task(
-        step=program.compiled,
-        teacher_variables=jax.device_put(program.teacher.variables, device),
-        tags=("scalar/total_loss", *(f"scalar/{name}" for name in program.names)),
-        check_batch=_batch_check(program),
+        step=placement.compile(program),
+        teacher_variables=placement.teacher(program.teacher.variables),
+        tags=("scalar/total_loss", *(f"scalar/{name}" for name in names)),
+        is_scaled=scaled,
     )
 
 
-def prepare(
-    distiller: "Trainable",
-    batches: Mapping[str, Batch],
-    optimizer: Optimizer,
-    args: Mapping[str, Any],
-    *,
-    max_grad_norm: float = -1.0,
-) -> dict[str, Program]:
-    """Runs the preflight and builds each task's program.
-
-    Args:
-        distiller: the distiller.
-        batches: task → its first batch.
-        optimizer: see `trainable.Trainable.train`.
-        args: further keyword arguments for the models.
-        max_grad_norm: see `optimizer.build`.
-
-    Raises:
-        PreflightError: all that is wrong, in all tasks.
-    """
-    found = Findings()
-    found.problems.extend(distiller._resolve())
-    traced = {}
-    for task, batch in batches.items():
-        mine = Findings()
-        traced[task] = _trace(distiller, task, batch, args, mine)
-        prefix = f"task {task!r}: " if task else ""
-        found.problems.extend(prefix + problem for problem in mine.problems)
-        found.warnings.extend(prefix + warning for warning in mine.warnings)
-    try:
-        transformation = optimizers.build(
-            optimizer,
-            distiller._projection_options(),
-            max_grad_norm=max_grad_norm,
-            accumulation=distiller.t_config.gradient_accumulation_steps,
-        )
-    except TypeError as error:
-        found.problems.append(str(error))
-    for message in dict.fromkeys(found.warnings):
-        warnings.warn(message, PreflightWarning, stacklevel=5)
-    if found.problems:
-        raise PreflightError(list(dict.fromkeys(found.problems)))
-
-    def compute_loss(
-        results_S: Results, results_T: Results, project: Any, weights: Weights
-    ) -> Loss:
-        loss = distiller.compute_loss(results_S, results_T, project, weights)
-        if isinstance(loss, Loss):
-            return loss
-        if not (isinstance(loss, tuple) and len(loss) == 2 and isinstance(loss[1], Mapping)):
-            raise TypeError(
-                f"compute_loss returned a {type(loss).__name__}; return the pair (total, {{name: "
-                "term}}) or a jaxbrewer.Loss"
-            )
-        return Loss(loss[0], dict(loss[1]), 0)
-
-    projections = distiller._projections()
-    programs = {
-        task: _with_names(
-            Program(
-                one.student,
-                one.teacher,
-                projections,
-                compute_loss,
-                transformation,
-                (),
-                distiller._in_context,
-            ),
-            one.results_S,
-            one.results_T,
-        )
-        for task, one in traced.items()
-    }
-    for task, program in programs.items():
-        _trace_step(program, batches[task])
-    return programs
-
-
-def _trace_step(program: Program, batch: Batch) -> None:
-    """Traces a whole step by shape: what is left to go wrong is mostly the optimizer's."""
-    row = np.ones(3, jnp.result_type(float))
-    try:
-        state = jax.eval_shape(lambda: program.init(0))
-        program.compiled.eval_shape(state, program.teacher.variables, batch, row)
-    except Exception as error:
-        raise PreflightError(
-            [
-                f"the train step cannot be built: {type(error).__name__}: {error}. Does the optimizer "
-                "need arguments of its own in update (value=…, as line searches do)? Those have none here"
-            ]
-        ) from error
-
-
-@dataclass
-class _Traced:
-    """What tracing a task by shape gave."""
-
-    student: Side
-    teacher: Teacher
-    results_S: Any
-    results_T: Any
-
-
-def _trace(
-    distiller: "Trainable", task: str, batch: Batch, args: Mapping[str, Any], found: Findings
-) -> _Traced:
-    """Traces every model of a task by shape, then checks the objective on what they gave."""
-    keywords = tuple(inspect.signature(type(distiller).train).parameters)[1:-1]
-    train = distiller._in_context
-    student, teacher = distiller._sides(task, args)
-    teacher_batch, student_batch, cache = sides(batch)
-    results_S = inspect_side(student, student_batch, train, found, keywords)
-    results_T: Any = None
-    before = len(found.problems)
-    if cache is None:
-        for side in teacher.sides:
-            inspect_side(side, teacher_batch, False, found, keywords)
-    if len(found.problems) == before and results_S is not None:
-        student, teacher = distiller._resolve_modules(student, teacher, batch, found)
-        if student.capture:
-            results_S = inspect_side(student, student_batch, train, found, keywords)
-        try:
-            results_T = jax.eval_shape(teacher.__call__, teacher.variables, teacher_batch, cache)
-        except Exception as error:  # noqa: BLE001  an adaptor of outputs computed before
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            what = "teacher_cache: " if cache is not None else ""
-            found.problems.append(f"{what}{kind}{error}")
-    if results_S is not None and results_T is not None:
-        distiller._check(results_S, results_T, student_batch, found)
-    return _Traced(student, teacher, results_S, results_T)
-
-
-def _with_names(program: Program, results_S: Results, results_T: Results) -> Program:
-    """Finds the names of the loss's terms, by tracing it once more as a whole."""
-    names: list[str] = []
-
-    def whole(results_S: Results, results_T: Results) -> Any:
-        def project(name: str, feature: jax.Array) -> jax.Array:
-            model = program.projections[name]
-            return model.apply(model.params, model.state, jax.random.key(0), (feature,), {}, False)[
-                0
-            ]
-
-        loss = program.compute_loss(
-            results_S, results_T, project, Weights(jnp.ones(()), jnp.ones(()))
-        )
-        names.extend(loss.terms)
-        return jnp.asarray(loss.total), {k: jnp.asarray(v) for k, v in loss.terms.items()}
-
-    try:
-        total, terms = jax.eval_shape(whole, results_S, results_T)
-    except Exception as error:
-        raise PreflightError([f"compute_loss failed: {type(error).__name__}: {error}"]) from error
-    wrong = [
-        f"compute_loss gives {name} as {value.dtype}{list(value.shape)}; it must be one number"
-        for name, value in {"the total": total, **terms}.items()
-        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating)
-    ]
-    if wrong:
-        raise PreflightError(wrong)
-    return replace(program, names=tuple(names))
-
-
-def hand_over(program: Program, state: TrainState) -> None:
+def hand_over(program: Program, placement: Placement, state: TrainState) -> None:
     """Puts copies of the trained arrays into the objects the user holds."""
-    params, model_state = jax.tree.map(
-        lambda x: jnp.array(x, copy=True), (state.params, state.model_state)
-    )
+    params, model_state = placement.local((state.params, state.model_state))
     program.student.model.write(params["student"], model_state["student"])
     for name, projection in program.projections.items():
         projection.write(params["projections"][name], model_state["projections"][name])
@@ -349,12 +234,13 @@ def hand_over(program: Program, state: TrainState) -> None:
 
 def _after_save(
     distiller: "Trainable", program: Program, request: Request
-) -> Callable[[Loop, int], bool]:
-    def after_save(loop: Loop, step: int) -> bool:
+) -> Callable[[Loop, TrainState, int], bool]:
+    def after_save(loop: Loop, saved: TrainState, step: int) -> bool:
         if request.callback is None:
             return False
-        hand_over(program, loop.state)
-        logger.info("Running the callback at step %d", step)
+        hand_over(program, loop.placement, saved)
+        if loop.is_chief:
+            logger.info("Running the callback at step %d", step)
         result = request.callback(model=distiller.model_S, step=step)
         if not isinstance(result, CallbackResult):
             return False
@@ -377,7 +263,7 @@ def _rows(distiller: "Trainable", factor: Callable | None, total: int) -> np.nda
     return rows.astype(jnp.result_type(float))
 
 
-def _latest_position(config: TrainingConfig) -> Position | None:
+def _latest_position(config: TrainingConfig, processes: Processes) -> Position | None:
     saved = latest_position(config.output_dir)
     if saved is None:
         return None
@@ -389,8 +275,25 @@ def _latest_position(config: TrainingConfig) -> Position | None:
             f"{config.gradient_accumulation_steps}; its position in the data would be wrong. Use the "
             "same, or start anew with another output_dir"
         )
-    names = ("epoch", "batch", "global_step", "micro_step", "host_random")
-    return Position(**{name: saved[name] for name in names})
+    each = saved["processes"]
+    if len(each) == processes.count:
+        mine = each[processes.rank]
+    else:
+        mine = each[0] | {"host_random": None}
+        logger.warning(
+            "gs%d was saved by %d processes and goes on in %d: each starts %d batches into epoch %d of "
+            "its own data, which is right only if a step still takes the same number of examples",
+            step,
+            len(each),
+            processes.count,
+            mine["batch"],
+            mine["epoch"] + 1,
+        )
+    return Position(global_step=step, micro_step=saved["micro_step"], **mine)
+
+
+def _nothing_to_check(batch: Batch) -> None:
+    """For batches that were checked when the cache was built."""
 
 
 def _batch_check(program: Program) -> Callable[[Batch], None]:
@@ -417,7 +320,6 @@ def report(
     args: Mapping[str, Any],
 ) -> str:
     """Checks as `train` would, and describes what would be trained and at what cost."""
-    refuse_unbuilt(distiller.t_config)
     programs = prepare(distiller, batches, optimizer or (lambda **options: optax.sgd(1.0)), args)
     lines = [f"{type(distiller).__name__}: nothing wrong was found"]
     for task, program in programs.items():

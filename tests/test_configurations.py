@@ -33,11 +33,12 @@ TRAINING = {
     "device": "cuda:1",
     "fp16": True,
     "fp16_opt_level": "O2",
-    "data_parallel": True,
+    "data_parallel": False,
     "local_rank": 0,
     "seed": 7,
     "resume": True,
     "max_to_keep": 5,
+    "sharding": "teacher",
 }
 DISTILLATION = {
     "temperature": 8,
@@ -268,7 +269,7 @@ def test_text_forms():
     assert "temperature_scheduler: ['flsw', 1, 2.5]" in text
     assert "proj: ['linear', 384, 768]" in text
     assert "layer_T: [0, 0], layer_S: [0, 0]" in text
-    assert str(TrainingConfig(log_dir="runs")).count("\n") == 14
+    assert str(TrainingConfig(log_dir="runs")).count("\n") == 17
     config = TrainingConfig.from_dict(TRAINING)
     assert eval(repr(config)) == config
     config = DistillationConfig.from_dict(DISTILLATION)

@@ -16,21 +16,21 @@ MODULES = sorted(
 
 # Lowest rooms first; a room imports from rooms above it only.
 ROOMS = [
-    "errors", "devices", "data_utils", "utils", "metrics", "transport",
+    "errors", "devices", "compilation", "data", "data_utils", "utils", "metrics", "transport",
     # functions of arrays, and their names
     "loss_checks", "losses", "schedulers", "projections", "matches", "presets",
     # frozen text
     "checks", "configurations",
     # what a user brings
-    "models", "batches", "adaptors", "teachers", "optimizer",
+    "models", "products", "precision", "loss_scale", "batches", "adaptors", "teachers", "optimizer",
     # text → plan → maths
     "plan", "custom", "objective", "inspection", "preflight",
     # the compiled step
     "step",
     # input and output
-    "caching", "streams", "checkpoints", "loop", "report",
+    "placement", "caching", "streams", "processes", "checkpoints", "loop", "report",
     # the facade
-    "arguments", "training", "trainable", "distillers", "emd",
+    "arguments", "preparation", "training", "trainable", "distillers", "emd", "testing",
     # encoders, which know nothing of distillation
     "zoo.activations", "zoo.configuration", "zoo.outputs", "zoo.heads", "zoo.dropout", "zoo.blocks",
     "zoo.hf", "zoo.encoder", "zoo.tasks", "zoo.bert", "zoo.roberta", "zoo.electra", "zoo.distilbert",
@@ -44,7 +44,7 @@ ROOMS = [
 # Libraries that only some rooms may know.
 KEPT_APART = {
     "orbax": {"checkpoints"},
-    "optax": {"commands.checking", "optimizer", "step", "training"},
+    "optax": {"commands.checking", "optimizer", "step", "testing", "training"},
     "tensorboardX": {"trainable", "metrics"},
     "tqdm": {"caching", "loop"},
     "safetensors": {"caching", "zoo.hf", "commands.weights", "commands.inspecting"},

@@ -13,6 +13,7 @@ from flax import linen, nnx
 import jaxbrewer
 from jaxbrewer import FunctionModel, LinenModel, batches, training
 from jaxbrewer.models import Model, NNXModel, as_model, dotted
+from jaxbrewer.placement import OneDevice
 
 from . import small
 
@@ -469,7 +470,7 @@ def test_steps_leave_a_teacher_intact_that_shares_arrays_and_seeds_decide():
     assert same(trained[0], trained[1])
     assert not same(trained[0], trained[2])  # dropout
 
-    training.hand_over(program, state)
+    training.hand_over(program, OneDevice(jax.devices()[0]), state)
     assert same(nnx.to_pure_dict(nnx.state(teacher, nnx.Param)), before)
     np.testing.assert_array_equal(
         student.embed.embedding[...], trained[2]["student"]["embed.embedding"]

@@ -148,6 +148,22 @@ def test_clipping_half_gradients_counts_in_full_precision():
     np.testing.assert_array_equal(zero, 0)
 
 
+@pytest.mark.parametrize("max_norm", [0.1, 3.0, 1e6])
+def test_projections_are_clipped_with_the_student_where_asked(max_norm):
+    """One norm of all, as torch clips Apex's master parameters."""
+    params, grads = tree(0), tree(1)
+    parameters = [torch.zeros(g.shape) for g in jax.tree.leaves(grads)]
+    for parameter, grad in zip(parameters, jax.tree.leaves(grads), strict=True):
+        parameter.grad = torch.from_numpy(np.array(grad))
+    torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    made = build(
+        optax.sgd(1.0), {"0": None, "1": None}, max_grad_norm=max_norm, clips_projections=True
+    )
+    updates, _ = update(made, grads, params)
+    for parameter, u in zip(parameters, jax.tree.leaves(updates), strict=True):
+        np.testing.assert_allclose(u, -parameter.grad.numpy(), rtol=1e-6)
+
+
 def test_the_student_is_clipped_and_projections_are_not():
     params, grads = tree(0), tree(1)
     made = build(optax.sgd(1.0), {"0": None, "1": None}, max_grad_norm=0.1)

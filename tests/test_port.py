@@ -276,16 +276,17 @@ def test_every_training_field_has_something_to_say():
         "device": "cuda:1",
         "fp16": True,
         "fp16_opt_level": "O2",
-        "data_parallel": True,
         "local_rank": 0,
         "seed": 1,
         "resume": True,
         "max_to_keep": 2,
+        "mapping": "pmap",
     }
     ported = port.training_config(values)
-    assert set(verdicts(ported)) == {*values, "checkpoints"}
+    (parallel,) = verdicts(port.training_config({"data_parallel": True})).keys() & {"data_parallel"}
+    assert set(verdicts(ported)) == {*values, "checkpoints"} - {parallel}
     assert all(finding.text for finding in ported.findings)
-    assert ported.defaults == []
+    assert ported.defaults == ["data_parallel=False"]
     assert ported.result == TrainingConfig(**values)
 
 
@@ -306,24 +307,17 @@ def test_defaults_are_summarised():
     assert "seed=0" not in training.defaults
 
 
-@pytest.mark.parametrize(
-    "option", [{"fp16": True}, {"data_parallel": True}, {"local_rank": 0}], ids=str
-)
-def test_what_training_refuses_is_said_to_be_refused(option):
-    config = TrainingConfig(**option)
-    refused = port.unbuilt(config)
-    ported = port.training_config(option)
-    (name,) = option
-    assert (verdicts(ported)[name] is Verdict.BY_HAND) == (refused is not None)
-    if refused is not None:
-        assert any(refused in finding.text for finding in ported.findings)
-    assert port.unbuilt(TrainingConfig()) is None
-
-
 @pytest.mark.parametrize(("level", "word"), [("O0", "everything in float32"), ("O3", "without")])
 def test_the_level_becomes_dtypes(level, word):
     ported = port.training_config({"fp16": True, "fp16_opt_level": level})
     assert word in next(f.text for f in ported.findings if f.name == "fp16")
+
+
+def test_half_precision_is_ported():
+    ported = port.training_config({"fp16": True, "half_dtype": "float16", "device": "cpu"})
+    found = verdicts(ported)
+    assert found["fp16"] is Verdict.CHANGED and found["half_dtype"] is Verdict.SAME
+    assert "dynamic" in next(f.text for f in ported.findings if f.name == "fp16")
 
 
 def test_a_level_without_fp16_has_no_meaning():

@@ -133,14 +133,6 @@ def test_wrong_arguments_are_refused_before_anything_is_written(name, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [{"fp16": True}, {"data_parallel": True}, {"local_rank": 0}])
-def test_what_is_not_built_is_refused(options, tmp_path):
-    distiller = small.distiller(tmp_path, **options)
-    (name,) = options
-    with distiller, pytest.raises(ValueError, match=f"{name}=.*not built yet"):
-        distiller.train(small.SGD, LOADER, num_epochs=1)
-
-
 def test_custom_matches_of_another_kind(tmp_path):
     with pytest.raises(TypeError, match=r"custom_matches\[0\] is a int"):
         small.distiller(tmp_path, cls=functools.partial(GeneralDistiller, custom_matches=[1]))

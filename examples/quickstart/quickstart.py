@@ -2,6 +2,7 @@
 
     python examples/quickstart/quickstart.py            # one seed, two minutes on two CPU cores
     python examples/quickstart/quickstart.py --seeds 3  # three, with their spread
+    python examples/quickstart/quickstart.py --fp16-opt-level O1  # in half precision; see docs/precision.md
 
 The task: which package does this passage come from? A teacher is trained on all labels. A student 15
 times smaller has a fifth of the labels: once it is trained on those alone, once it is distilled from
@@ -153,7 +154,7 @@ def objective():
     )
 
 
-def run(data, dev, seed, out):
+def run(data, dev, seed, out, **precision):
     """One seed of the whole job; returns rows of the table: name → (accuracy, parameters, speed)."""
 
     def config(name, every):
@@ -163,6 +164,7 @@ def run(data, dev, seed, out):
             ckpt_epoch_frequency=every,
             device="cpu",
             seed=seed,
+            **precision,
         )
 
     def build(shape):
@@ -222,7 +224,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds to run")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--fp16-opt-level", choices=["O0", "O1", "O2", "O3"], default="O0")
+    parser.add_argument("--half-dtype", choices=["auto", "bfloat16", "float16"], default="auto")
     options = parser.parse_args()
+    precision = {"fp16": True, "fp16_opt_level": options.fp16_opt_level}
+    precision["half_dtype"] = options.half_dtype
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     train_part, dev_part = split(passages())
@@ -235,7 +241,7 @@ def main():
     results = []
     for seed in range(options.seed, options.seed + options.seeds):
         print(f"seed {seed}")
-        results.append(run(data, dev, seed, options.out / f"seed{seed}"))
+        results.append(run(data, dev, seed, options.out / f"seed{seed}", **precision))
     print(f"\n{'':12}{'accuracy':>16}{'parameters':>13}{'examples/s':>13}")
     for name in ("teacher", "distilled", "alone"):
         accuracy, count, speed = np.array([result[name] for result in results]).T

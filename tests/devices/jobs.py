@@ -1,0 +1,88 @@
+"""A small job of every distiller, dropout on, with padding in its batches."""
+
+import jaxbrewer
+from jaxbrewer import MultiTaskDistiller, TrainingConfig
+
+from .. import tiny
+
+HIDDEN = [
+    {"layer_T": 0, "layer_S": 0, "feature": "hidden", "loss": "hidden_mse", "weight": 1.0}
+    | {"proj": ["linear", 32, 64, {"lr": 0.05}]},
+    {"layer_T": [2, 2], "layer_S": [1, 1], "feature": "hidden", "loss": "nst", "weight": 1.0},
+]
+EMD = {
+    "layer_num_S": 2,
+    "layer_num_T": 3,
+    "feature": "hidden",
+    "loss": "hidden_mse",
+    "weight": 1.0,
+    "proj": ["linear", 32, 64],
+}
+
+
+def teacher(seed=1):
+    return tiny.Encoder(2, 64, seed=seed)
+
+
+def student():
+    return tiny.Encoder(1, 32, seed=2, dropout=0.2)
+
+
+def batches(count, size=16, seed=0):
+    """Batches whose rows have different lengths."""
+    made = tiny.loader(count, size=size, length=6, seed=seed)
+    for i, batch in enumerate(made):
+        for row in range(size):
+            batch["attention_mask"][row, 2 + (row + i) % 5 :] = 0
+    return made
+
+
+def config(folder, **options):
+    return TrainingConfig(
+        output_dir=folder / "out", log_dir=folder / "log", device="cpu", **options
+    )
+
+
+def distillation(**options):
+    return jaxbrewer.DistillationConfig(temperature=2, hard_label_weight=0.5, **options)
+
+
+JOBS = {
+    "trainer": lambda c: jaxbrewer.BasicTrainer(c, student(), tiny.adaptor),
+    "basic": lambda c: jaxbrewer.BasicDistiller(
+        c, distillation(), teacher(), student(), tiny.adaptor, tiny.adaptor
+    ),
+    "general": lambda c: jaxbrewer.GeneralDistiller(
+        c,
+        distillation(intermediate_matches=HIDDEN),
+        teacher(),
+        student(),
+        tiny.adaptor,
+        tiny.adaptor,
+    ),
+    "teachers": lambda c: jaxbrewer.MultiTeacherDistiller(
+        c, distillation(), [teacher(1), teacher(5)], student(), tiny.adaptor, tiny.adaptor
+    ),
+    "tasks": lambda c: MultiTaskDistiller(
+        c,
+        distillation(),
+        {"a": teacher(1), "b": teacher(5)},
+        student(),
+        {"a": tiny.adaptor, "b": tiny.adaptor},
+        {"a": tiny.adaptor, "b": tiny.adaptor},
+    ),
+    "emd": lambda c: jaxbrewer.EMDDistiller(
+        c, distillation(), teacher(), student(), tiny.adaptor, tiny.adaptor, EMD
+    ),
+}
+
+
+def train(distiller, loader, **options):
+    """Trains for one pass with SGD; of two tasks, each has every other batch."""
+    if isinstance(distiller, MultiTaskDistiller):
+        loaders = {"a": loader[::2], "b": loader[1::2]}
+        with distiller:
+            distiller.train(tiny.SGD, loaders, num_steps=len(loader), **options)
+        return
+    with distiller:
+        distiller.train(tiny.SGD, loader, num_epochs=1, **options)

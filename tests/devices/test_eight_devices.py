@@ -1,0 +1,232 @@
+"""The numbers of eight devices against those of one, over 20 steps of every distiller."""
+
+import logging
+from dataclasses import replace
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import jaxbrewer
+from jaxbrewer import streams, training
+from jaxbrewer.batches import own, sides
+from jaxbrewer.metrics import read_scalars
+from jaxbrewer.objective import Weights
+
+from .. import tiny
+from . import jobs
+
+STEPS = 20
+
+
+def run(name, folder, loader, **options):
+    distiller = jobs.JOBS[name](jobs.config(folder, **options))
+    jobs.train(distiller, loader)
+    return distiller, read_scalars(folder / "log")
+
+
+def assert_same(distiller, curves, wanted_distiller, wanted_curves, rtol=1e-5):
+    assert curves.keys() == wanted_curves.keys()
+    for tag, points in wanted_curves.items():
+        assert points.keys() == curves[tag].keys()
+        np.testing.assert_allclose(
+            [curves[tag][step] for step in points], list(points.values()), rtol=rtol, err_msg=tag
+        )
+    wanted = tiny.weights(wanted_distiller.model_S)
+    for key, value in tiny.weights(distiller.model_S).items():
+        np.testing.assert_allclose(
+            value, wanted[key], rtol=rtol, atol=rtol * np.abs(wanted[key]).max(), err_msg=key
+        )
+
+
+@pytest.fixture(scope="module", params=jobs.JOBS)
+def one_device(request, tmp_path_factory):
+    loader = jobs.batches(STEPS)
+    return request.param, loader, *run(request.param, tmp_path_factory.mktemp("one"), loader)
+
+
+def test_there_are_eight_devices():
+    assert len(jax.devices("cpu")) == 8
+
+
+@pytest.mark.parametrize("sharding", [None, "all"])
+def test_sharded_equals_one_device(one_device, sharding, tmp_path):
+    name, loader, *wanted = one_device
+    found = run(name, tmp_path, loader, data_parallel=True, sharding=sharding)
+    assert_same(*found, *wanted)
+
+
+@pytest.mark.parametrize("name", jobs.JOBS)
+def test_pmap_equals_the_average_of_the_devices(name, tmp_path):
+    """The curves and weights of 'pmap' against a plain loop over the devices' rows."""
+    loader = jobs.batches(STEPS)
+    distiller, curves = run(name, tmp_path / "pmap", loader, data_parallel=True, mapping="pmap")
+    by_hand = jobs.JOBS[name](jobs.config(tmp_path / "hand"))
+    tasks = ["a", "b"] if name == "tasks" else [""]
+    feeds = {task: iter(loader[i :: len(tasks)] * 2) for i, task in enumerate(tasks)}
+    with by_hand:
+        first = {task: own(loader[i]) for i, task in enumerate(tasks)}
+        programs = training.prepare(by_hand, first, tiny.SGD, {})
+    order = streams.task_order(dict.fromkeys(tasks, STEPS // len(tasks)), 1.0, seed=0)
+    state = programs[tasks[0]].init(0)
+    step = {task: jax.jit(average_step(program)) for task, program in programs.items()}
+    for i in range(STEPS):
+        task = next(order)
+        state, metrics = step[task](state, programs[task].teacher.variables, own(next(feeds[task])))
+        tags = ["total_loss", *programs[task].names]
+        for tag, value in zip(tags, metrics, strict=True):
+            np.testing.assert_allclose(curves[f"scalar/{tag}"][i], value, rtol=1e-5, err_msg=tag)
+    for key, value in tiny.weights(distiller.model_S).items():
+        wanted = np.asarray(state.params["student"][key])
+        np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def average_step(program):
+    """One update from the mean of what each of eight devices computes on its own two rows."""
+
+    def one_device(i, rows, state, teacher):
+        teacher_batch, student_batch, _ = sides(rows)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.micro_step), i)
+        results_T = program.teacher(teacher, teacher_batch, None)
+        (total, (loss, _)), grads = jax.value_and_grad(program.loss, has_aux=True)(
+            state.params, state.model_state, key, student_batch, results_T, Weights(1.0, 0.5)
+        )
+        return grads, [total, *(loss.terms[name] for name in program.names)]
+
+    def step(state, teacher, batch):
+        rows = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
+        each = jax.vmap(one_device, (0, 0, None, None))(np.arange(8), rows, state, teacher)
+        grads, metrics = jax.tree.map(lambda x: x.mean(0), each)
+        updates, opt_state = program.optimizer.update(
+            grads, state.opt_state, state.params, factor=np.float32(1)
+        )
+        params = optax.apply_updates(state.params, updates)
+        micro_step = state.micro_step + 1
+        return replace(state, params=params, opt_state=opt_state, micro_step=micro_step), metrics
+
+    return step
+
+
+@pytest.mark.parametrize("mapping", ["sharded", "pmap"])
+def test_batches_that_do_not_divide_are_exact(mapping, tmp_path, caplog):
+    """A last batch of 13 rows, without dropout, which 'pmap' draws anew on each device."""
+
+    def train(folder, **options):
+        distiller = jaxbrewer.BasicTrainer(
+            jobs.config(folder, **options), tiny.Encoder(1, 32), tiny.adaptor
+        )
+        jobs.train(distiller, [*jobs.batches(2), *jobs.batches(2, size=13)])
+        return distiller, read_scalars(folder / "log")
+
+    wanted = train(tmp_path / "one")
+    assert not caplog.records
+    caplog.set_level(logging.WARNING, "jaxbrewer")
+    assert_same(*train(tmp_path / "eight", data_parallel=True, mapping=mapping), *wanted)
+    (record,) = caplog.records
+    assert "a batch of 13 rows does not divide by 8 devices" in record.getMessage()
+
+
+@pytest.mark.parametrize("options", [{}, {"sharding": "all"}, {"mapping": "pmap"}], ids=str)
+@pytest.mark.parametrize("way", ["eight to one", "one to eight", "eight to eight"])
+def test_a_run_goes_on_on_another_number_of_devices(way, options, tmp_path):
+    before, _, after = way.split()
+    used = {"one": {}, "eight": {"data_parallel": True, **options}}
+    loader = jobs.batches(6)
+
+    def train(folder, devices, **more):
+        made = jobs.JOBS["trainer"](jobs.config(folder, ckpt_frequency=2, **used[devices], **more))
+        made.model_S.dropout.rate = 0.0  # which 'pmap' draws otherwise
+        jobs.train(made, loader, callback=more_callback.get(str(folder)))
+        return made
+
+    more_callback = {str(tmp_path / "cut"): lambda model, step: jaxbrewer.CallbackResult(stop=True)}
+    wanted = tiny.weights(train(tmp_path / "whole", "one").model_S)
+    train(tmp_path / "cut", before)
+    more_callback.clear()
+    resumed = tiny.weights(train(tmp_path / "cut", after, resume=True).model_S)
+    for key, value in resumed.items():
+        # 'pmap' averages the means of the devices, which here have equally many labels each.
+        np.testing.assert_allclose(value, wanted[key], rtol=2e-5, atol=1e-6, err_msg=key)
+    loaded = jaxbrewer.load_student(tmp_path / "cut" / "out", jobs.student())
+    for key, value in tiny.weights(loaded).items():
+        np.testing.assert_array_equal(value, resumed[key])
+
+
+def test_teacher_results_may_be_cached(tmp_path):
+    loader = jobs.batches(4)
+    cached = {"intermediate_matches": jobs.HIDDEN, "is_caching_logits": True}
+    found = []
+    for name, options in (("one", {}), ("eight", {"data_parallel": True})):
+        distiller = jaxbrewer.GeneralDistiller(
+            jobs.config(tmp_path / name, **options),
+            jobs.distillation(**cached),
+            jobs.teacher(),
+            jobs.student(),
+            tiny.adaptor,
+            tiny.adaptor,
+        )
+        jobs.train(distiller, loader)
+        found.append((distiller, read_scalars(tmp_path / name / "log")))
+    assert_same(*found[1], *found[0])
+
+
+@pytest.mark.parametrize("mapping", ["sharded", "pmap"])
+def test_one_compile_for_each_shape(mapping, tmp_path):
+    distiller = jobs.JOBS["general"](
+        jobs.config(tmp_path, data_parallel=True, mapping=mapping, ckpt_epoch_frequency=3)
+    )
+    counts = []
+
+    class Loader(list):
+        def __iter__(self):
+            counts.append(compiles.count)
+            return super().__iter__()
+
+    with tiny.Compiles() as compiles, distiller:
+        distiller.train(tiny.SGD, Loader(jobs.batches(2)), num_epochs=3)
+    assert counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("options", [{}, {"mapping": "pmap"}, {"sharding": "all"}], ids=str)
+@pytest.mark.parametrize(("level", "half"), [("O1", "bfloat16"), ("O2", "float16")])
+def test_half_precision_on_eight_devices(level, half, options, tmp_path):
+    """The curves of one device but for the rounding of half products; and the same loss scale.
+
+    In the third micro-batch one row overflows float16: the window is dropped on all devices.
+    """
+    loader = jobs.batches(6)
+    for batch in loader:
+        batch["noise"] = np.zeros(16, np.float32)
+    loader[2]["noise"][3] = np.inf if half == "float16" else 0
+
+    def train(folder, **more):
+        distiller = jaxbrewer.BasicTrainer(
+            jobs.config(
+                folder,
+                fp16=True,
+                fp16_opt_level=level,
+                half_dtype=half,
+                gradient_accumulation_steps=2,
+                **more,
+            ),
+            tiny.Encoder(1, 32),
+            tiny.adaptor,
+        )
+        jobs.train(distiller, loader)
+        return tiny.weights(distiller.model_S), read_scalars(folder / "log")
+
+    wanted_weights, wanted = train(tmp_path / "one")
+    weights, curves = train(tmp_path / "eight", data_parallel=True, **options)
+    assert curves.keys() == wanted.keys()
+    for tag, points in wanted.items():
+        found = [curves[tag][i] for i in points]
+        np.testing.assert_allclose(found, list(points.values()), rtol=1e-2, err_msg=tag)
+    if half == "float16":
+        for tag in ("scalar/loss_scale", "scalar/skipped_windows"):
+            assert curves[tag] == wanted[tag]
+        scales = curves["scalar/loss_scale"]
+        assert scales[3] == scales[2] / 2
+    for key, value in weights.items():
+        scale = np.abs(wanted_weights[key]).max()
+        np.testing.assert_allclose(value, wanted_weights[key], atol=1e-2 * scale, err_msg=key)

@@ -1,0 +1,187 @@
+"""Two processes of two devices each against one process with one, on the same examples."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxbrewer
+from jaxbrewer.checkpoints import steps_in
+from jaxbrewer.metrics import read_scalars
+
+from .. import tiny
+from . import jobs, two_processes
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where both processes, run to their end, left what they found."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"NPROC": "8", "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", two_processes.__name__, str(port), str(rank), str(folder)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=900)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n\n".join(said)
+    return folder
+
+
+def weights(folder, name):
+    """What both processes have; it must be the same."""
+    found = []
+    for rank in range(2):
+        said = json.loads((folder / f"{name}-{rank}.json").read_text())
+        assert said["error"] is None, said
+        found.append(dict(np.load(folder / f"{name}-{rank}.npz")))
+    for key, value in found[0].items():
+        np.testing.assert_array_equal(value, found[1][key], err_msg=key)
+    return found[0]
+
+
+def errors(folder, name):
+    return [json.loads((folder / f"{name}-{rank}.json").read_text())["error"] for rank in range(2)]
+
+
+def assert_close(found, wanted, rtol=1e-5):
+    for key, value in wanted.items():
+        np.testing.assert_allclose(
+            found[key], value, rtol=rtol, atol=rtol * np.abs(value).max(), err_msg=key
+        )
+
+
+def one_process(folder, loader, name="general", epochs=1, **options):
+    distiller = jobs.JOBS[name](jobs.config(folder, **options))
+    if epochs == 1:
+        jobs.train(distiller, loader)
+    else:
+        with distiller:
+            distiller.train(tiny.SGD, loader, num_epochs=epochs)
+    return tiny.weights(distiller.model_S), read_scalars(folder / "log")
+
+
+def assert_same_run(folder, name, wanted, curves):
+    assert_close(weights(folder, name), wanted)
+    found = read_scalars(folder / name / "log")
+    assert found.keys() == curves.keys()
+    for tag, points in curves.items():
+        assert found[tag].keys() == points.keys()
+        np.testing.assert_allclose(
+            [found[tag][i] for i in points], list(points.values()), rtol=1e-5, err_msg=tag
+        )
+    loaded = jaxbrewer.load_student(folder / name / "out", jobs.student())
+    assert_close(tiny.weights(loaded), weights(folder, name), rtol=0)
+
+
+def test_the_numbers_and_the_checkpoint_are_those_of_one_process(folder, tmp_path):
+    assert_same_run(folder, "even", *one_process(tmp_path, jobs.batches(4)))
+
+
+def test_a_ragged_last_batch_is_exact(folder, tmp_path):
+    loader = [*jobs.batches(2), *jobs.batches(1, size=13, seed=3)]
+    assert_same_run(folder, "ragged", *one_process(tmp_path, loader))
+
+
+def test_one_process_may_run_out_of_data_first(folder, tmp_path):
+    loader = [*jobs.batches(3), *jobs.batches(2, size=8, seed=5)]
+    assert_same_run(folder, "one_runs_out", *one_process(tmp_path, loader, epochs=2))
+
+
+def test_only_one_process_logs(folder):
+    assert len(list((folder / "even" / "log").glob("events*"))) == 1
+
+
+@pytest.mark.parametrize("name", ["sharded", "tasks"])
+def test_other_ways_of_training(name, folder, tmp_path):
+    job = "tasks" if name == "tasks" else "general"
+    wanted, _ = one_process(tmp_path, jobs.batches(4), job)
+    assert_close(weights(folder, name), wanted)
+
+
+def test_pmap_averages_over_the_processes(folder, tmp_path):
+    loader = [*jobs.batches(2), *jobs.batches(1, size=13, seed=3)]
+    distiller = two_processes.trainer(jobs.config(tmp_path))
+    jobs.train(distiller, loader)
+    assert_close(weights(folder, "pmapped"), tiny.weights(distiller.model_S))
+
+
+def test_each_process_caches_its_part_of_the_teacher(folder, tmp_path):
+    distiller = jaxbrewer.BasicDistiller(
+        jobs.config(tmp_path),
+        jobs.distillation(is_caching_logits=True),
+        jobs.teacher(),
+        jobs.student(),
+        tiny.adaptor,
+        tiny.adaptor,
+    )
+    jobs.train(distiller, jobs.batches(4))
+    assert_close(weights(folder, "cached"), tiny.weights(distiller.model_S))
+
+
+def test_a_resumed_run_has_the_same_bits(folder):
+    wanted, found = weights(folder, "uninterrupted"), weights(folder, "resumed")
+    weights(folder, "interrupted")
+    assert steps_in(folder / "resumed" / "out") == [2, 4, 6, 8]
+    for key, value in wanted.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+
+
+def test_the_best_checkpoint_is_known_to_all(folder):
+    for rank in range(2):
+        said = json.loads((folder / f"best-{rank}.json").read_text())
+        assert said == {"error": None, "best": "gs8"}
+
+
+def test_a_checkpoint_of_two_processes_goes_on_in_one(folder, tmp_path, caplog):
+    """From the end of an epoch on, when the order in which examples come is the same again."""
+    shutil.copytree(folder / "even" / "out", tmp_path / "out")
+    found, _ = one_process(tmp_path, jobs.batches(4), epochs=2, resume=True)
+    assert "was saved by 2 processes and goes on in 1" in caplog.text
+    wanted, _ = one_process(tmp_path / "one", jobs.batches(4), epochs=2)
+    assert_close(found, wanted)
+
+
+def test_shapes_that_disagree_are_an_error_in_all(folder):
+    for error in errors(folder, "disagree"):
+        assert error.startswith("BatchError: the processes' batches do not fit together")
+        assert "process 0 has attention_mask int32[8, 6]" in error
+        assert "process 1 has attention_mask int32[8, 5]" in error
+        assert "pad all to one length" in error
+
+
+def test_the_error_of_one_process_is_one_of_all(folder):
+    assert errors(folder, "fails") == [
+        "BatchError: process 1 failed while preparing a batch; its own error is in its output. All "
+        "processes stop",
+        "RuntimeError: the disk is gone",
+    ]
+    other, own = errors(folder, "has_nothing")
+    assert other.startswith("BatchError: process 1 failed while checking the models and the first")
+    assert own.startswith("ValueError: the loader gave no batch")
+
+
+def test_a_batch_smaller_than_the_mesh(folder):
+    for error in errors(folder, "too_small"):
+        assert "the first batch has 1 rows for 2 devices" in error

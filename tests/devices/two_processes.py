@@ -1,0 +1,225 @@
+"""What each of two processes runs, scenario after scenario: see `test_two_processes`.
+
+Run as ``python -m tests.devices.two_processes PORT RANK FOLDER``.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import jaxbrewer
+
+from .. import tiny
+from . import jobs
+
+DEVICES = 2  # of each process
+
+
+def part(rank, batch, first):
+    """The first `first` rows for process 0, the others for process 1."""
+    rows = slice(0, first) if rank == 0 else slice(first, None)
+    return {name: value[rows] for name, value in batch.items()}
+
+
+def parts(rank, batches):
+    """Half of each batch; of an odd one, process 0 has one row more."""
+    return [part(rank, batch, (len(batch["labels"]) + 1) // 2) for batch in batches]
+
+
+def trainer(config):
+    """No dropout and no masks: the mean of the devices' means is the mean of all."""
+    return jaxbrewer.BasicTrainer(config, tiny.Encoder(1, 32), tiny.adaptor)
+
+
+def uneven(rank):
+    """Process 0 has two batches more than process 1."""
+    mine = parts(rank, jobs.batches(3))
+    return mine + (jobs.batches(2, size=8, seed=5) if rank == 0 else [])
+
+
+class Sampler:
+    """Notes the epochs it is told."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+
+class Shuffled(list):
+    """Draws its order from numpy's global state."""
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.sampler = Sampler()
+
+    def __iter__(self):
+        return iter([self[i] for i in np.random.permutation(len(self))])
+
+
+def even(rank, config):
+    distiller = jobs.JOBS["general"](config(log=True))
+    jobs.train(distiller, parts(rank, jobs.batches(4)))
+    return distiller
+
+
+def ragged(rank, config):
+    distiller = jobs.JOBS["general"](config(log=True))
+    jobs.train(distiller, parts(rank, [*jobs.batches(2), *jobs.batches(1, size=13, seed=3)]))
+    return distiller
+
+
+def one_runs_out(rank, config):
+    distiller = jobs.JOBS["general"](config(log=True))
+    with distiller:
+        distiller.train(tiny.SGD, uneven(rank), num_epochs=2)
+    return distiller
+
+
+def tasks(rank, config):
+    distiller = jobs.JOBS["tasks"](config())
+    jobs.train(distiller, parts(rank, jobs.batches(4)))
+    return distiller
+
+
+def pmapped(rank, config):
+    distiller = trainer(config(mapping="pmap"))
+    jobs.train(distiller, parts(rank, [*jobs.batches(2), *jobs.batches(1, size=13, seed=3)]))
+    return distiller
+
+
+def sharded(rank, config):
+    distiller = jobs.JOBS["general"](config(sharding="all"))
+    jobs.train(distiller, parts(rank, jobs.batches(4)))
+    return distiller
+
+
+def cached(rank, config):
+    distiller = jaxbrewer.BasicDistiller(
+        config(),
+        jobs.distillation(is_caching_logits=True),
+        jobs.teacher(),
+        jobs.student(),
+        tiny.adaptor,
+        tiny.adaptor,
+    )
+    jobs.train(distiller, parts(rank, jobs.batches(4)))
+    return distiller
+
+
+def whole(rank, config, stop_in=None, **options):
+    """Two epochs in an order of the process's own; perhaps stopped by one process in the first."""
+    np.random.seed(rank)
+    distiller = jobs.JOBS["general"](config(ckpt_frequency=2, **options))
+    loader = Shuffled(parts(rank, jobs.batches(4)))
+
+    def callback(model, step):
+        return jaxbrewer.CallbackResult(stop=rank == stop_in, score=float(step))
+
+    with distiller:
+        distiller.train(tiny.SGD, loader, num_epochs=2, callback=callback)
+    return distiller, loader.sampler.epochs
+
+
+def uninterrupted(rank, config):
+    distiller, epochs = whole(rank, config)
+    if epochs != [0, 1]:
+        raise RuntimeError(f"set_epoch was called with {epochs}")
+    return distiller
+
+
+def interrupted(rank, config):
+    return whole(rank, config, stop_in=1)[0]
+
+
+def resumed(rank, config):
+    return whole(rank, config, resume=True)[0]
+
+
+def best(rank, config):
+    return {"best": whole(rank, config)[0].best_checkpoint.name}
+
+
+def disagree(rank, config):
+    loader = parts(rank, jobs.batches(3))
+    if rank == 1:
+        loader[2] = {
+            key: value[:, :5] if value.ndim == 2 else value for key, value in loader[2].items()
+        }
+    jobs.train(trainer(config()), loader)
+
+
+def fails(rank, config):
+    def postprocess(batch):
+        postprocess.seen += 1
+        if rank == 1 and postprocess.seen == 3:
+            raise RuntimeError("the disk is gone")
+        return batch
+
+    postprocess.seen = 0
+    jobs.train(trainer(config()), parts(rank, jobs.batches(4)), batch_postprocessor=postprocess)
+
+
+def has_nothing(rank, config):
+    class Nothing(list):
+        def __len__(self):
+            return 2
+
+    jobs.train(trainer(config()), Nothing() if rank == 1 else parts(rank, jobs.batches(2)))
+
+
+def too_small(rank, config):
+    jobs.train(trainer(config()), parts(rank, jobs.batches(2, size=2)))
+
+
+SCENARIOS = [
+    even,
+    ragged,
+    one_runs_out,
+    tasks,
+    pmapped,
+    sharded,
+    cached,
+    uninterrupted,
+    interrupted,
+    resumed,
+    best,
+    disagree,
+    fails,
+    has_nothing,
+    too_small,
+]
+IN = {"interrupted": "resumed"}  # whose folder a scenario writes to, if not its own
+
+
+def main(port, rank, folder):
+    """Runs all scenarios, and leaves weights or errors as files."""
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank)
+    for scenario in SCENARIOS:
+        name = scenario.__name__
+        where = folder / IN.get(name, name)
+
+        def config(log=False, where=where, **options):
+            made = jobs.config(where, local_rank=rank, **options)
+            return made if log else jaxbrewer.TrainingConfig(**{**vars(made), "log_dir": None})
+
+        said = {"error": None}
+        try:
+            found = scenario(rank, config)
+        except Exception as error:  # noqa: BLE001  the test looks at it
+            said["error"] = f"{type(error).__name__}: {error}"
+        else:
+            if isinstance(found, dict):
+                said |= found
+            else:
+                np.savez(folder / f"{name}-{rank}.npz", **tiny.weights(found.model_S))
+        (folder / f"{name}-{rank}.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
