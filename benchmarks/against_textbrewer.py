@@ -17,7 +17,6 @@ both so and to the widths of buckets.
 
 import argparse
 import gc
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +31,7 @@ BUCKETS = (16, 32, 64, 128)
 def main() -> None:
     args = arguments()
     if "torch" in args.programs or "textbrewer" in args.programs:
-        set_torch_threads()
+        harness.set_torch_threads()
     rows = []
     for name in args.students:
         for size in args.batch:
@@ -63,13 +62,6 @@ def arguments() -> argparse.Namespace:
     if args.smoke:
         args.batch, args.length, args.rounds, args.warmup = [2], 16, 2, 1
     return args
-
-
-def set_torch_threads() -> None:
-    """Gives torch as many threads as JAX has: one a core."""
-    import torch
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def programs(

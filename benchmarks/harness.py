@@ -21,6 +21,7 @@ from typing import Any
 
 # JAX shares the accelerator with torch where both are timed; read when JAX starts.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler is talkative
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -95,6 +96,13 @@ def take_turns(
             run(steps)
             seconds[name].append((time.perf_counter() - start) / steps)
     return {name: Timing(tuple(each)) for name, each in seconds.items()}
+
+
+def set_torch_threads() -> None:
+    """Gives torch as many threads as JAX has: one a core."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def machine() -> Row:
