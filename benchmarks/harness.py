@@ -104,7 +104,7 @@ def machine() -> Row:
     packages = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "textbrewer")
     row: Row = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": _command(),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
@@ -118,6 +118,15 @@ def machine() -> Row:
         except metadata.PackageNotFoundError:
             row[package] = None
     return row
+
+
+def _command() -> str:
+    """The command line without the folder the results go to."""
+    words = list(sys.argv[1:])
+    if "--out" in words:
+        place = words.index("--out")
+        del words[place : place + 2]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def _cpu_model() -> str:
@@ -134,7 +143,7 @@ def save(args: argparse.Namespace, rows: Sequence[Row], **more: Any) -> Path:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{name}.json"
     found = {"machine": machine(), "settings": settings, "rows": list(rows), **more}
-    path.write_text(json.dumps(found, indent=1, default=_plain) + "\n")
+    path.write_text(json.dumps(found, indent=1, ensure_ascii=False, default=_plain) + "\n")
     return path
 
 

@@ -4,7 +4,9 @@ Each student goes with the matches that TextBrewer's README lists for it. Weight
 random: only shapes matter for speed.
 """
 
+import copy
 import functools
+import tempfile
 import warnings
 from dataclasses import dataclass, replace
 from typing import Any
@@ -239,13 +241,16 @@ class TextBrewerStep:
         if half is not None:
             for model in (teacher, student):
                 model.forward = torch.autocast(device, half)(model.forward)
-        matches = [{**match, "layer_T": match["layer_T"]} for match in work.matches]
         self.distiller = WithoutCheckpoints(
-            textbrewer.TrainingConfig(device=device, ckpt_steps=10**9, output_dir="unused"),
+            # TextBrewer makes the folder at once.
+            textbrewer.TrainingConfig(
+                device=device, ckpt_steps=10**9, output_dir=tempfile.gettempdir()
+            ),
             textbrewer.DistillationConfig(
                 temperature=TEMPERATURE,
                 hard_label_weight=HARD_LABEL_WEIGHT,
-                intermediate_matches=matches,
+                # TextBrewer appends to a match's projection.
+                intermediate_matches=copy.deepcopy(list(work.matches)),
             ),
             teacher,
             student,

@@ -1,13 +1,14 @@
 """Apex's levels: from a config and a device to what is kept and computed in which type.
 
-======== ================ ============================ =================== ====================
-level    trained arrays   in the forward pass          products            norms
-======== ================ ============================ =================== ====================
-O0       as given         as given                     as given            as given
-O1       float32          float32                      half inputs         float32
-O2       float32          rounded to half              half inputs         float32 parameters
-O3       half             half                         half inputs         half
-======== ================ ============================ =================== ====================
+===== ============== ================== ================ ==============
+level trained arrays the forward pass   inputs of        norms
+                     sees them          products
+===== ============== ================== ================ ==============
+O0    as given       as given           as given         as given
+O1    float32        in float32         half             float32
+O2    float32        rounded to half    half             float32
+O3    half           in half            half             half
+===== ============== ================== ================ ==============
 
 A model at a level is a `HalfModel`, which stands in for the model itself: the step, the preflight
 and the teachers see no difference. What it returns is float32 at every level, and so are losses.
@@ -264,15 +265,25 @@ class HalfModel:
 
 
 def _narrowed(x: Any, half: Half) -> Any:
-    return jnp.asarray(x, half) if is_wide(x) or is_half(x) else x
+    if not (is_wide(x) or is_half(x)):
+        return x
+    return _cast(x, half)
 
 
 def _like(x: Any, other: Any) -> Any:
-    return jnp.asarray(x, other.dtype) if is_float(other) else x
+    return _cast(x, other.dtype) if is_float(other) else x
 
 
 def _widened(x: Any) -> Any:
-    return jnp.asarray(x, jnp.float32) if is_half(x) else x
+    return _cast(x, jnp.float32) if is_half(x) else x
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    """An array in another type, where it lies: a model may be more than the default device holds."""
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array) or len(x.devices()) > 1:
+        return x.astype(dtype) if hasattr(x, "astype") else jnp.asarray(x, dtype)
+    with jax.default_device(*x.devices()):
+        return x.astype(dtype)
 
 
 def _names(path: tuple) -> tuple[str, ...]:
@@ -304,11 +315,10 @@ def _with_dtype(module: nnx.Module, precision: Precision) -> nnx.Module:
     twin = nnx.merge(*nnx.split(module))
     part: Any
     for _, part in nnx.iter_modules(twin):
-        exempt = precision.level == "O2" and _is_norm(part)
-        if "dtype" in vars(part) and _is_wide_dtype(part.dtype):
-            part.dtype = None if exempt else precision.dtype
-        if exempt:
+        if precision.level == "O2" and _is_norm(part):
             _narrow_calls(part, precision.dtype)
+        elif "dtype" in vars(part) and _is_wide_dtype(part.dtype):
+            part.dtype = precision.dtype
     return twin
 
 

@@ -287,7 +287,11 @@ def _cond(eqn: Any, values: list[Any], how: _How) -> Sequence[Any]:
         lambda *operands, branch=branch: _evaluate(*_open(branch), operands, how)
         for branch in eqn.params["branches"]
     ]
-    return jax.lax.switch(index, branches, *operands)
+    if eqn.params.get("branches_platforms") is None:
+        return jax.lax.switch(index, branches, *operands)
+    # The branches are for different platforms (jax.lax.platform_dependent), which must stay said.
+    closed = tuple(jax.make_jaxpr(branch)(*operands) for branch in branches)
+    return eqn.primitive.bind(index, *operands, **{**eqn.params, "branches": closed})
 
 
 def _checkpoint(eqn: Any, values: list[Any], how: _How) -> Sequence[Any]:

@@ -19,7 +19,12 @@ from jaxbrewer.metrics import read_scalars
 from jaxbrewer.models import Model, as_model
 from jaxbrewer.precision import FLOAT32, Precision, at_level, resolve
 from jaxbrewer.products import wide_products
-from jaxbrewer.zoo import BertConfig, BertForSequenceClassification
+from jaxbrewer.zoo import (
+    BertConfig,
+    BertForSequenceClassification,
+    BiGRUConfig,
+    BiGRUForTokenClassification,
+)
 
 from . import small, tiny
 
@@ -183,8 +188,16 @@ def bert(**options):
     return BertForSequenceClassification(config, rngs=nnx.Rngs(0), **options)
 
 
+def bigru():
+    config = BiGRUConfig(
+        vocab_size=VOCABULARY, embedding_size=WIDTH, hidden_size=WIDTH, num_labels=3
+    )
+    return BiGRUForTokenClassification(config, rngs=nnx.Rngs(0))
+
+
 KINDS = {
     "zoo": bert,
+    "recurrent": bigru,
     "raw NNX": Raw,
     "flax NNX": Layers,
     "Linen": linen_model,
@@ -201,6 +214,7 @@ NORMS = {
         )
         for name in ("scale", "bias")
     },
+    "recurrent": set(),
     "raw NNX": {"ln_1.weight"},
     "flax NNX": {"norm.scale", "norm.bias", "batch.scale", "batch.bias"},
     "Linen": {"first_norm.scale", "first_norm.bias", "bn1.scale", "bn1.bias"},
@@ -416,6 +430,23 @@ def test_masters_of_a_half_model_are_float32():
         assert dtypes(as_model(student).params) == {"bfloat16"}
     frozen = at_level(as_model(student), Precision("O1", "bfloat16"), frozen=True)
     assert dtypes(frozen.params) == {"bfloat16"}
+
+
+def test_arrays_stay_where_they_lie():
+    """A teacher in host memory may be more than a device holds, and so may a trained student."""
+    with jax.default_device(jax.devices("cpu")[1]):
+        model = as_model(tiny.Encoder(1, 4))
+    home = model.params["embed.embedding"].devices()
+    assert home == {jax.devices("cpu")[1]}
+    for level in ("O2", "O3"):
+        handle = at_level(model, Precision(level, "bfloat16"), frozen=True)
+        assert all(x.devices() == home for x in handle.params.values())
+    in_numpy = {"w": np.ones(3, np.float32)}
+    plain = FunctionModel(lambda params: params, in_numpy)
+    handle = at_level(plain, Precision("O3", "bfloat16"))
+    assert isinstance(handle.params["w"], np.ndarray) and dtypes(handle.params) == {"bfloat16"}
+    handle.write(handle.params, None)
+    assert isinstance(plain.params["w"], np.ndarray) and dtypes(plain.params) == {"float32"}
 
 
 @pytest.mark.parametrize("level", LEVELS)

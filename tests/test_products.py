@@ -63,6 +63,9 @@ FUNCTIONS = {
     ),
     "cond": lambda w, x: jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w * 2),
     "switch": lambda w, x: jax.lax.switch(2, [lambda: x, lambda: x @ w, lambda: x @ w @ w]),
+    "platforms": lambda w, x: jax.lax.platform_dependent(
+        w, x, cpu=lambda w, x: x @ w, default=lambda w, x: 2 * (x @ w)
+    ),
     "fori": lambda w, x: jax.lax.fori_loop(0, 2, lambda i, c: jnp.tanh(c @ w), x),
     "while, of what does not move": lambda w, x: (
         jax.lax.while_loop(lambda c: (c @ c)[0, 0] > 9, lambda c: c @ c / 2, X @ X.T) @ x @ w
