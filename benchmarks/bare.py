@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import turns
 import workloads
 from jax.nn import log_softmax, softmax
-
-TINY_VOCABULARY, TINY_WIDTH = 30, 8
 
 
 class BareStep:
@@ -21,6 +20,9 @@ class BareStep:
         params: what is trained.
         teacher: the teacher's variables.
         batches: numpy batches, taken in turn.
+
+    Attributes:
+        loss: of the last step.
     """
 
     def __init__(self, loss: Callable, params: Any, teacher: Any, batches: list[Any]):
@@ -36,16 +38,15 @@ class BareStep:
         self._step = jax.jit(step, donate_argnums=(0, 1, 2))
         self._state = (params, optimizer.init(params), jax.random.key(0))
         self._teacher, self._batches, self._next = teacher, batches, 0
+        self.loss: Any = None
 
     def run(self, steps: int) -> None:
         """Trains so many steps and waits for the last."""
-        value = None
         for _ in range(steps):
             batch = self._batches[self._next % len(self._batches)]
             self._next += 1
-            *self._state, value = self._step(*self._state, self._teacher, batch)
-        if value is not None:
-            value.block_until_ready()
+            *self._state, self.loss = self._step(*self._state, self._teacher, batch)
+        jax.block_until_ready(self.loss)
 
 
 def kd_loss(logits_S: jax.Array, logits_T: jax.Array) -> jax.Array:
@@ -105,89 +106,22 @@ def bert(work: workloads.Work, batches: list[dict[str, np.ndarray]]) -> BareStep
     return BareStep(loss, params, (state_T, rest), batches)
 
 
-# --- a tiny model -----------------------------------------------------------------------------------
-
-
-def tiny_apply(
-    params: dict[str, Any], input_ids: Any, attention_mask: Any, labels: Any
-) -> dict[str, Any]:
-    """Embeddings and nine small layers: microseconds to compute, twenty arrays to carry."""
-    x = params["embed"][input_ids]
-    hidden = [x]
-    for weight, bias in params["layers"]:
-        x = jnp.tanh(x @ weight + bias)
-        hidden.append(x)
-    logits = x[:, 0] @ params["head"]
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    return {"logits": logits, "hidden": hidden, "loss": loss}
-
-
-def tiny_params(seed: int) -> dict[str, Any]:
-    """Twenty arrays."""
-    rng = np.random.default_rng(seed)
-
-    def draw(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(0, 0.3, shape), jnp.float32)
-
-    return {
-        "embed": draw(TINY_VOCABULARY, TINY_WIDTH),
-        "layers": [(draw(TINY_WIDTH, TINY_WIDTH), draw(TINY_WIDTH)) for _ in range(9)],
-        "head": draw(TINY_WIDTH, 2),
-    }
-
-
-def tiny_batches(count: int = 8) -> list[dict[str, np.ndarray]]:
-    """Batches of 4 examples of 8 ids."""
-    batches = [workloads.make_batch(TINY_VOCABULARY, 4, 8, seed=seed) for seed in range(count)]
-    for batch in batches:
-        del batch["token_type_ids"]
-    return batches
-
-
-def tiny_distiller(**config: Any) -> Any:
-    """The tiny model distilled into its like."""
-    import jaxbrewer
-
-    def adaptor(batch: Any, outputs: Any) -> dict[str, Any]:
-        return {
-            "logits": outputs["logits"],
-            "hidden": outputs["hidden"],
-            "losses": outputs["loss"],
-            "inputs_mask": batch["attention_mask"],
-        }
-
-    match = {"layer_T": 9, "layer_S": 9, "feature": "hidden", "loss": "hidden_mse", "weight": 1}
-    models = [
-        jaxbrewer.FunctionModel(
-            tiny_apply, tiny_params(seed), id_limits={"input_ids": TINY_VOCABULARY}
-        )
-        for seed in (0, 1)
-    ]
-    return jaxbrewer.GeneralDistiller(
-        jaxbrewer.TrainingConfig(**config),
-        jaxbrewer.DistillationConfig(
-            temperature=workloads.TEMPERATURE,
-            hard_label_weight=workloads.HARD_LABEL_WEIGHT,
-            intermediate_matches=[match],
-        ),
-        *models,
-        adaptor,
-        adaptor,
-    )
+# --- a tiny model ---------------------------------------------------------------------------------
 
 
 def tiny(batches: list[dict[str, np.ndarray]]) -> BareStep:
-    """The same maths by hand."""
+    """The objective of `turns.tiny_work` by hand."""
 
     def loss(params: Any, teacher: Any, key: jax.Array, batch: Any) -> jax.Array:
-        outputs_T = jax.lax.stop_gradient(tiny_apply(teacher, **batch))
-        outputs_S = tiny_apply(params, **batch)
+        outputs_T = jax.lax.stop_gradient(turns.tiny_apply(teacher, **batch))
+        outputs_S = turns.tiny_apply(params, **batch)
         mask = batch["attention_mask"].astype(jnp.float32)
-        squares = mask[..., None] * (outputs_S["hidden"][9] - outputs_T["hidden"][9]) ** 2
+        S, T = outputs_S.hidden_states[-1], outputs_T.hidden_states[-1]
+        squares = mask[..., None] * (S - T) ** 2
         return (
-            kd_loss(outputs_S["logits"], outputs_T["logits"])
-            + workloads.HARD_LABEL_WEIGHT * outputs_S["loss"]
-            + squares.sum() / (mask.sum() * TINY_WIDTH)
+            kd_loss(outputs_S.logits, outputs_T.logits)
+            + workloads.HARD_LABEL_WEIGHT * outputs_S.loss
+            + squares.sum() / (mask.sum() * T.shape[-1])
         )
 
-    return BareStep(loss, tiny_params(1), tiny_params(0), batches)
+    return BareStep(loss, turns.tiny_params(1), turns.tiny_params(0), batches)

@@ -18,6 +18,7 @@ import harness
 import numpy as np
 import turns
 import workloads
+from against_textbrewer import set_torch_threads
 
 from jaxbrewer.data import bucket_by_length
 
@@ -75,30 +76,32 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.rounds, args.sentences, args.batch, args.buckets = 1, 12, 4, 2
-    work = turns.work(args.student, args.smoke)
-    examples = sentences(args, work.teacher["vocab_size"])
+    job = turns.job(args.student, args.smoke)
+    examples = sentences(args, job.vocab_size)
     loader = bucket_by_length(examples, args.batch, args.buckets, mask="attention_mask")
     print(loader)
     fixed = padded(examples, args)
-    rows = compare(args, work, loader, fixed)
+    rows = compare(args, job, loader, fixed)
     harness.show(rows)
     shapes = [list(shape) for shape in loader.shapes]
     print(harness.save(args, rows, shapes=shapes, fullness=loader.fullness))
 
 
-def compare(args: Any, work: workloads.Work, loader: Any, fixed: list[Any]) -> list[harness.Row]:
+def compare(args: Any, job: turns.Job, loader: Any, fixed: list[Any]) -> list[harness.Row]:
     """A row for each program."""
+    work = workloads.work(args.student, smoke=args.smoke)
+    set_torch_threads()
     theirs = workloads.TextBrewerStep(work, fixed[0], args.device)
     total = (args.rounds + 1) * max(len(loader), args.steps)
     with tempfile.TemporaryDirectory() as folder:
 
-        def job(name: str, batches: Any) -> tuple[Any, Any, dict[str, int]]:
-            distiller = workloads.jax_distiller(
-                work, args.device, output_dir=f"{folder}/{name}", ckpt_steps=turns.NEVER
+        def start(name: str, batches: Any) -> tuple[Any, Any, dict[str, int]]:
+            distiller = job.distiller(
+                output_dir=f"{folder}/{name}", device=args.device, ckpt_steps=turns.NEVER
             )
             return distiller, batches, {"num_steps": total}
 
-        jobs = {"jaxbrewer, buckets": job("buckets", loader), "jaxbrewer": job("fixed", fixed)}
+        jobs = {"jaxbrewer, buckets": start("buckets", loader), "jaxbrewer": start("fixed", fixed)}
 
         def play(runs: dict[str, Callable[[int], None]]) -> dict[str, harness.Timing]:
             buckets = runs["jaxbrewer, buckets"]

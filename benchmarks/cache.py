@@ -20,7 +20,6 @@ import jax
 import turns
 import workloads
 
-import jaxbrewer
 from jaxbrewer import caching
 
 WAYS = {
@@ -62,26 +61,16 @@ class Filled:
         return loader
 
 
-def make(args: Any, models: tuple[Any, Any], matches: Any, way: str, folder: str) -> Any:
+def make(args: Any, job: turns.Job, way: str, folder: str) -> Any:
     """A distiller that caches in one of the ways."""
     options = dict(WAYS[way])
     if "cache_dir" in options:
         options["cache_dir"] = os.path.join(folder, str(options["cache_dir"]))
-    return jaxbrewer.GeneralDistiller(
-        jaxbrewer.TrainingConfig(
-            output_dir=os.path.join(folder, way),
-            device=args.device,
-            ckpt_epoch_frequency=turns.NEVER,
-        ),
-        jaxbrewer.DistillationConfig(
-            temperature=workloads.TEMPERATURE,
-            hard_label_weight=workloads.HARD_LABEL_WEIGHT,
-            intermediate_matches=matches,
-            **options,
-        ),
-        *models,
-        workloads.adaptor,
-        workloads.adaptor,
+    return job.distiller(
+        options,
+        output_dir=os.path.join(folder, way),
+        device=args.device,
+        ckpt_epoch_frequency=turns.NEVER,
     )
 
 
@@ -99,28 +88,22 @@ def main() -> None:
         args.ways = ["none", "memory float16", "disk float32"]
     if args.ways[0] != "none":
         args.ways.insert(0, "none")
-    work = turns.work(args.student, args.smoke)
-    vocabulary = work.teacher["vocab_size"]
+    job = turns.job(args.student, args.smoke)
     loader = [
-        workloads.make_batch(vocabulary, args.batch, args.length, seed=seed)
+        workloads.make_batch(job.vocab_size, args.batch, args.length, seed=seed)
         for seed in range(args.batches)
     ]
-    first = workloads.jax_distiller(work, args.device)
-    models = first.model_T, first.model_S
     with tempfile.TemporaryDirectory() as folder:
-        rows = compare(args, models, work.matches, loader, folder)
+        rows = compare(args, job, loader, folder)
     harness.show(rows)
     print(harness.save(args, rows))
 
 
-def compare(
-    args: Any, models: tuple[Any, Any], matches: Any, loader: list[Any], folder: str
-) -> list[harness.Row]:
+def compare(args: Any, job: turns.Job, loader: list[Any], folder: str) -> list[harness.Row]:
     """A row for each way."""
     epochs = (args.warmup + args.rounds * args.steps) // args.batches + 2
     jobs = {
-        way: (make(args, models, matches, way, folder), loader, {"num_epochs": epochs})
-        for way in args.ways
+        way: (make(args, job, way, folder), loader, {"num_epochs": epochs}) for way in args.ways
     }
 
     def play(runs: Any) -> dict[str, harness.Timing]:

@@ -30,9 +30,9 @@ from jaxbrewer.devices import resolve_device
 def measure(args: Any) -> harness.Row:
     """What one process takes, in seconds."""
     folder = keep_programs()
-    work = turns.work(args.student, args.smoke)
-    batch = workloads.make_batch(work.teacher["vocab_size"], args.batch, args.length)
-    distiller = workloads.jax_distiller(work, args.device)
+    job = turns.job(args.student, args.smoke)
+    batch = workloads.make_batch(job.vocab_size, args.batch, args.length)
+    distiller = job.distiller(device=args.device)
     start = time.perf_counter()
     with distiller:
         programs = training.prepare(distiller, {"": batch}, workloads.jax_optimizer(), {})

@@ -36,7 +36,7 @@ from jaxbrewer.metrics import read_scalars
 
 # Width, layers, heads, inner width and vocabulary of the teacher; the student has half the layers.
 SIZES = {
-    "smoke": (16, 2, 2, 32, 50),
+    "tiny": (8, 2, 1, 8, turns.TINY_VOCABULARY),
     "small": (256, 6, 4, 1024, 2000),
     "base": (768, 12, 12, 3072, 30522),
 }
@@ -76,7 +76,10 @@ class Compiled:
 COMPILED = Compiled()
 
 
-def bert(size: str, layers: int, seed: int) -> Any:
+def encoder(size: str, layers: int, seed: int) -> Any:
+    """A BERT without dropout; for a trial run the tiny model."""
+    if size == "tiny":
+        return turns.tiny_model(seed, layers)
     from flax import nnx
 
     from jaxbrewer.zoo import BertConfig, BertForSequenceClassification
@@ -110,8 +113,8 @@ def job(args: Any, grow: str, value: int, folder: str) -> tuple[Any, Any]:
     if grow in DEVICES and value > 1:
         config |= {"data_parallel": True, "mapping": grow}
     count = value if grow in ("teachers", "tasks") else 1
-    teachers = [bert(args.size, layers, seed) for seed in range(count)]
-    student = bert(args.size, layers // 2, seed=99)
+    teachers = [encoder(args.size, layers, seed) for seed in range(count)]
+    student = encoder(args.size, layers // 2, seed=99)
     configs = [jaxbrewer.TrainingConfig(**config)]
     if grow == "teachers":
         configs.append(jaxbrewer.DistillationConfig())
@@ -219,7 +222,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.smoke:
-        args.size, args.rounds, args.steps, args.length, args.batch = "smoke", 2, 1, 8, 4
+        args.size, args.rounds, args.steps, args.length, args.batch = "tiny", 2, 1, 8, 4
     return args
 
 
