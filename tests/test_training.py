@@ -409,6 +409,6 @@ def test_presets_changed_after_the_config_count(tmp_path, monkeypatch):
         jax.random.key(0),
         own(LOADER[0]),
         program.teacher(program.teacher.variables, own(LOADER[0]), None),
-        training.Weights(1.0, 0.0),
+        jaxbrewer.objective.Weights(1.0, 0.0),
     )
     assert loss.total == 7
