@@ -22,11 +22,14 @@ class BareStep:
         batches: numpy batches, taken in turn.
 
     Attributes:
+        objective: ``loss``.
+        arguments: the params and the teacher's variables it started from.
         loss: of the last step.
     """
 
     def __init__(self, loss: Callable, params: Any, teacher: Any, batches: list[Any]):
         optimizer = optax.adamw(workloads.LEARNING_RATE, weight_decay=workloads.WEIGHT_DECAY)
+        self.objective, self.arguments = loss, (params, teacher)
         params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
 
         def step(params: Any, moments: Any, key: jax.Array, teacher: Any, batch: Any) -> Any:

@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.smoke:
-        args.rounds, args.sentences, args.batch, args.buckets = 1, 12, 4, 2
+        args.rounds, args.sentences, args.batch, args.buckets = 1, 11, 4, 1
     job = turns.job(args.student, args.smoke)
     examples = sentences(args, job.vocab_size)
     loader = bucket_by_length(examples, args.batch, args.buckets, mask="attention_mask")
