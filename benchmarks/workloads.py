@@ -122,7 +122,7 @@ def jax_distiller(work: Work, device: str = "cpu", remat: bool = False, **config
     import jaxbrewer
     from jaxbrewer.zoo import BertConfig, BertForSequenceClassification
 
-    changes: dict[str, Any] = {"remat": True} if remat else {}
+    changes: dict[str, Any] = {"gradient_checkpointing": True} if remat else {}
     teacher, student = (
         BertForSequenceClassification(
             BertConfig(**sizes, output_hidden_states=True, **extra), rngs=nnx.Rngs(seed)

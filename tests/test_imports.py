@@ -32,9 +32,10 @@ ROOMS = [
     # the facade
     "arguments", "preparation", "training", "trainable", "distillers", "emd", "testing",
     # encoders, which know nothing of distillation
-    "zoo.activations", "zoo.configuration", "zoo.outputs", "zoo.heads", "zoo.dropout", "zoo.blocks",
-    "zoo.hf", "zoo.encoder", "zoo.tasks", "zoo.bert", "zoo.roberta", "zoo.electra", "zoo.distilbert",
-    "zoo.bigru", "zoo.transfer", "zoo.auto", "zoo.students", "zoo.__init__",
+    "zoo.activations", "zoo.configuration", "zoo.outputs", "zoo.heads", "zoo.dropout",
+    "zoo.attention", "zoo.blocks", "zoo.hf", "zoo.encoder", "zoo.tasks", "zoo.bert",
+    "zoo.roberta", "zoo.electra", "zoo.distilbert", "zoo.bigru",
+    "zoo.transfer", "zoo.auto", "zoo.students", "zoo.__init__",
     # the command
     "commands.__init__", "commands.literals", "commands.zoo_models", "port", "commands.advice",
     "commands.porting", "commands.weights", "commands.checking", "commands.inspecting",

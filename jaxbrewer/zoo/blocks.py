@@ -10,14 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxbrewer.zoo.activations import ACTIVATIONS
+from jaxbrewer.zoo.attention import Reported, attend
 from jaxbrewer.zoo.configuration import EncoderConfig, ModelConfig
 from jaxbrewer.zoo.dropout import Dropout
-
-# What the reported scores of hidden keys are lowered by; small enough for float16 to hold.
-SCORE_PENALTY = 10000.0
 
 
 class Build(TypedDict):
@@ -68,57 +66,6 @@ def layer_norm(
         use_fast_variance=False,
         **resolved(build),
     )
-
-
-def visible_keys(attention_mask: Num[Array, "..."] | None) -> Bool[Array, "..."] | None:
-    """Which keys each query may look at, with an axis for the heads; not 0 means visible.
-
-    Takes ``(batch, length)``, the same keys for every query, or ``(batch, length, length)``, keys
-    by query, and returns ``(batch, 1, 1, length)`` or ``(batch, 1, length, length)``.
-    """
-    if attention_mask is None:
-        return None
-    visible = attention_mask != 0
-    if visible.ndim == 2:
-        return visible[:, None, None, :]
-    if visible.ndim == 3:
-        return visible[:, None, :, :]
-    raise ValueError(
-        f"attention_mask has shape {attention_mask.shape}, expected (batch, length) or "
-        "(batch, length, length)"
-    )
-
-
-def attend(
-    query: Float[Array, "batch length heads width"],
-    key: Float[Array, "batch length heads width"],
-    value: Float[Array, "batch length heads width"],
-    visible: Bool[Array, "batch 1 #length length"] | None,
-    dropout: Dropout,
-    return_scores: bool = False,
-) -> tuple[Float[Array, "batch length heads width"], Float[Array, "batch heads length length"]]:
-    """Scaled dot-product attention: the context, and the probabilities or the scores.
-
-    ``softmax(query · keyᵀ / √width) · value``, over visible keys; a query with none attends to all
-    alike, as in transformers. Probabilities are those that weighed the values, after dropout.
-
-    Scores are what goes into the softmax: ``query · keyᵀ / √width``, exact at visible keys and
-    lowered by 10000 at hidden ones. These are what the models in TextBrewer's examples return and
-    what its attention losses are made for: the losses zero such entries, or a softmax does.
-    """
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    # Heads before positions: XLA's products on CPU are slow in the other order.
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=wide)
-    scores = scores * query.shape[-1] ** -0.5
-    masked = scores
-    if visible is not None:
-        masked = scores + jnp.where(visible, 0, jnp.finfo(wide).min)
-        scores = jnp.where(visible, scores, scores - SCORE_PENALTY)
-    probs = dropout(jax.nn.softmax(masked, axis=-1).astype(value.dtype))
-    context = jnp.einsum("bhqk,bhkd->bhqd", probs, value)
-    weights = scores.astype(value.dtype) if return_scores else probs
-    return jnp.swapaxes(context, 1, 2), weights
 
 
 class Table(nnx.Module):
@@ -217,8 +164,10 @@ class SelfAttention(nnx.Module):
         self,
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "batch 1 #length length"] | None = None,
-        return_scores: bool = False,
-    ) -> tuple[Float[Array, "batch length width"], Float[Array, "batch heads length length"]]:
+        reported: Reported = None,
+    ) -> tuple[
+        Float[Array, "batch length width"], Float[Array, "batch heads length length"] | None
+    ]:
         """The attended sequence, and what `attend` reports."""
         batch, length, width = hidden.shape
         split = (batch, length, self.num_heads, width // self.num_heads)
@@ -228,7 +177,7 @@ class SelfAttention(nnx.Module):
             self.value(hidden).reshape(split),
             visible,
             self.dropout,
-            return_scores,
+            reported,
         )
         return self.output(context.reshape(hidden.shape)), weights
 
@@ -256,10 +205,12 @@ class EncoderLayer(nnx.Module):
         self,
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "batch 1 #length length"] | None = None,
-        return_scores: bool = False,
-    ) -> tuple[Float[Array, "batch length width"], Float[Array, "batch heads length length"]]:
+        reported: Reported = None,
+    ) -> tuple[
+        Float[Array, "batch length width"], Float[Array, "batch heads length length"] | None
+    ]:
         """The layer's output, and what `attend` reports."""
-        attended, weights = self.attention(hidden, visible, return_scores)
+        attended, weights = self.attention(hidden, visible, reported)
         if self.drop_attended:
             attended = self.dropout(attended)
         hidden = self.attention_norm(attended + hidden)
@@ -268,7 +219,7 @@ class EncoderLayer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """A stack of layers."""
+    """A stack of layers; with the config's ``gradient_checkpointing`` backward computes each again."""
 
     def __init__(
         self, config: EncoderConfig, *, drop_attended: bool = True, **build: Unpack[Build]
@@ -277,20 +228,26 @@ class Encoder(nnx.Module):
             EncoderLayer(config, drop_attended=drop_attended, **build)
             for _ in range(config.num_hidden_layers)
         )
+        self.checkpoints = config.gradient_checkpointing
 
     def __call__(
         self,
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "batch 1 #length length"] | None = None,
-        return_scores: bool = False,
+        reported: Reported = None,
     ) -> tuple[
         tuple[Float[Array, "batch length width"], ...],
-        tuple[Float[Array, "batch heads length length"], ...],
+        tuple[Float[Array, "batch heads length length"] | None, ...],
     ]:
-        """The input and every layer's output, and every layer's probabilities or scores."""
+        """The input and every layer's output, and what `attend` reports of every layer."""
+
+        def run(layer: EncoderLayer, hidden: Array, visible: Array | None) -> Any:
+            return layer(hidden, visible, reported)
+
+        run = nnx.remat(run) if self.checkpoints else run
         all_hidden, all_weights = [hidden], []
         for layer in self.layer:
-            hidden, weights = layer(hidden, visible, return_scores)
+            hidden, weights = run(layer, hidden, visible)
             all_hidden.append(hidden)
             all_weights.append(weights)
         return tuple(all_hidden), tuple(all_weights)

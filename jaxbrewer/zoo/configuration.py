@@ -215,7 +215,12 @@ class ModelConfig:
         values = dataclasses.asdict(self)
         for name in ("label_names", "num_labels"):
             del values[name]
-        for name in ("output_hidden_states", "output_attentions", "output_attention_scores"):
+        for name in (
+            "output_hidden_states",
+            "output_attentions",
+            "output_attention_scores",
+            "gradient_checkpointing",
+        ):
             if not values.get(name):
                 values.pop(name, None)
         if self.return_dict:
@@ -237,12 +242,16 @@ class ModelConfig:
 class TransformerConfig(ModelConfig, abc.ABC):
     """What the config of every model with attention has.
 
-    ``output_attention_scores`` is ours; see `jaxbrewer.zoo.blocks.attend`.
+    ``output_attention_scores`` is ours; see `jaxbrewer.zoo.attention.attend`.
+    ``gradient_checkpointing`` saves memory for time: the backward pass keeps what goes into each
+    layer and computes the rest again. The numbers stay, but no submodule of a layer can be matched
+    by its path then.
     """
 
     max_position_embeddings: int = 512
     output_attentions: bool = False
     output_attention_scores: bool = False
+    gradient_checkpointing: bool = False
 
     @property
     @abc.abstractmethod

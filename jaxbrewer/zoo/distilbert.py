@@ -114,6 +114,7 @@ class DistilBertConfig(TransformerConfig):
             initializer_range=self.initializer_range,
             pad_token_id=self.pad_token_id,
             num_labels=self.num_labels,
+            gradient_checkpointing=self.gradient_checkpointing,
         )
 
 

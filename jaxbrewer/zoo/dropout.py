@@ -20,6 +20,9 @@ _PARITY = 0x1BD11BDA
 _ROUNDS = 20
 # How many of its 32 random bits JAX makes a float32 of.
 _MANTISSA = 23
+# Masks of fewer numbers than this are left to JAX: there the compiler repeats the written-out rounds
+# wherever the mask is used, which costs more to compile than is ever saved.
+_SMALL = 2**14
 
 
 class Dropout(nnx.Dropout):
@@ -29,11 +32,16 @@ class Dropout(nnx.Dropout):
     `nnx.Dropout` divides.
     """
 
+    @property
+    def is_active(self) -> bool:
+        """Whether it does anything now: in train mode, with a rate above 0."""
+        return self.rate > 0 and not self.deterministic
+
     def __call__(  # type: ignore[override]
         self, inputs: Float[Array, "*shape"]
     ) -> Float[Array, "*shape"]:
         """The inputs, some of them zeroed in train mode."""
-        if self.deterministic or self.rate == 0:
+        if not self.is_active:
             return inputs
         kept = 1 - self.rate
         return jnp.where(keep_mask(self.rngs(), kept, inputs.shape), inputs * (1 / kept), 0)
@@ -43,7 +51,7 @@ def keep_mask(
     key: Key[Array, ""], probability: float, shape: tuple[int, ...]
 ) -> Bool[Array, "*shape"]:
     """``jax.random.bernoulli(key, probability, shape)``: true with that probability."""
-    if jax.random.key_impl(key) != "threefry2x32" or math.prod(shape) > 2**32:
+    if jax.random.key_impl(key) != "threefry2x32" or not _SMALL <= math.prod(shape) <= 2**32:
         return jax.random.bernoulli(key, np.float32(probability), shape)
     places = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):

@@ -11,20 +11,21 @@ Arguments keep transformers' names and order, so that a tuple batch may be given
 - ``inputs_embeds``: ``(batch, length, width)`` in place of ``input_ids``;
 - ``output_hidden_states``, ``output_attentions``, ``output_attention_scores``, ``return_dict``:
   ``None`` leaves it to the config. Scores take the place of probabilities in ``attentions``, and
-  asking for them is asking for ``attentions``; `jaxbrewer.zoo.blocks.attend` says what they are.
+  asking for them is asking for ``attentions``; `jaxbrewer.zoo.attention.attend` says what they are.
   ``return_dict=False`` returns a plain tuple of what is present.
 
 ``model.train()`` turns dropout on, ``model.eval()`` off; a model is built in train mode.
 """
 
-from typing import Any, ClassVar, Self, TypeVar, Unpack
+from typing import Any, ClassVar, Self, TypeVar, Unpack, cast
 
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Num
 
-from jaxbrewer.zoo.blocks import Build, Embeddings, Encoder, Pooler, Table, visible_keys
+from jaxbrewer.zoo.attention import Reported, visible_keys
+from jaxbrewer.zoo.blocks import Build, Embeddings, Encoder, Pooler, Table
 from jaxbrewer.zoo.configuration import ModelConfig, TransformerConfig
 from jaxbrewer.zoo.hf import PretrainedModel
 from jaxbrewer.zoo.outputs import BaseModelOutput, ModelOutput
@@ -148,7 +149,9 @@ class EncoderModel(PretrainedModel):
         attentions = scores or either(output_attentions, config.output_attentions)
         embedded = self._embed(input_ids, token_type_ids, position_ids, inputs_embeds)
         mask = None if attention_mask is None else jnp.asarray(attention_mask)
-        all_hidden, all_weights = self.encoder(embedded, visible_keys(mask), scores)
+        reported: Reported = "probabilities" if attentions else None
+        reported = "scores" if scores else reported
+        all_hidden, all_weights = self.encoder(embedded, visible_keys(mask), reported)
         hidden = all_hidden[-1]
         return BaseModelOutput(
             last_hidden_state=hidden,
@@ -156,7 +159,7 @@ class EncoderModel(PretrainedModel):
             hidden_states=(
                 all_hidden if either(output_hidden_states, config.output_hidden_states) else None
             ),
-            attentions=all_weights if attentions else None,
+            attentions=cast(Any, all_weights) if attentions else None,
         )
 
     def _embed(

@@ -1,0 +1,107 @@
+"""Scaled dot-product attention, written out or, where nobody looks inside, as one kernel."""
+
+import re
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Num
+
+from jaxbrewer.zoo.dropout import Dropout
+
+# What the reported scores of hidden keys are lowered by; small enough for float16 to hold.
+SCORE_PENALTY = 10000.0
+
+Reported = Literal["probabilities", "scores"] | None
+"""What `attend` returns beside the context."""
+
+
+def visible_keys(attention_mask: Num[Array, "..."] | None) -> Bool[Array, "..."] | None:
+    """Which keys each query may look at, with an axis for the heads; not 0 means visible.
+
+    Takes ``(batch, length)``, the same keys for every query, or ``(batch, length, length)``, keys
+    by query, and returns ``(batch, 1, 1, length)`` or ``(batch, 1, length, length)``.
+    """
+    if attention_mask is None:
+        return None
+    visible = attention_mask != 0
+    if visible.ndim == 2:
+        return visible[:, None, None, :]
+    if visible.ndim == 3:
+        return visible[:, None, :, :]
+    raise ValueError(
+        f"attention_mask has shape {attention_mask.shape}, expected (batch, length) or "
+        "(batch, length, length)"
+    )
+
+
+def attend(
+    query: Float[Array, "batch length heads width"],
+    key: Float[Array, "batch length heads width"],
+    value: Float[Array, "batch length heads width"],
+    visible: Bool[Array, "batch 1 #length length"] | None,
+    dropout: Dropout,
+    reported: Reported = None,
+) -> tuple[
+    Float[Array, "batch length heads width"], Float[Array, "batch heads length length"] | None
+]:
+    """Scaled dot-product attention: the context, and the probabilities or the scores if asked for.
+
+    ``softmax(query · keyᵀ / √width) · value``, over visible keys; a query with none attends to all
+    alike, as in transformers. Probabilities are those that weighed the values, after dropout.
+
+    Scores are what goes into the softmax: ``query · keyᵀ / √width``, exact at visible keys and
+    lowered by 10000 at hidden ones. These are what the models in TextBrewer's examples return and
+    what its attention losses are made for: the losses zero such entries, or a softmax does.
+
+    On NVIDIA GPUs in half precision, with neither dropout nor a report, cuDNN's kernel does it
+    without keeping the scores.
+    """
+    if reported is None and not dropout.is_active and cudnn_takes(query):
+        return jax.lax.platform_dependent(
+            query, key, value, visible, cuda=_by_cudnn, default=lambda *inputs: _plain(*inputs)[0]
+        ), None
+    context, probs, scores = _plain(query, key, value, visible, dropout)
+    if reported != "scores":
+        return context, probs if reported else None
+    if visible is not None:
+        scores = jnp.where(visible, scores, scores - SCORE_PENALTY)
+    return context, scores.astype(value.dtype)
+
+
+def _plain(
+    query: Array, key: Array, value: Array, visible: Array | None, dropout: Dropout | None = None
+) -> tuple[Array, Array, Array]:
+    """The context, the probabilities after dropout, and the scores before any mask."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    # Heads before positions: XLA's products on CPU are slow in the other order.
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=wide)
+    scores = scores * query.shape[-1] ** -0.5
+    penalty = 0 if visible is None else jnp.where(visible, 0, jnp.finfo(wide).min)
+    probs = jax.nn.softmax(scores + penalty, axis=-1).astype(value.dtype)
+    probs = probs if dropout is None else dropout(probs)
+    context = jnp.einsum("bhqk,bhkd->bhqd", probs, value)
+    return jnp.swapaxes(context, 1, 2), probs, scores
+
+
+def cudnn_takes(query: Float[Array, "batch length heads width"]) -> bool:
+    """Whether this process has a GPU whose cuDNN attends in the query's type, width and length.
+
+    It wants a half type, a compute capability of 8.0 or more, heads whose width is a multiple of 8
+    up to 128, and an even number of positions.
+    """
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    if not half or query.shape[-1] % 8 or query.shape[-1] > 128 or query.shape[1] % 2:
+        return False
+    device = jax.local_devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8
+
+
+def _by_cudnn(
+    query: Array, key: Array, value: Array, visible: Array | None
+) -> Float[Array, "batch length heads width"]:
+    if visible is not None:  # the kernel wants the lengths written out
+        visible = jnp.broadcast_to(visible, (*visible.shape[:2], query.shape[1], key.shape[1]))
+    return jax.nn.dot_product_attention(query, key, value, mask=visible, implementation="cudnn")

@@ -1,0 +1,112 @@
+"""Attention: what is reported, the kernel where there is one, and layers computed again."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxbrewer.zoo as zoo
+from jaxbrewer.models import NNXModel
+from jaxbrewer.zoo import attention
+from jaxbrewer.zoo.attention import attend, cudnn_takes
+from jaxbrewer.zoo.dropout import Dropout
+
+from .conftest import FAMILIES, make_batch
+
+OFF = Dropout(0.0)
+
+
+@pytest.fixture
+def qkv():
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 6, 3, 8))
+    visible = jnp.array([[1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 1, 1]], bool)[:, None, None]
+    return query, key, value, visible
+
+
+def test_the_context_does_not_depend_on_what_is_reported(qkv):
+    context, nothing = attend(*qkv, OFF)
+    assert nothing is None
+    with_probs, probs = attend(*qkv, OFF, "probabilities")
+    with_scores, scores = attend(*qkv, OFF, "scores")
+    np.testing.assert_array_equal(context, with_probs)
+    np.testing.assert_array_equal(context, with_scores)
+    np.testing.assert_allclose(jax.nn.softmax(scores), probs, atol=1e-6)
+    np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-6)
+    assert not np.asarray(probs[0, ..., 4:]).any()
+
+
+def test_it_is_jax_attention(qkv):
+    query, key, value, visible = qkv
+    wanted = jax.nn.dot_product_attention(query, key, value, mask=visible)
+    np.testing.assert_allclose(attend(*qkv, OFF)[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_kernel_is_for_gpus_alone(qkv, monkeypatch):
+    wanted = attend(*qkv, OFF)[0]
+    monkeypatch.setattr(attention, "cudnn_takes", lambda query: True)
+    monkeypatch.setattr(attention, "_by_cudnn", lambda query, *others: query)
+    step = jax.jit(lambda *inputs: attend(*inputs, OFF)[0])
+    np.testing.assert_allclose(step(*qkv), wanted, rtol=1e-6)
+    on_gpu = step.trace(*qkv).lower(lowering_platforms=("cuda",)).as_text()
+    here = step.trace(*qkv).lower(lowering_platforms=("cpu",)).as_text()
+    assert "dot_general" not in on_gpu and "dot_general" in here
+    for reported in ("probabilities", "scores"):
+        step = jax.jit(lambda *inputs: attend(*inputs, OFF, reported))  # noqa: B023
+        assert "dot_general" in step.trace(*qkv).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "length", "width", "takes"),
+    [
+        ("9.0", "bfloat16", 6, 64, True),
+        ("8.0", "float16", 6, 128, True),
+        ("9.0", "float32", 6, 64, False),
+        ("7.5", "float16", 6, 64, False),
+        ("9.0", "bfloat16", 5, 64, False),
+        ("9.0", "bfloat16", 6, 26, False),
+        ("9.0", "bfloat16", 6, 256, False),
+        ("gfx90a", "bfloat16", 6, 64, False),
+        (None, "bfloat16", 6, 64, False),
+    ],
+)
+def test_when_the_kernel_fits(capability, dtype, length, width, takes, monkeypatch):
+    class Device:
+        compute_capability = capability
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    assert cudnn_takes(jax.ShapeDtypeStruct((2, length, 3, width), dtype)) is takes
+
+
+@pytest.mark.parametrize("family", ["Bert", "DistilBert"])
+def test_gradient_checkpointing_changes_memory_alone(family):
+    layers = {"Bert": "num_hidden_layers", "DistilBert": "n_layers"}[family]
+    config = getattr(zoo, f"{family}Config")(**FAMILIES[family] | {layers: 1})
+    batch = make_batch(family=family) | {"labels": np.array([0, 1, 1])}
+    found, computed = [], []
+    for checkpointing in (False, True):
+        changed = config.replace(gradient_checkpointing=checkpointing)
+        network = getattr(zoo, f"{family}ForSequenceClassification")(changed, rngs=nnx.Rngs(0))
+        model = NNXModel(network)
+
+        def loss(params, state, key, model=model):
+            return model.apply(params, state, key, (), batch, True)[0].loss
+
+        step = jax.jit(jax.value_and_grad(loss))
+        traced = step.trace(model.params, model.state, jax.random.key(3))
+        computed.append(str(traced.jaxpr))
+        found.append(step(model.params, model.state, jax.random.key(3)))
+    (loss, grads), (again, grads_again) = found
+    np.testing.assert_allclose(loss, again, rtol=1e-6)
+    largest = max(float(jnp.abs(grad).max()) for grad in grads.values())
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grad, grads_again[name], rtol=1e-4, atol=1e-6 * largest)
+    assert "remat" not in computed[0] and "remat" in computed[1]
+
+
+def test_gradient_checkpointing_is_read_and_written():
+    config = zoo.BertConfig.from_dict({"gradient_checkpointing": True})
+    assert config.gradient_checkpointing
+    assert config.to_dict()["gradient_checkpointing"] is True
+    assert "gradient_checkpointing" not in zoo.BertConfig().to_dict()
+    assert zoo.DistilBertConfig(gradient_checkpointing=True).sizes.gradient_checkpointing
