@@ -49,7 +49,7 @@ class Work:
 
 
 def work(name: str, smoke: bool = False) -> Work:
-    """BERT-base and a student by its name; with ``smoke`` both are a sixteenth as wide."""
+    """BERT-base and a student by its name; with ``smoke`` two layers and one, and a sixteenth as wide."""
     from jaxbrewer.matches import MATCHES
     from jaxbrewer.zoo import student_config
 
@@ -65,11 +65,17 @@ def work(name: str, smoke: bool = False) -> Work:
     teacher = dict(zip(fields, (768, 12, 12, 3072, 30522), strict=True))
     matches = [dict(match) for matched in MATCHED[name] for match in MATCHES[matched]]
     if smoke:
+        matches = [dict(MATCHES[matched][-1]) for matched in MATCHED[name]]
         small = {768: 48, 384: 24, 312: 24}
-        for sizes in (teacher, student):
+        for sizes, layers in ((teacher, 2), (student, 1)):
             width = small[sizes["hidden_size"]]
             sizes |= {"hidden_size": width, "intermediate_size": 2 * width, "vocab_size": 100}
+            sizes["num_hidden_layers"] = layers
         for match in matches:
+            twice = isinstance(match["layer_T"], list)
+            match |= (
+                {"layer_T": [2, 2], "layer_S": [1, 1]} if twice else {"layer_T": 2, "layer_S": 1}
+            )
             if "proj" in match:
                 match["proj"] = ["linear", student["hidden_size"], teacher["hidden_size"]]
     return Work(name, teacher, student, tuple(matches))
