@@ -18,7 +18,6 @@ import harness
 import numpy as np
 import turns
 import workloads
-from against_textbrewer import set_torch_threads
 
 from jaxbrewer.data import bucket_by_length
 
@@ -90,7 +89,7 @@ def main() -> None:
 def compare(args: Any, job: turns.Job, loader: Any, fixed: list[Any]) -> list[harness.Row]:
     """A row for each program."""
     work = workloads.work(args.student, smoke=args.smoke)
-    set_torch_threads()
+    harness.set_torch_threads()
     theirs = workloads.TextBrewerStep(work, fixed[0], args.device)
     total = (args.rounds + 1) * max(len(loader), args.steps)
     with tempfile.TemporaryDirectory() as folder:
