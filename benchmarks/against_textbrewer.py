@@ -1,7 +1,8 @@
 """How fast is a training step, beside TextBrewer's and a torch loop written by hand?
 
 BERT-base to TextBrewer's students, with the matches its README lists, on full sequences. The three
-programs train the same models on the same batches, with dropout and AdamW, in turn:
+programs train the same models on the same batches, with dropout and AdamW, in turn, each in a
+process of its own:
 
 - jaxbrewer: the compiled step of a `GeneralDistiller`;
 - textbrewer: TextBrewer's own loop, without its checkpoints, on transformers' models;
@@ -16,7 +17,6 @@ both so and to the widths of buckets.
 """
 
 import argparse
-import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,8 +30,6 @@ BUCKETS = (16, 32, 64, 128)
 
 def main() -> None:
     args = arguments()
-    if "torch" in args.programs or "textbrewer" in args.programs:
-        harness.set_torch_threads()
     rows = []
     for name in args.students:
         for size in args.batch:
@@ -45,6 +43,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = harness.parser(__doc__.splitlines()[0], rounds=7)
     add = parser.add_argument
+    add("--lead", type=int, default=1, help="steps at the start of a turn that are not timed")
     add("--students", nargs="+", default=["T3", "T4-tiny"], choices=workloads.MATCHED)
     add("--batch", nargs="+", type=int, default=[8], help="batch sizes")
     add("--length", type=int, default=128, help="length that sequences are padded to")
@@ -66,25 +65,28 @@ def arguments() -> argparse.Namespace:
 
 def programs(
     args: argparse.Namespace, work: workloads.Work, batch: dict[str, np.ndarray]
-) -> dict[str, harness.Run]:
-    """The programs to compare, each on its own copies of the models."""
-    made: dict[str, harness.Run] = {}
-    if "jaxbrewer" in args.programs:
+) -> dict[str, harness.Elsewhere]:
+    """The programs to compare, each in a process of its own."""
+    return {name: harness.Elsewhere(program, name, args, work, batch) for name in args.programs}
+
+
+def program(
+    name: str, args: argparse.Namespace, work: workloads.Work, batch: dict[str, np.ndarray]
+) -> harness.Run:
+    """One of them, on its own copies of the models."""
+    if name == "jaxbrewer":
         half = {"fp16": True, "fp16_opt_level": args.level, "half_dtype": args.half}
         config = half if args.half else {}
         distiller = workloads.jax_distiller(work, device=args.device, **config)
-        made["jaxbrewer"] = workloads.JaxStep(distiller, batch).run
-    if {"textbrewer", "torch"} & set(args.programs):
-        import torch
+        return workloads.JaxStep(distiller, batch).run
+    import torch
 
-        device = "cuda" if args.device == "gpu" else "cpu"
-        half_type = getattr(torch, args.half) if args.half else None
-        if "textbrewer" in args.programs:
-            made["textbrewer"] = workloads.TextBrewerStep(work, batch, device, half_type).run
-        if "torch" in args.programs:
-            step = workloads.TorchStep(work, batch, device, half_type, args.compile)
-            made["torch"] = step.run
-    return made
+    harness.set_torch_threads()
+    device = "cuda" if args.device == "gpu" else "cpu"
+    half_type = getattr(torch, args.half) if args.half else None
+    if name == "textbrewer":
+        return workloads.TextBrewerStep(work, batch, device, half_type).run
+    return workloads.TorchStep(work, batch, device, half_type, args.compile).run
 
 
 def compare(args: argparse.Namespace, work: workloads.Work, size: int) -> harness.Row:
@@ -106,10 +108,14 @@ def ratios(timings: Mapping[str, harness.Timing]) -> harness.Row:
     return row
 
 
-def take_turns(args: argparse.Namespace, made: dict[str, harness.Run]) -> dict[str, harness.Timing]:
-    timings = harness.take_turns(made, rounds=args.rounds, steps=args.steps, warmup=args.warmup)
-    made.clear()
-    gc.collect()  # the next pair of models needs the memory
+def take_turns(
+    args: argparse.Namespace, made: dict[str, harness.Elsewhere]
+) -> dict[str, harness.Timing]:
+    timings = harness.take_turns(
+        made, rounds=args.rounds, steps=args.steps, warmup=args.warmup, lead=args.lead
+    )
+    for each in made.values():
+        each.close()  # the next models need the memory
     return timings
 
 

@@ -6,7 +6,7 @@ BERT-base to T3 on sentences as long as SST-2's: `jaxbrewer.data.bucket_by_lengt
 compiled in a turn.
 
     python benchmarks/buckets.py                         # lengths drawn like SST-2's; ten minutes
-    python benchmarks/buckets.py --data SST-2/train.tsv  # its sentences (needs tokenizers)
+    python benchmarks/buckets.py --data SST-2/train.tsv --vocab bert-base-uncased/vocab.txt
 """
 
 import csv
@@ -29,7 +29,7 @@ def sentences(args: Any, vocab_size: int) -> list[dict[str, Any]]:
         lengths = workloads.draw_lengths(args.sentences, args.length, args.lengths)
         ids = [rng.integers(1, vocab_size, length) for length in lengths]
     else:
-        ids = tokenised(args.data, args.length)
+        ids = tokenised(args.data, args.vocab, args.length)
         ids = [ids[i] for i in rng.permutation(len(ids))[: args.sentences]]
     return [
         {
@@ -41,15 +41,14 @@ def sentences(args: Any, vocab_size: int) -> list[dict[str, Any]]:
     ]
 
 
-def tokenised(path: str, vocab_size: int, longest: int) -> list[list[int]]:
-    """The sentences of a TSV file, in word pieces learnt from them."""
+def tokenised(path: str, vocab: str, longest: int) -> list[list[int]]:
+    """The sentences of a TSV file in word pieces of a BERT vocabulary."""
     from tokenizers import BertWordPieceTokenizer
 
     with open(path, encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         texts = [row["sentence"].strip() for row in rows]
-    tokenizer = BertWordPieceTokenizer(lowercase=True)
-    tokenizer.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
+    tokenizer = BertWordPieceTokenizer(vocab, lowercase=True)
     tokenizer.enable_truncation(longest)
     return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
@@ -65,6 +64,7 @@ def padded(examples: list[dict[str, Any]], args: Any) -> list[dict[str, np.ndarr
 def main() -> None:
     parser = harness.parser(__doc__.splitlines()[0], rounds=3, steps=1)
     parser.add_argument("--data", help="a TSV file with the column 'sentence'")
+    parser.add_argument("--vocab", help="with --data, BERT's vocab.txt")
     parser.add_argument("--lengths", help="a file with one length a line, to draw from")
     parser.add_argument("--sentences", type=int, default=384, help="sentences in the sample")
     parser.add_argument("--student", choices=list(workloads.MATCHED), default="T3")
@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_argument("--buckets", type=int, default=8, help="how many lengths, at most")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if (args.data is None) != (args.vocab is None):
+        parser.error("--data FILE and --vocab FILE go together: give both or neither")
     if args.smoke:
         args.rounds, args.sentences, args.batch, args.buckets = 1, 11, 4, 1
     job = turns.job(args.student, args.smoke)
@@ -86,11 +88,16 @@ def main() -> None:
     print(harness.save(args, rows, shapes=shapes, fullness=loader.fullness))
 
 
+def textbrewer(work: workloads.Work, batch: Any, device: str) -> harness.Run:
+    """TextBrewer's loop over one batch of the fixed length."""
+    harness.set_torch_threads()
+    return workloads.TextBrewerStep(work, batch, device).run
+
+
 def compare(args: Any, job: turns.Job, loader: Any, fixed: list[Any]) -> list[harness.Row]:
     """A row for each program."""
     work = workloads.work(args.student, smoke=args.smoke)
-    harness.set_torch_threads()
-    theirs = workloads.TextBrewerStep(work, fixed[0], args.device)
+    theirs = harness.Elsewhere(textbrewer, work, fixed[0], args.device)
     total = (args.rounds + 1) * max(len(loader), args.steps)
     with tempfile.TemporaryDirectory() as folder:
 
@@ -107,11 +114,12 @@ def compare(args: Any, job: turns.Job, loader: Any, fixed: list[Any]) -> list[ha
             programs = {
                 "jaxbrewer, buckets": lambda steps: buckets(steps * len(loader)),
                 "jaxbrewer": runs["jaxbrewer"],
-                "TextBrewer": theirs.run,
+                "TextBrewer": theirs,
             }
             return harness.take_turns(programs, rounds=args.rounds, steps=args.steps, warmup=1)
 
         timings = turns.all_in_turns(jobs, play)
+    theirs.close()
     in_a_step = {name: args.batch for name in timings}
     in_a_step["jaxbrewer, buckets"] = args.sentences
     each = {

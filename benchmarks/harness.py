@@ -8,10 +8,12 @@ doing falls on all of them; ratios are taken within a round, and their median is
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -82,16 +84,75 @@ def quantile(values: Sequence[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
+class Elsewhere:
+    """A program in a process of its own, with its own threads and memory; called as `Run`.
+
+    Args:
+        make: builds the program there; a function at the top of a module.
+        arguments: what it is called with.
+
+    Raises ``RuntimeError`` with the other process's traceback, if that fails to build or to run it.
+    """
+
+    def __init__(self, make: Callable[..., Run], *arguments: Any):
+        context = multiprocessing.get_context("spawn")
+        self._end, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, make, arguments), daemon=True)
+        self._process.start()
+        other.close()
+        self._wait()
+
+    def __call__(self, steps: int) -> None:
+        """Runs so many steps and waits for the last."""
+        self._end.send(steps)
+        self._wait()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._end.close()
+        self._process.join()
+
+    def _wait(self) -> None:
+        try:
+            problem = self._end.recv()
+        except EOFError:
+            self._process.join()
+            problem = f"it ended with exit code {self._process.exitcode}"
+        if problem is not None:
+            raise RuntimeError(f"a program in another process failed: {problem}")
+
+
+def _serve(end: Any, make: Callable[..., Run], arguments: Sequence[Any]) -> None:
+    """What runs in the other process."""
+    try:
+        run = make(*arguments)
+        end.send(None)
+        while True:
+            steps = end.recv()
+            run(steps)
+            end.send(None)
+    except (EOFError, BrokenPipeError):  # closed by the other end
+        return
+    except Exception:  # noqa: BLE001 - told to the other end
+        end.send(traceback.format_exc())
+
+
 def take_turns(
-    programs: Mapping[str, Run], *, rounds: int, steps: int = 1, warmup: int = 2
+    programs: Mapping[str, Run], *, rounds: int, steps: int = 1, warmup: int = 2, lead: int = 0
 ) -> dict[str, Timing]:
-    """Times programs in turn. A program that needs no compiling may be given ``warmup=0``."""
+    """Times programs in turn.
+
+    A program that needs no compiling may be given ``warmup=0``. ``lead`` steps at the start of each
+    turn are not timed: there a program gets back the memory and caches that the one before it had.
+    """
     if warmup:
         for run in programs.values():
             run(warmup)
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):
         for name, run in programs.items():
+            if lead:
+                run(lead)
             start = time.perf_counter()
             run(steps)
             seconds[name].append((time.perf_counter() - start) / steps)

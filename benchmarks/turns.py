@@ -131,9 +131,9 @@ def train_in_turns(distiller: Any, loader: Any, play: Play, **lengths: int) -> A
     found = []
 
     class Turns(loop.Loop):
-        def run(self, events: Iterator[Any]) -> None:
+        def run(self, events: Iterator[Any], after_step: Callable[[], None]) -> None:
             run = super().run
-            found.append(play(lambda steps: run(_steps(events, steps))))
+            found.append(play(lambda steps: run(_steps(events, steps), after_step)))
 
     before, training.Loop = training.Loop, Turns
     try:

@@ -8,6 +8,7 @@ import copy
 import functools
 import tempfile
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,6 +170,7 @@ class JaxStep:
         import jax
 
         from jaxbrewer import training
+        from jaxbrewer.allocation import kept_memory
         from jaxbrewer.devices import resolve_device
 
         device = resolve_device(distiller.t_config.device)
@@ -182,6 +184,9 @@ class JaxStep:
         self.row = np.ones(3, np.float32)
         self.compiled = self.program.compiled.lower(*self.arguments).compile()
         self.metrics: Any = None
+        # As in ``train``, for as long as this object lives.
+        self._open = ExitStack()
+        self._bound_memory = self._open.enter_context(kept_memory(device.platform))
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -192,6 +197,7 @@ class JaxStep:
         """Trains so many steps on the batch and waits for the last."""
         for _ in range(steps):
             self.state, self.metrics = self.compiled(*self.arguments)
+            self._bound_memory()
         self.metrics.block_until_ready()
 
 

@@ -1,6 +1,7 @@
 """Knowledge distillation for NLP on JAX, with TextBrewer's configs and numbers."""
 
 from . import data, data_utils, presets, schedulers, testing, utils, zoo
+from .allocation import share_heap
 from .checkpoints import export_hf, load_student
 from .configurations import DistillationConfig, IntermediateMatch, TrainingConfig
 from .custom import CustomMatch
@@ -27,6 +28,8 @@ from .presets import (
 )
 
 __version__ = "0.1.0"
+
+share_heap()
 
 Distillers = {
     "Basic": BasicDistiller,

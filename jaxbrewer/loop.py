@@ -97,8 +97,12 @@ class Loop:
     processes: Processes
     print_freq: int = 20
 
-    def run(self, events: Iterator[Event]) -> None:
+    def run(self, events: Iterator[Event], after_step: Callable[[], None]) -> None:
         """Trains until the stream or the schedule ends, or a callback stops it.
+
+        Args:
+            events: batches and the ends of epochs.
+            after_step: called after each micro-step has been started.
 
         Raises:
             FloatingPointError: the loss is not finite; names the terms and the step.
@@ -123,6 +127,7 @@ class Loop:
                     self._end_epoch(event)
                     continue
                 self._micro_step(self.tasks[event.task], self.placement.batch(event.inputs))
+                after_step()
                 self._drawn = event.host_random
                 bar.update(1)
                 done = self._opened == self.schedule.accumulation

@@ -14,6 +14,7 @@ import optax
 
 from . import caching
 from .adaptors import model_name
+from .allocation import kept_memory
 from .arguments import Request, make_factor, make_schedule
 from .batches import Batch, check_ids, sides
 from .checkpoints import Checkpoints, latest_position, load_student
@@ -137,7 +138,8 @@ def train(distiller: "Trainable", request: Request) -> None:
     )
     del state  # the loop's steps own it
     try:
-        loop.run(events)
+        with kept_memory(placement.devices[0].platform) as bound_memory:
+            loop.run(events, bound_memory)
         hand_over(any_program, placement, placement.leave(loop.state))
         distiller.best_checkpoint = checkpoints.best()
     finally:

@@ -26,6 +26,31 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
+def counter(folder, broken=False):
+    """A program that notes how many steps each turn had; made in another process."""
+    if broken:
+        raise KeyError("no such program")
+    notes = Path(folder) / "notes"
+
+    def run(steps):
+        notes.write_text((notes.read_text() if notes.exists() else "") + f"{steps} ")
+
+    return run
+
+
+def test_programs_in_processes_of_their_own_take_turns(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import harness
+
+    program = harness.Elsewhere(counter, tmp_path)
+    timings = harness.take_turns({"it": program}, rounds=2, steps=3, warmup=1, lead=2)
+    assert (tmp_path / "notes").read_text() == "1 2 3 2 3 "
+    assert len(timings["it"].seconds) == 2
+    program.close()
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*KeyError: 'no such program'"):
+        harness.Elsewhere(counter, tmp_path, True)
+
+
 def test_against_textbrewer(run):
     (row,) = run("against_textbrewer", "--students", "T4-tiny", "--rounds", "2")
     for program in ("jaxbrewer", "textbrewer", "torch"):

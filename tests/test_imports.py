@@ -16,7 +16,7 @@ MODULES = sorted(
 
 # Lowest rooms first; a room imports from rooms above it only.
 ROOMS = [
-    "errors", "devices", "compilation", "data", "data_utils", "utils", "metrics", "transport",
+    "errors", "devices", "allocation", "compilation", "data", "data_utils", "utils", "metrics", "transport",
     # functions of arrays, and their names
     "loss_checks", "losses", "schedulers", "projections", "matches", "presets",
     # frozen text
