@@ -98,7 +98,8 @@ def compare(args: Any, job: turns.Job, loader: Any, fixed: list[Any]) -> list[ha
     """A row for each program."""
     work = workloads.work(args.student, smoke=args.smoke)
     theirs = harness.Elsewhere(textbrewer, work, fixed[0], args.device)
-    total = (args.rounds + 1) * max(len(loader), args.steps)
+    # A turn is an untimed and a timed run; one more run comes before the first turn.
+    total = (2 * args.rounds + 1) * max(len(loader), args.steps)
     with tempfile.TemporaryDirectory() as folder:
 
         def start(name: str, batches: Any) -> tuple[Any, Any, dict[str, int]]:
@@ -116,7 +117,9 @@ def compare(args: Any, job: turns.Job, loader: Any, fixed: list[Any]) -> list[ha
                 "jaxbrewer": runs["jaxbrewer"],
                 "TextBrewer": theirs,
             }
-            return harness.take_turns(programs, rounds=args.rounds, steps=args.steps, warmup=1)
+            return harness.take_turns(
+                programs, rounds=args.rounds, steps=args.steps, warmup=1, lead=args.steps
+            )
 
         timings = turns.all_in_turns(jobs, play)
     theirs.close()
