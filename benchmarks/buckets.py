@@ -19,7 +19,7 @@ import numpy as np
 import turns
 import workloads
 
-from jaxbrewer.data import bucket_by_length
+from jaxbrewer.data.buckets import bucket_by_length
 
 
 def sentences(args: Any, vocab_size: int) -> list[dict[str, Any]]:

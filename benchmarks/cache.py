@@ -20,7 +20,7 @@ import jax
 import turns
 import workloads
 
-from jaxbrewer import caching
+from jaxbrewer.training import teacher_cache as caching
 
 WAYS = {
     "none": {},

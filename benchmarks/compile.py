@@ -22,9 +22,9 @@ import numpy as np
 import turns
 import workloads
 
-from jaxbrewer import training
-from jaxbrewer.compilation import keep_programs
-from jaxbrewer.devices import resolve_device
+from jaxbrewer.machine.devices import resolve_device
+from jaxbrewer.machine.programs import keep_programs
+from jaxbrewer.training import run as training
 
 
 def measure(args: Any) -> harness.Row:

@@ -98,7 +98,7 @@ def jax_program(name: str, inputs: tuple[Any, Any, Any], device: str) -> tuple[h
     import jax
 
     import jaxbrewer
-    from jaxbrewer.devices import resolve_device
+    from jaxbrewer.machine.devices import resolve_device
 
     loss = (jaxbrewer.KD_LOSS_MAP | jaxbrewer.MATCH_LOSS_MAP)[name]
     given = jax.device_put(inputs, resolve_device(device))

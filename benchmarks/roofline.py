@@ -143,7 +143,7 @@ def product(shape: tuple[int, int, int], dtype: str, device: str) -> tuple[harne
     """A program that multiplies matrices, rows × inner by inner × columns; FLOPs of its step."""
     import jax
 
-    from jaxbrewer.devices import resolve_device
+    from jaxbrewer.machine.devices import resolve_device
 
     keys = jax.random.split(jax.random.key(0))
     place = resolve_device(device)

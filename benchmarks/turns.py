@@ -11,8 +11,9 @@ import optax
 import workloads
 
 import jaxbrewer
-from jaxbrewer import loop, training
-from jaxbrewer.streams import Micro
+from jaxbrewer.data.streams import Micro
+from jaxbrewer.training import loop
+from jaxbrewer.training import run as training
 
 Play = Callable[[Callable[[int], None]], Any]
 

@@ -169,9 +169,9 @@ class JaxStep:
     def __init__(self, distiller: Any, batch: dict[str, np.ndarray]):
         import jax
 
-        from jaxbrewer import training
-        from jaxbrewer.allocation import kept_memory
-        from jaxbrewer.devices import resolve_device
+        from jaxbrewer.machine.devices import resolve_device
+        from jaxbrewer.machine.memory import kept_memory
+        from jaxbrewer.training import run as training
 
         device = resolve_device(distiller.t_config.device)
         with distiller, warnings.catch_warnings():

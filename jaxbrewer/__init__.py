@@ -1,21 +1,19 @@
 """Knowledge distillation for NLP on JAX, with TextBrewer's configs and numbers."""
 
 from . import data, data_utils, presets, schedulers, testing, utils, zoo
-from .allocation import share_heap
-from .checkpoints import export_hf, load_student
-from .configurations import DistillationConfig, IntermediateMatch, TrainingConfig
-from .custom import CustomMatch
-from .distillers import (
+from .configurations.configs import DistillationConfig, IntermediateMatch, TrainingConfig
+from .distillers.classes import (
     BasicDistiller,
     BasicTrainer,
     GeneralDistiller,
     MultiTaskDistiller,
     MultiTeacherDistiller,
 )
-from .emd import EMDDistiller
-from .loop import CallbackResult
-from .models import FunctionModel, LinenModel
-from .objective import Loss
+from .distillers.emd import EMDDistiller
+from .machine.memory import share_heap
+from .models.handle import FunctionModel, LinenModel
+from .objective.loss import Loss
+from .objective.submodules import CustomMatch
 from .presets import (
     ADAPTOR_KEYS,
     FEATURES,
@@ -26,6 +24,8 @@ from .presets import (
     WEIGHT_SCHEDULER,
     register_new,
 )
+from .training.checkpoints import export_hf, load_student
+from .training.loop import CallbackResult
 
 __version__ = "0.1.0"
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from jaxbrewer import __version__
-from jaxbrewer.commands import CommandError, checking, inspecting, porting, weights
+from jaxbrewer.commands import CommandError, checking, inspecting, weights
+from jaxbrewer.commands.port import documents as porting
+from jaxbrewer.commands.port.verdicts import Run
 from jaxbrewer.commands.zoo_models import TASKS
-from jaxbrewer.port import Run
 
 _MOST_STEPS = 10_000_000
 

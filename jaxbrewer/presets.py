@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from jaxbrewer.errors import UnknownNameError, suggest
-from jaxbrewer.losses import (
+from jaxbrewer.losses.hidden import (
     att_ce_loss,
     att_ce_mean_loss,
     att_mse_loss,

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import training
-from .batches import Batch, own
-from .devices import resolve_devices
-from .placement import OneDevice, Placement, Sharded, has_rows, rows_of
-from .step import Program
+from .data.batches import Batch, own
+from .machine.devices import resolve_devices
+from .machine.placement import OneDevice, Placement, Sharded, has_rows, rows_of
+from .step.program import Program
+from .training import run as training
 
 if TYPE_CHECKING:
-    from .trainable import Trainable
+    from .distillers.base import Trainable
 
 
 def assert_invariant(

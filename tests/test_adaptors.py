@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxbrewer import FunctionModel, adaptors, presets
-from jaxbrewer.adaptors import Side, freeze
-from jaxbrewer.batches import Static, own
+from jaxbrewer import FunctionModel, presets
+from jaxbrewer.data.batches import Static, own
 from jaxbrewer.errors import AdaptorError
+from jaxbrewer.models import adaptors
+from jaxbrewer.models.adaptors import Side, freeze
 
 A, B = jnp.ones((2, 3)), jnp.zeros((2, 3))
 H = jnp.ones((2, 3, 4))

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxbrewer import allocation
+from jaxbrewer.machine import memory as allocation
 from tests import small
 
 ROOT = Path(__file__).parent.parent

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from jaxbrewer import batches
-from jaxbrewer.batches import Static
+from jaxbrewer.data import batches
+from jaxbrewer.data.batches import Static
 from jaxbrewer.errors import BatchError
 from jaxbrewer.zoo.outputs import SequenceClassifierOutput
 

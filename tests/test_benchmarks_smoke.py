@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxbrewer import training
-from jaxbrewer.objective import Weights
+from jaxbrewer.objective.loss import Weights
+from jaxbrewer.training import run as training
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 

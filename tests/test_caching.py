@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import jaxbrewer
-from jaxbrewer import caching
 from jaxbrewer.errors import CacheError, ConfigError
+from jaxbrewer.training import teacher_cache as caching
 from tests import tiny
 from tests.parity.reference import read_events
 

@@ -8,8 +8,8 @@ import optax
 import pytest
 
 import jaxbrewer
-from jaxbrewer.checkpoints import Checkpoints, checkpoint_path, steps_in
 from jaxbrewer.errors import BatchError, CheckpointError
+from jaxbrewer.training.checkpoints import Checkpoints, checkpoint_path, steps_in
 from tests import tiny
 from tests.parity.reference import read_events
 

@@ -17,7 +17,7 @@ import transformers
 from jaxbrewer import CallbackResult, zoo
 from jaxbrewer.__main__ import main
 from jaxbrewer.commands import checking, weights, zoo_models
-from jaxbrewer.port import Run
+from jaxbrewer.commands.port.verdicts import Run
 
 from . import tiny
 

@@ -9,7 +9,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxbrewer import compilation
+from jaxbrewer.machine import programs as compilation
 from tests import small
 
 ROOT = Path(__file__).parent.parent

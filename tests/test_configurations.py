@@ -17,7 +17,7 @@ import torch
 from textbrewer import configurations as reference
 
 from jaxbrewer import presets
-from jaxbrewer.configurations import DistillationConfig, IntermediateMatch, TrainingConfig
+from jaxbrewer.configurations.configs import DistillationConfig, IntermediateMatch, TrainingConfig
 from jaxbrewer.errors import ConfigError
 
 MATCH = {"layer_T": 8, "layer_S": 2, "weight": 1, "loss": "hidden_mse", "feature": "hidden"}

@@ -10,10 +10,10 @@ import torch
 from transformers import BatchEncoding
 
 import jaxbrewer
-from jaxbrewer import data
-from jaxbrewer.checkpoints import steps_in
-from jaxbrewer.data import bucket_by_length
+from jaxbrewer.data import buckets as data
+from jaxbrewer.data.buckets import bucket_by_length
 from jaxbrewer.errors import BatchError
+from jaxbrewer.training.checkpoints import steps_in
 from tests import small, tiny
 
 

@@ -7,8 +7,8 @@ import jax
 import pytest
 import torch
 
-from jaxbrewer import devices
-from jaxbrewer.devices import DeviceWarning, device_name, resolve_device
+from jaxbrewer.machine import devices
+from jaxbrewer.machine.devices import DeviceWarning, device_name, resolve_device
 
 
 def fake_machine(monkeypatch, **counts):

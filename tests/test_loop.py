@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import jaxbrewer
-from jaxbrewer.checkpoints import steps_in
 from jaxbrewer.errors import BatchError
+from jaxbrewer.training.checkpoints import steps_in
 from tests import tiny
 from tests.parity.reference import read_events
 

@@ -7,12 +7,12 @@ import pytest
 from flax import nnx
 
 from jaxbrewer import DistillationConfig, IntermediateMatch, zoo
-from jaxbrewer.adaptors import Side
-from jaxbrewer.inspection import Findings, inspect
 from jaxbrewer.matches import MATCHES
-from jaxbrewer.models import as_model
-from jaxbrewer.plan import resolve
-from jaxbrewer.preflight import check_plan
+from jaxbrewer.models.adaptors import Side
+from jaxbrewer.models.handle import as_model
+from jaxbrewer.objective.plan import resolve
+from jaxbrewer.objective.terms import check_plan
+from jaxbrewer.preflight.sides import Findings, inspect
 from jaxbrewer.presets import PROJ_MAP
 
 # The layers of TextBrewer's examples, teacher-student, attention as counted there.

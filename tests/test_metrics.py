@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from tensorboardX import SummaryWriter
 
-from jaxbrewer import metrics
-from jaxbrewer.metrics import MetricsWriter, read_scalars
+from jaxbrewer.training import metrics
+from jaxbrewer.training.metrics import MetricsWriter, read_scalars
 
 
 @pytest.fixture

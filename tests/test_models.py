@@ -11,9 +11,11 @@ import torch
 from flax import linen, nnx
 
 import jaxbrewer
-from jaxbrewer import FunctionModel, LinenModel, batches, training
-from jaxbrewer.models import Model, NNXModel, as_model, dotted
-from jaxbrewer.placement import OneDevice
+from jaxbrewer import FunctionModel, LinenModel
+from jaxbrewer.data import batches
+from jaxbrewer.machine.placement import OneDevice
+from jaxbrewer.models.handle import Model, NNXModel, as_model, dotted
+from jaxbrewer.training import run as training
 
 from . import small
 

@@ -13,9 +13,11 @@ from textbrewer import losses as torch_losses
 from textbrewer import schedulers as torch_schedulers
 from textbrewer.distiller_utils import probability_shift_, select_logits_with_mask
 
-from jaxbrewer import losses, objective, presets
-from jaxbrewer.objective import Weights, distillation_loss, kd_term, probability_shift
-from jaxbrewer.plan import KD, Match, Plan, Weight
+from jaxbrewer import presets
+from jaxbrewer.losses import hidden as losses
+from jaxbrewer.objective import loss as objective
+from jaxbrewer.objective.loss import Weights, distillation_loss, kd_term, probability_shift
+from jaxbrewer.objective.plan import KD, Match, Plan, Weight
 
 from . import small
 

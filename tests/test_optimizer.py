@@ -10,8 +10,8 @@ import pytest
 import torch
 from flax import nnx
 
-from jaxbrewer import optimizer
-from jaxbrewer.optimizer import build, clip_by_norm, drop_window, make_optimizer
+from jaxbrewer.step import optimizer
+from jaxbrewer.step.optimizer import build, clip_by_norm, drop_window, make_optimizer
 
 ADAMW = functools.partial(optax.adamw, learning_rate=0.1)
 ONE = jnp.float32(1)

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec
 import jaxbrewer
 from jaxbrewer import TrainingConfig
 from jaxbrewer.errors import BatchError, ConfigError
-from jaxbrewer.placement import OneDevice, Pmapped, Sharded, placement_for, rows_of
+from jaxbrewer.machine.placement import OneDevice, Pmapped, Sharded, placement_for, rows_of
 
 from . import small, tiny
 

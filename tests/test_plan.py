@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxbrewer import DistillationConfig, TrainingConfig, presets
-from jaxbrewer.plan import Schedule, Weight, resolve
+from jaxbrewer.objective.plan import Schedule, Weight, resolve
 
 # -------------------------------------------------------------------------------------- weights
 

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxbrewer import DistillationConfig, TrainingConfig, port, presets, training, zoo
+from jaxbrewer import DistillationConfig, TrainingConfig, presets, zoo
 from jaxbrewer.__main__ import main
-from jaxbrewer.arguments import make_factor, make_schedule
-from jaxbrewer.batches import own
-from jaxbrewer.commands import porting
-from jaxbrewer.commands.literals import parse, written_configs
-from jaxbrewer.port import Run, Verdict
+from jaxbrewer.commands.port import documents as porting
+from jaxbrewer.commands.port import verdicts as port
+from jaxbrewer.commands.port.literals import parse, written_configs
+from jaxbrewer.commands.port.verdicts import Run, Verdict
+from jaxbrewer.data.batches import own
+from jaxbrewer.training import run as training
+from jaxbrewer.training.request import make_factor, make_schedule
 from jaxbrewer.zoo import BertConfig
 
 # ------------------------------------------------------------------ files as TextBrewer's users have

@@ -11,14 +11,15 @@ import pytest
 from flax import linen, nnx
 
 import jaxbrewer
-from jaxbrewer import FunctionModel, LinenModel, TrainingConfig, training
-from jaxbrewer.adaptors import Side
-from jaxbrewer.batches import own
+from jaxbrewer import FunctionModel, LinenModel, TrainingConfig
+from jaxbrewer.data.batches import own
 from jaxbrewer.errors import ConfigError, PrecisionError, PreflightError
-from jaxbrewer.metrics import read_scalars
-from jaxbrewer.models import Model, as_model
-from jaxbrewer.precision import FLOAT32, Precision, at_level, resolve
-from jaxbrewer.products import wide_products
+from jaxbrewer.models.adaptors import Side
+from jaxbrewer.models.half_products import wide_products
+from jaxbrewer.models.handle import Model, as_model
+from jaxbrewer.models.precision import FLOAT32, Precision, at_level, resolve
+from jaxbrewer.training import run as training
+from jaxbrewer.training.metrics import read_scalars
 from jaxbrewer.zoo import (
     BertConfig,
     BertForSequenceClassification,

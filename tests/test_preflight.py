@@ -11,9 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxbrewer import BasicDistiller, BasicTrainer, FunctionModel, TrainingConfig, presets, training
-from jaxbrewer.batches import own
+from jaxbrewer import BasicDistiller, BasicTrainer, FunctionModel, TrainingConfig, presets
+from jaxbrewer.data.batches import own
 from jaxbrewer.errors import PreflightError, PreflightWarning
+from jaxbrewer.training import run as training
 
 from . import small
 from .small import adaptor, encoder, match

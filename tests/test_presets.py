@@ -4,7 +4,7 @@ import pytest
 from textbrewer import presets as reference
 
 from jaxbrewer import presets
-from jaxbrewer.configurations import DistillationConfig, IntermediateMatch
+from jaxbrewer.configurations.configs import DistillationConfig, IntermediateMatch
 from jaxbrewer.errors import ConfigError, UnknownNameError, suggest
 from jaxbrewer.presets import MAPS, TEMPERATURE_SCHEDULER, lookup, register_new
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxbrewer.errors import PrecisionError
-from jaxbrewer.products import in_half, wide_products
+from jaxbrewer.models.half_products import in_half, wide_products
 
 RNG = np.random.default_rng(0)
 W, X = (jnp.asarray(RNG.normal(size=s), jnp.float32) for s in ((4, 4), (3, 4)))

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 import jaxbrewer
-from jaxbrewer.batches import own
-from jaxbrewer.training import prepare
+from jaxbrewer.data.batches import own
+from jaxbrewer.training.run import prepare
 from tests import tiny
 
 ROW = np.ones(3, np.float32)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from jaxbrewer import FunctionModel
-from jaxbrewer.adaptors import Side
-from jaxbrewer.batches import own
+from jaxbrewer.data.batches import own
 from jaxbrewer.errors import AdaptorError
-from jaxbrewer.teachers import MeanTeacher, NoTeacher, OneTeacher, Teacher
+from jaxbrewer.models.adaptors import Side
+from jaxbrewer.models.teachers import MeanTeacher, NoTeacher, OneTeacher, Teacher
 
 from . import small
 

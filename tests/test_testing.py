@@ -4,7 +4,7 @@ import jax
 import pytest
 
 import jaxbrewer
-from jaxbrewer.placement import Sharded
+from jaxbrewer.machine.placement import Sharded
 from jaxbrewer.testing import assert_invariant
 
 from . import tiny

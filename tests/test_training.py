@@ -21,10 +21,10 @@ from jaxbrewer import (
     GeneralDistiller,
     TrainingConfig,
     schedulers,
-    training,
 )
-from jaxbrewer.batches import own
+from jaxbrewer.data.batches import own
 from jaxbrewer.errors import BatchError, PreflightError, PreflightWarning
+from jaxbrewer.training import run as training
 
 from . import small
 from .parity.reference import read_events

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment, linprog
 
-from jaxbrewer.transport import exact_transport
+from jaxbrewer.objective.transport import exact_transport
 
 SHAPES = [(5, 12), (3, 12), (4, 12), (6, 12), (1, 12), (9, 1), (1, 1), (7, 7), (7, 11), (12, 5)]
 KINDS = ["uniform", "ties", "layers", "signed", "large"]

@@ -24,8 +24,8 @@ from corpus import PACKAGES, encode, passages, split, train_tokenizer
 from flax import nnx
 
 from jaxbrewer import BasicTrainer, DistillationConfig, GeneralDistiller, TrainingConfig
-from jaxbrewer.metrics import read_scalars
 from jaxbrewer.schedulers import get_linear_schedule_with_warmup
+from jaxbrewer.training.metrics import read_scalars
 from jaxbrewer.utils import display_parameters
 from jaxbrewer.zoo import BertConfig, BertForSequenceClassification
 

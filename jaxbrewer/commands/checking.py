@@ -12,9 +12,8 @@ import jax
 import numpy as np
 import optax
 
-from jaxbrewer import training
-from jaxbrewer.batches import own
 from jaxbrewer.commands import BY_HAND, FINE, CommandError, read_json_object
+from jaxbrewer.commands.port.verdicts import Run, describe_schedule
 from jaxbrewer.commands.zoo_models import (
     by_shape,
     config_from,
@@ -23,13 +22,14 @@ from jaxbrewer.commands.zoo_models import (
     read_config,
     task_of,
 )
-from jaxbrewer.configurations import DistillationConfig, TrainingConfig
-from jaxbrewer.distillers import GeneralDistiller
+from jaxbrewer.configurations.configs import DistillationConfig, TrainingConfig
+from jaxbrewer.data.batches import own
+from jaxbrewer.distillers.classes import GeneralDistiller
 from jaxbrewer.errors import ConfigError, PreflightError, PreflightWarning
-from jaxbrewer.models import as_model
-from jaxbrewer.port import Run, describe_schedule
-from jaxbrewer.report import describe
-from jaxbrewer.step import Program
+from jaxbrewer.models.handle import as_model
+from jaxbrewer.preflight.report import describe
+from jaxbrewer.step.program import Program
+from jaxbrewer.training import run as training
 
 _LABELS = {
     "sequence-classification": ("labels",),

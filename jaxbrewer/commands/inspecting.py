@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from safetensors import SafetensorError, safe_open
 
-from jaxbrewer import checkpoints
-from jaxbrewer.checks import short
 from jaxbrewer.commands import BY_HAND, FINE, CommandError, read_json_object
 from jaxbrewer.commands.zoo_models import config_from
+from jaxbrewer.configurations.checks import short
 from jaxbrewer.errors import CheckpointError
+from jaxbrewer.training import checkpoints
 from jaxbrewer.utils import display_parameters
 from jaxbrewer.zoo.hf import CONFIG, INDEX, WEIGHTS
 

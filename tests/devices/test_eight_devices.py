@@ -9,10 +9,11 @@ import optax
 import pytest
 
 import jaxbrewer
-from jaxbrewer import streams, training
-from jaxbrewer.batches import own, sides
-from jaxbrewer.metrics import read_scalars
-from jaxbrewer.objective import Weights
+from jaxbrewer.data import streams
+from jaxbrewer.data.batches import own, sides
+from jaxbrewer.objective.loss import Weights
+from jaxbrewer.training import run as training
+from jaxbrewer.training.metrics import read_scalars
 
 from .. import tiny
 from . import jobs

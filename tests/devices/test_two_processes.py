@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import jaxbrewer
-from jaxbrewer.checkpoints import steps_in
-from jaxbrewer.metrics import read_scalars
+from jaxbrewer.training.checkpoints import steps_in
+from jaxbrewer.training.metrics import read_scalars
 
 from .. import tiny
 from . import jobs, two_processes

@@ -12,7 +12,7 @@ import textbrewer
 import torch
 
 import jaxbrewer
-from jaxbrewer.metrics import read_scalars
+from jaxbrewer.training.metrics import read_scalars
 
 from .toys import batches, linear_names, twins
 

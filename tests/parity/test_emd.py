@@ -9,7 +9,7 @@ from scipy.optimize import linprog
 
 import jaxbrewer
 from jaxbrewer.errors import ConfigError, PreflightError
-from jaxbrewer.objective import Weights
+from jaxbrewer.objective.loss import Weights
 from tests import tiny
 
 EMD = {"layer_num_S": 3, "layer_num_T": 4, "feature": "hidden", "loss": "hidden_mse", "weight": 0.7}

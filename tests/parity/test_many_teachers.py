@@ -8,7 +8,8 @@ import pytest
 import textbrewer
 
 import jaxbrewer
-from jaxbrewer import caching, training
+from jaxbrewer.training import run as training
+from jaxbrewer.training import teacher_cache as caching
 
 from .reference import Job, adaptor, assert_equal_runs, configs, run, run_both
 from .toys import batches, twins

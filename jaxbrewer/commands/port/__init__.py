@@ -1,0 +1,1 @@
+"""``jaxbrewer port``: what becomes of TextBrewer's files."""

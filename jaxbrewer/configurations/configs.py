@@ -1,0 +1,428 @@
+"""The configs: what to train and how, as frozen text and numbers.
+
+A config is TextBrewer's: the same names, order and defaults, from a dict or a JSON file. Making one
+checks it whole and reports every problem in one :class:`~jaxbrewer.errors.ConfigError`; it touches
+no disk and no device. Schedulers stay names here, and nothing the caller gave is kept or changed.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+from jaxbrewer import presets
+from jaxbrewer.configurations import checks
+from jaxbrewer.errors import ConfigError, suggest
+from jaxbrewer.machine.devices import device_name
+
+# ---------------------------------------------------------------------------------------- the base
+
+
+class Config:
+    """What the configs share: checking, dicts, JSON, and a readable ``str()``."""
+
+    _checks: ClassVar[Mapping[str, checks.Check]] = {}
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuses unknown keywords with the nearest known one, which Python does not offer."""
+        unknown = _unknown(kwargs, _field_names(cls))
+        if unknown:
+            raise TypeError(f"{cls.__name__}: " + "; ".join(unknown))
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        values = {name: getattr(self, name) for name in _field_names(type(self))}
+        kept, problems = self._checked(values)
+        if problems:
+            raise ConfigError(type(self).__name__, problems)
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def _checked(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Returns the values to keep, and what is wrong with the others."""
+        kept: dict[str, Any] = {}
+        problems: list[str] = []
+        for name, value in values.items():
+            try:
+                kept[name] = cls._checks[name](value)
+            except ConfigError as error:
+                problems += error.problems
+            except ValueError as error:
+                problems.append(f"{name} is {checks.short(value)}: {error}")
+        return kept, problems + cls._check_together(kept)
+
+    @classmethod
+    def _check_together(cls, kept: Mapping[str, Any]) -> list[str]:
+        """Returns what is wrong with values that are right each alone."""
+        return []
+
+    @classmethod
+    def from_dict(cls, dict_object: Mapping[str, Any]) -> Self:
+        """Returns the config that a dict describes.
+
+        Args:
+            dict_object: field names and values; what is left out takes its default. It is copied.
+
+        Raises:
+            ConfigError: names every unknown or missing key and every wrong value.
+        """
+        if not isinstance(dict_object, Mapping):
+            raise ConfigError(cls.__name__, [f"expected a dict, got {checks.short(dict_object)}"])
+        names = _field_names(cls)
+        known = {key: value for key, value in dict_object.items() if key in names}
+        kept, problems = cls._checked(known)
+        problems += _unknown(dict_object, names)
+        problems += [f"missing key {name!r}" for name in _required(cls) if name not in known]
+        if problems:
+            raise ConfigError(cls.__name__, problems)
+        return cls(**kept)
+
+    @classmethod
+    def from_json_file(cls, json_filename: str | os.PathLike[str]) -> Self:
+        """Returns the config that a JSON file describes.
+
+        Raises:
+            ConfigError: the file cannot be read, is no JSON (with line and column) or no object in
+                it, repeats a key, or describes no valid config.
+        """
+        source = f"{cls.__name__} in {os.fspath(json_filename)}"
+        try:
+            text = Path(json_filename).read_text(encoding="utf-8-sig")
+        except FileNotFoundError as error:
+            where = Path(json_filename).absolute()
+            raise ConfigError(source, [f"there is no such file ({where})"]) from error
+        except (OSError, ValueError) as error:  # ValueError: it is not UTF-8
+            raise ConfigError(source, [f"the file cannot be read: {error}"]) from error
+        try:
+            return cls.from_dict(json.loads(text, object_pairs_hook=_without_repeats))
+        except ConfigError as error:
+            raise ConfigError(source, error.problems) from None
+        except json.JSONDecodeError as error:
+            problem = f"line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
+            raise ConfigError(source, [problem]) from error
+        except (ValueError, RecursionError) as error:  # digits without end, brackets without end
+            raise ConfigError(source, [f"not usable as JSON: {error}"]) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a dict of lists, text and numbers; :meth:`from_dict` makes an equal of it.
+
+        Fields TextBrewer does not have are left out where they hold their default, so that it can
+        read the dict too.
+        """
+        return {
+            field.name: _thawed(value)
+            for field in dataclasses.fields(cast(Any, self))
+            if (value := getattr(self, field.name)) != field.default or not field.kw_only
+        }
+
+    def to_json_file(self, json_filename: str | os.PathLike[str]) -> None:
+        """Writes the config as JSON: the whole file or, if that fails, nothing.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        path = Path(json_filename)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(json.dumps(self.to_dict(), indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def __str__(self) -> str:
+        lines = [type(self).__name__]
+        for name in _field_names(type(self)):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and value and isinstance(value[0], IntermediateMatch):
+                lines += [f"  {name}:", *(f"    {match}" for match in value)]
+            else:
+                lines.append(f"  {name}: {_thawed(value)}")
+        return "\n".join(lines)
+
+
+def _field_names(cls: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _required(cls: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+
+
+def _unknown(keys: Iterable[Any], names: Sequence[str]) -> list[str]:
+    unknown = [key for key in keys if key not in names]
+    return [f"unknown key {checks.short(key)}; {suggest(key, names)}" for key in unknown]
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ConfigError("", [f"the key {checks.short(key)} is there twice"])
+        found[key] = value
+    return found
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, IntermediateMatch):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _thawed(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_thawed(item) for item in value]
+    return value
+
+
+# ------------------------------------------------------------------------------------- the configs
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Config):
+    """How to train, save and log.
+
+    Args:
+        gradient_accumulation_steps: batches for one optimizer step.
+        ckpt_frequency: checkpoints in an epoch.
+        ckpt_epoch_frequency: epochs from one with checkpoints to the next.
+        ckpt_steps: optimizer steps from one checkpoint to the next when training by ``num_steps``;
+            None: one, at the end.
+        log_dir: folder for tensorboard files; None: none are written.
+        output_dir: folder for checkpoints. It is made when training starts, not here.
+        device: ``'cuda'``, ``'gpu'``, ``'tpu'``, ``'cpu'``, with an index where one is meant
+            (``'cuda:1'``), a ``jax.Device``, or anything whose ``str()`` is such a text. Kept as
+            text; see :func:`~jaxbrewer.devices.resolve_device` for what it means on a machine.
+        fp16: half precision, as far as the level says.
+        fp16_opt_level: Apex's level of it, ``'O0'`` to ``'O3'``; see `jaxbrewer.precision`.
+        data_parallel: share each batch out over this process's devices.
+        local_rank: −1: one process; 0 or more: this process's rank on its machine.
+        seed: of every random number of the training, from 0 to 2³² − 1.
+        half_dtype: the half type of ``fp16``: ``'bfloat16'``, ``'float16'``, or ``'auto'``:
+            bfloat16 where the hardware has it, else float16.
+        resume: go on from the newest checkpoint in ``output_dir``.
+        max_to_keep: checkpoints to keep, the newest; None: all.
+        mapping: how several devices share a batch. ``'sharded'``: one program sees the batch whole,
+            and the numbers do not depend on how many devices there are. ``'pmap'``: each device
+            computes the loss of its own rows, and gradients and metrics are averaged, as torch's
+            DistributedDataParallel does.
+        sharding: what is cut into pieces over the devices, for models larger than one of them:
+            ``'teacher'``; ``'all'``, which is parameters, optimizer state and teacher; None:
+            nothing, each device holds everything.
+
+    Raises:
+        ConfigError: a ValueError that lists everything wrong.
+        TypeError: an unknown keyword; the message names the nearest.
+    """
+
+    gradient_accumulation_steps: int = 1
+    ckpt_frequency: int = 1
+    ckpt_epoch_frequency: int = 1
+    ckpt_steps: int | None = None
+    log_dir: str | os.PathLike[str] | None = None
+    output_dir: str | os.PathLike[str] = "./saved_models"
+    device: Any = "cuda"
+    fp16: bool = False
+    fp16_opt_level: str = "O1"
+    data_parallel: bool = False
+    local_rank: int = -1
+    _: KW_ONLY
+    seed: int = 0
+    half_dtype: str = "auto"
+    resume: bool = False
+    max_to_keep: int | None = None
+    mapping: str = "sharded"
+    sharding: str | None = None
+
+    _checks: ClassVar[Mapping[str, checks.Check]] = {
+        "gradient_accumulation_steps": checks.integer(1),
+        "ckpt_frequency": checks.integer(1),
+        "ckpt_epoch_frequency": checks.integer(1),
+        "ckpt_steps": checks.optional(checks.integer(1)),
+        "log_dir": checks.optional(checks.folder),
+        "output_dir": checks.folder,
+        "device": device_name,
+        "fp16": checks.boolean,
+        "fp16_opt_level": checks.one_of(("O0", "O1", "O2", "O3")),
+        "data_parallel": checks.boolean,
+        "local_rank": checks.integer(-1),
+        "seed": checks.integer(0, 2**32 - 1),
+        "half_dtype": checks.one_of(("auto", "bfloat16", "float16")),
+        "resume": checks.boolean,
+        "max_to_keep": checks.optional(checks.integer(1)),
+        "mapping": checks.one_of(("sharded", "pmap")),
+        "sharding": checks.optional(checks.one_of(("teacher", "all"))),
+    }
+
+    @classmethod
+    def _check_together(cls, kept: Mapping[str, Any]) -> list[str]:
+        problems = []
+        half = kept.get("half_dtype", "auto")
+        if half != "auto" and not kept.get("fp16", True):
+            problems.append(
+                f"half_dtype is {half!r}, but fp16 is False: set it to train in a half type"
+            )
+        parallel, rank = kept.get("data_parallel"), kept.get("local_rank", -1)
+        if parallel and rank >= 0:
+            problems.append(
+                f"data_parallel is True and local_rank is {rank}: expected one of them; with "
+                "local_rank, all devices of all processes are used, so leave data_parallel out"
+            )
+        alone = parallel is False and rank < 0
+        several = "several devices: set data_parallel=True, or local_rank where there are several processes"
+        if kept.get("mapping") == "pmap" and alone:
+            problems.append(f"mapping is 'pmap', which is for {several}")
+        if kept.get("sharding") and alone:
+            problems.append(f"sharding is {kept['sharding']!r}, which is for {several}")
+        if kept.get("sharding") and kept.get("mapping") == "pmap":
+            problems.append(
+                f"sharding is {kept['sharding']!r} and mapping is 'pmap', in which each device "
+                "holds everything: expected mapping='sharded'"
+            )
+        return problems
+
+
+@dataclass(frozen=True)
+class IntermediateMatch(Config):
+    """One feature of the student to be drawn towards one of the teacher.
+
+    Args:
+        layer_T: index into the teacher's list of that feature (a negative one counts from its
+            end), or two of them for the losses that take two layers (``fsp``, ``nst``).
+        layer_S: the same for the student.
+        weight: of this loss in the total.
+        loss: a name in ``presets.MATCH_LOSS_MAP``, looked up when a distiller is built.
+        feature: a name in ``presets.FEATURES``.
+        proj: ``[name, student's width, teacher's width]``, and a dict of optimizer options for it
+            if wanted: a projection in ``presets.PROJ_MAP`` for widths that differ. Kept as a tuple
+            of four, the last a (perhaps empty) read-only dict.
+
+    Raises:
+        ConfigError: a ValueError that lists everything wrong.
+        TypeError: an unknown keyword; the message names the nearest.
+    """
+
+    layer_T: int | Sequence[int]
+    layer_S: int | Sequence[int]
+    weight: float
+    loss: str
+    feature: str
+    proj: Any = None
+
+    _checks: ClassVar[Mapping[str, checks.Check]] = {
+        "layer_T": checks.layers,
+        "layer_S": checks.layers,
+        "weight": checks.number,
+        "loss": checks.text,
+        "feature": checks.one_of(presets.FEATURES),
+        "proj": checks.projection,
+    }
+
+    @classmethod
+    def _check_together(cls, kept: Mapping[str, Any]) -> list[str]:
+        layers = [(name, kept[name]) for name in ("layer_T", "layer_S") if name in kept]
+        if len({isinstance(layer, tuple) for _, layer in layers}) < 2:
+            return []
+        given = " and ".join(f"{name} is {_thawed(layer)}" for name, layer in layers)
+        return [f"{given}: expected one layer on both sides, or two on both"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a dict in TextBrewer's form, from which :meth:`from_dict` makes an equal."""
+        found = super().to_dict()
+        if self.proj is None:
+            del found["proj"]
+        elif not self.proj[3]:
+            found["proj"].pop()
+        return found
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}: {value}" for name, value in self.to_dict().items())
+
+
+def _matches(value: Any) -> tuple["IntermediateMatch", ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple):
+        raise ConfigError("", ["intermediate_matches must be a list of dicts"])
+    matches, problems = [], []
+    for i, item in enumerate(value):
+        try:
+            given = isinstance(item, IntermediateMatch)
+            matches.append(item if given else IntermediateMatch.from_dict(item))
+        except ConfigError as error:
+            problems += [f"intermediate_matches[{i}]: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError("", problems)
+    return tuple(matches)
+
+
+@dataclass(frozen=True)
+class DistillationConfig(Config):
+    """What the student is trained on.
+
+    The loss is kd_loss_weight · KD + hard_label_weight · (sum of the adaptor's losses) + the sum of
+    the matches, each with its weight. The KD loss has no factor of temperature².
+
+    Args:
+        temperature: divides both sides' logits in the KD loss.
+        temperature_scheduler: ``'none'``, a name in ``presets.TEMPERATURE_SCHEDULER``, or a list
+            of a name and its arguments: ``['flsw', 1, 2]``, ``['cwsm', {'beta': 1}]``. A list is
+            kept as a tuple.
+        hard_label_weight: weight of the adaptor's ``losses``.
+        hard_label_weight_scheduler: ``'none'`` or a name in ``presets.WEIGHT_SCHEDULER``.
+        kd_loss_type: a name in ``presets.KD_LOSS_MAP``, looked up when a distiller is built.
+        kd_loss_weight: weight of the KD loss.
+        kd_loss_weight_scheduler: as for the hard labels.
+        probability_shift: swap the teacher's largest logit with the label's.
+        intermediate_matches: a list of :class:`IntermediateMatch` or dicts of its fields. Kept as
+            a tuple.
+        is_caching_logits: run the teacher once over the data, keep what the objective uses of its
+            results, and draw the batches' order anew each epoch. Not with ``num_steps``.
+        cache_dir: folder to keep them in, and to find them in again; None: host memory. Only with
+            ``is_caching_logits``.
+        cache_dtype: the type their floats are kept in: ``'float32'`` (as the teacher gives them),
+            ``'float16'`` or ``'bfloat16'``.
+
+    Raises:
+        ConfigError: a ValueError that lists everything wrong.
+        TypeError: an unknown keyword; the message names the nearest.
+    """
+
+    temperature: float = 4
+    temperature_scheduler: str | Sequence[Any] | None = "none"
+    hard_label_weight: float = 0
+    hard_label_weight_scheduler: str | None = "none"
+    kd_loss_type: str = "ce"
+    kd_loss_weight: float = 1
+    kd_loss_weight_scheduler: str | None = "none"
+    probability_shift: bool = False
+    intermediate_matches: Any = None
+    is_caching_logits: bool = False
+    _: KW_ONLY
+    cache_dir: str | os.PathLike[str] | None = None
+    cache_dtype: str = "float32"
+
+    _checks: ClassVar[Mapping[str, checks.Check]] = {
+        "temperature": checks.positive,
+        "temperature_scheduler": checks.temperature_scheduler,
+        "hard_label_weight": checks.number,
+        "hard_label_weight_scheduler": checks.weight_scheduler,
+        "kd_loss_type": checks.text,
+        "kd_loss_weight": checks.number,
+        "kd_loss_weight_scheduler": checks.weight_scheduler,
+        "probability_shift": checks.boolean,
+        "intermediate_matches": _matches,
+        "is_caching_logits": checks.boolean,
+        "cache_dir": checks.optional(checks.folder),
+        "cache_dtype": checks.one_of(("float32", "float16", "bfloat16")),
+    }
+
+    @classmethod
+    def _check_together(cls, kept: Mapping[str, Any]) -> list[str]:
+        if kept.get("cache_dir") is None or kept.get("is_caching_logits", True):
+            return []
+        return ["cache_dir is given, but is_caching_logits is False: set it to use the cache"]

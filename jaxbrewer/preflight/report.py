@@ -1,0 +1,95 @@
+"""What `distiller.check` prints: what is matched with what, how large, at what cost."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from ..data.batches import Batch, signature_of
+from ..objective.plan import Plan
+from ..step.program import Program
+
+if TYPE_CHECKING:
+    from ..distillers.base import Trainable
+
+
+def describe(
+    distiller: "Trainable", program: Program, batch: Batch, *, with_optimizer: bool
+) -> str:
+    """Describes a program in plain text; compiles the step to know its cost."""
+    lines = [f"batch       {signature_of(batch)}"]
+    student = _count(program.student.model.params)
+    for side in program.teacher.sides:
+        count = _count(side.model.params)
+        ratio = f" ({count / student:.1f}× the student)" if student else ""
+        lines.append(f"model_{side.role:6}{count:>13,} parameters{ratio}")
+    name = "model_S" if program.teacher.sides else "model"
+    lines.append(f"{name:12}{student:>13,} parameters")
+    for name, projection in program.projections.items():
+        lines.append(f"proj {name:7}{_count(projection.params):>13,} parameters")
+    if program.precision.level != "O0":
+        lines.append(f"precision   {program.precision}")
+    lines += ["", "loss ="]
+    lines += _objective(distiller, program)
+    lines += ["", *_cost(program, batch, with_optimizer)]
+    return "\n".join(lines)
+
+
+def plan_terms(plan: Plan) -> list[str]:
+    """The terms of a plan in words; those that are only logged say so."""
+    lines = []
+    for weight, what in (
+        (plan.kd_weight, _kd(plan)),
+        (plan.hard_label_weight, "the student's own losses"),
+    ):
+        scheduled = ", then by its scheduler" if weight.scheduler else ""
+        note = "  (logged only)" if weight.is_zero else ""
+        lines.append(f"{weight.initial:g}{scheduled} × {what}{note}")
+    for match in plan.matches:
+        proj = (
+            f", projected {match.proj[1]} → {match.proj[2]} ({match.proj[0]})" if match.proj else ""
+        )
+        note = "  (logged only)" if not match.weight else ""
+        lines.append(f"{match.weight:g} × {match}{proj}{note}")
+    return lines
+
+
+def _kd(plan: Plan) -> str:
+    return f"KD by {plan.kd.loss_name!r}, temperature {plan.kd.temperature}" if plan.kd else "KD"
+
+
+def _objective(distiller: "Trainable", program: Program) -> list[str]:
+    """The objective's lines; a plan's KD and hard-label terms only where they are computed."""
+    terms = distiller._terms()
+    if terms is None:
+        return [f"  + {name}" for name in program.names]
+    if len(terms) > 1:
+        computed = ("unweighted_kd_loss", "unweighted_hard_label_loss")
+        absent = [i for i, name in enumerate(computed) if name not in program.names]
+        terms = [term for i, term in enumerate(terms) if i not in absent]
+    return [f"  + {term}" for term in terms]
+
+
+def _cost(program: Program, batch: Batch, with_optimizer: bool) -> list[str]:
+    state = jax.eval_shape(lambda: program.init(0))
+    row = np.ones(3, np.float32)
+    compiled = program.compiled.lower(state, program.teacher.variables, batch, row).compile()
+    lines = ["one step"]
+    costs = compiled.cost_analysis()
+    if costs and "flops" in costs:
+        lines.append(f"  {costs['flops'] / 1e9:,.2f} GFLOP")
+    memory = compiled.memory_analysis()
+    if memory is not None:
+        held = memory.argument_size_in_bytes / 2**20
+        peak = (
+            held
+            + (memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+            / 2**20
+        )
+        without = "" if with_optimizer else ", without an optimizer's state"
+        lines.append(f"  {held:,.0f} MiB of arrays held{without}; {peak:,.0f} MiB at the peak")
+    return lines
+
+
+def _count(params: Any) -> int:
+    return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,1 @@
+"""The one compiled function: losses, gradient, update, metrics."""

@@ -1,0 +1,343 @@
+"""Checkpoints through Orbax: folders ``gs{step}`` under ``output_dir``, written in the background.
+
+A checkpoint holds, as separate items, so that each can be read without the others:
+
+=========== ====================================================================
+student     ``{'params': …, 'state': …}``
+projections likewise, by projection
+training    optimizer state (with an open accumulation window), random key, counters, loss scale
+position    JSON: step, epoch, batch, the same with its random state for each process, the
+            configs, the format's version
+=========== ====================================================================
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+# Importing Orbax puts a handler on the root logger, after which a user's logging.basicConfig would
+# do nothing, in silence.
+_handlers = logging.root.handlers[:]
+import orbax.checkpoint as ocp  # noqa: E402
+
+logging.root.handlers[:] = _handlers
+
+from ..errors import CheckpointError, suggest  # noqa: E402
+from ..models.handle import Model, as_model  # noqa: E402
+from ..step.program import TrainState  # noqa: E402
+
+Folder = str | os.PathLike[str]
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_FINISHED = "_CHECKPOINT_METADATA"  # Orbax writes it last
+_SCORES = "scores.json"
+
+
+def steps_in(folder: Folder) -> list[int]:
+    """The steps of the finished checkpoints in a folder, in order."""
+    names = [p.name for p in Path(folder).glob("gs*") if (p / _FINISHED).is_file()]
+    return sorted(int(m[1]) for m in (re.fullmatch(r"gs(\d+)", name) for name in names) if m)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they go; made if it is not there.
+        resume: whether to go on from what is there. If not, checkpoints of an earlier run are
+            moved to a folder ``earlier-1`` (2, …) beside the new ones.
+        max_to_keep: how many to keep: the newest, and of the others those with the best scores
+            (see `score`) and then the newest. None keeps all.
+        is_chief: of several processes, all of which write arrays, one does the rest.
+    """
+
+    def __init__(
+        self, folder: Folder, *, resume: bool, max_to_keep: int | None, is_chief: bool = True
+    ):
+        self.folder = Path(folder).absolute()
+        self.max_to_keep = max_to_keep
+        self._is_chief = is_chief
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"output_dir={str(folder)!r} cannot be made: {error}") from error
+        if not resume and is_chief:
+            self._set_aside()
+        self._checkpointer = ocp.AsyncCheckpointer(_handler())
+
+    def _set_aside(self) -> None:
+        old = [p for p in self.folder.glob("gs*") if re.fullmatch(r"gs\d+", p.name)]
+        if not old:
+            return
+        n = 1
+        while (self.folder / f"earlier-{n}").exists():
+            n += 1
+        aside = self.folder / f"earlier-{n}"
+        aside.mkdir()
+        scores = self.folder / _SCORES
+        for path in [*old, *([scores] if scores.exists() else [])]:
+            shutil.move(path, aside / path.name)
+        logger.warning(
+            "%s held checkpoints of an earlier run; moved to %s (resume=True would have gone on "
+            "from them)",
+            self.folder,
+            aside,
+        )
+
+    def save(self, step: int, state: TrainState, position: Mapping[str, Any]) -> None:
+        """Saves a state as ``gs{step}``; returns once the arrays are copied, before they are written."""
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        items["position"] = ocp.args.JsonSave({"format": FORMAT, **position})
+        self._checkpointer.save(self.folder / f"gs{step}", args=ocp.args.Composite(**items))
+        self._prune(step)
+
+    def score(self, step: int, score: float) -> None:
+        """Notes how good a checkpoint is (higher is better)."""
+        if not self._is_chief:
+            return
+        scores = self.scores() | {step: float(score)}
+        temporary = self.folder / (_SCORES + ".new")
+        temporary.write_text(json.dumps(scores, indent=1))
+        temporary.replace(self.folder / _SCORES)
+
+    def scores(self) -> dict[int, float]:
+        """The scores noted so far, by step."""
+        path = self.folder / _SCORES
+        if not path.is_file():
+            return {}
+        return {int(step): value for step, value in json.loads(path.read_text()).items()}
+
+    def best(self) -> Path | None:
+        """The checkpoint with the best score, the newest among equals."""
+        there = [
+            (value, step) for step, value in self.scores().items() if step in steps_in(self.folder)
+        ]
+        return self.folder / f"gs{max(there)[1]}" if there else None
+
+    def _prune(self, newest: int) -> None:
+        if self.max_to_keep is None or not self._is_chief:
+            return
+        scores = self.scores()
+        others = [step for step in steps_in(self.folder) if step != newest]
+        others.sort(key=lambda step: (scores.get(step, -np.inf), step), reverse=True)
+        for step in others[self.max_to_keep - 1 :]:
+            shutil.rmtree(self.folder / f"gs{step}")
+
+    def latest(self) -> int | None:
+        """The step of the newest finished checkpoint."""
+        return max(steps_in(self.folder), default=None)
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Reads a state with the structure, shapes and placement of `like`.
+
+        Raises:
+            CheckpointError: if the checkpoint is of another model, optimizer or config.
+        """
+        path = self.folder / f"gs{step}"
+        targets = _items(like)
+        for name, target in targets.items():
+            _check_fits(path, name, target, types=True)
+        read = _read(path, **{k: ocp.args.StandardRestore(v) for k, v in targets.items()})
+        student, training = read["student"], read["training"]
+        projections = (
+            read["projections"] if "projections" in targets else _part(like, "projections")
+        )
+        return TrainState(
+            {"student": student["params"], "projections": projections["params"]},
+            {"student": student["state"], "projections": projections["state"]},
+            training["opt_state"],
+            training["key"],
+            training["micro_step"],
+            training.get("scaling", ()),
+        )
+
+    def wait(self) -> None:
+        """Waits until everything is written; raises what went wrong in the background."""
+        self._checkpointer.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then ends the background threads."""
+        self._checkpointer.close()
+
+
+def _handler() -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(
+        student=ocp.StandardCheckpointHandler(),
+        projections=ocp.StandardCheckpointHandler(),
+        training=ocp.StandardCheckpointHandler(),
+        position=ocp.JsonCheckpointHandler(),
+    )
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The arrays of a state, parted into items; without projections, there is no such item."""
+    items = {
+        "student": _part(state, "student"),
+        "projections": _part(state, "projections"),
+        "training": {
+            "opt_state": state.opt_state,
+            "key": state.key,
+            "micro_step": state.micro_step,
+            **({"scaling": state.scaling} if state.scaling else {}),
+        },
+    }
+    return items if state.params["projections"] else {k: items[k] for k in ("student", "training")}
+
+
+def _part(state: TrainState, name: str) -> dict[str, Any]:
+    return {"params": state.params[name], "state": state.model_state[name]}
+
+
+@contextlib.contextmanager
+def _reader(path: Path) -> Iterator[ocp.Checkpointer]:
+    """Opens a checkpoint; whatever goes wrong with the files is one kind of error."""
+    checkpointer = ocp.Checkpointer(_handler())
+    try:
+        yield checkpointer
+    except (
+        ValueError,
+        KeyError,
+        OSError,
+        AttributeError,
+        TypeError,
+    ) as error:  # Orbax's, all of them
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}: {error}). If it is damaged, use an "
+            f"earlier one: {', '.join(f'gs{s}' for s in steps_in(path.parent)) or 'there is none'}"
+        ) from error
+    finally:
+        checkpointer.close()
+
+
+def _read(path: Path, **items: Any) -> Any:
+    with _reader(path) as checkpointer:
+        return checkpointer.restore(path, args=ocp.args.Composite(**items))
+
+
+def _check_fits(path: Path, item: str, target: Any, *, types: bool = False) -> None:
+    """Compares names and shapes of an item, and its types, with what is wanted; one error for all."""
+    with _reader(path) as checkpointer:
+        saved = checkpointer.metadata(path).item_metadata[item]
+    if saved is None:
+        raise CheckpointError(f"{path} holds no {item!r}; was it written by another program?")
+    there, wanted = _described(saved.tree, types), _described(target, types)
+    wrong = [
+        f"{name}: saved as {there[name]}, wanted {wanted[name]}"
+        for name in wanted
+        if name in there and there[name] != wanted[name]
+    ]
+    wrong += [
+        f"{name}: not in the checkpoint; {suggest(name, there)}"
+        for name in wanted
+        if name not in there
+    ]
+    wrong += [f"{name}: in the checkpoint only" for name in there if name not in wanted]
+    if wrong:
+        shown = "\n".join(f"  - {line}" for line in wrong[:20])
+        more = f"\n  … and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise CheckpointError(
+            f"{path} does not fit the {item} at hand (another model, optimizer or config?):\n{shown}{more}"
+        )
+
+
+def _described(tree: Any, types: bool) -> dict[str, str]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{_float_type(leaf) if types else ''}{list(_stored_shape(leaf))}"
+        )
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }
+
+
+def _float_type(leaf: Any) -> str:
+    """The name of a floating type; integers and random keys may be stored as others."""
+    dtype = getattr(leaf, "dtype", None)
+    return str(dtype) if dtype is not None and jax.numpy.issubdtype(dtype, np.floating) else ""
+
+
+def _stored_shape(leaf: Any) -> tuple[int, ...]:
+    """The shape in the file, where a typed random key is the array behind it."""
+    if hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.eval_shape(jax.random.key_data, leaf).shape
+    return tuple(leaf.shape)
+
+
+def latest_position(folder: Folder) -> dict[str, Any] | None:
+    """The JSON part of the newest finished checkpoint in a folder, or None if there is none."""
+    steps = steps_in(folder)
+    if not steps:
+        return None
+    path = Path(folder).absolute() / f"gs{steps[-1]}"
+    return _read(path, position=ocp.args.JsonRestore())["position"]
+
+
+def checkpoint_path(path: Folder) -> Path:
+    """A checkpoint's own folder: `path` itself, or the newest one in it.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    path = Path(path).absolute()
+    if (path / _FINISHED).is_file():
+        return path
+    steps = steps_in(path)
+    if not steps:
+        what = "is not there" if not path.exists() else "holds no finished checkpoint gs{step}"
+        raise CheckpointError(f"{path} {what}; give a checkpoint, or an output_dir with some")
+    return path / f"gs{steps[-1]}"
+
+
+def load_student(path: Folder, model: Any) -> Any:
+    """Loads a checkpoint's student weights into a model.
+
+    Args:
+        path: a checkpoint (``saved_models/gs500``), or an ``output_dir``, whose newest is taken.
+        model: the student: an `nnx.Module`, a `LinenModel` or a `FunctionModel`, of the shape that
+            was trained. Its weights are replaced.
+
+    Returns:
+        `model`.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or it holds another model's weights; every
+            name that differs is listed.
+    """
+    folder = checkpoint_path(path)
+    handle: Model = as_model(model)
+    target = {"params": handle.params, "state": handle.state}
+    _check_fits(folder, "student", target)
+    student = _read(folder, student=ocp.args.StandardRestore(target))["student"]
+    handle.write(student["params"], student["state"])
+    return model
+
+
+def export_hf(path: Folder, model: Any, folder: Folder) -> None:
+    """Writes a checkpoint's student as a Hugging Face folder (safetensors and config.json).
+
+    Args:
+        path: as for `load_student`.
+        model: a model of `jaxbrewer.zoo` of the student's shape; its weights are replaced.
+        folder: where to write.
+
+    Raises:
+        CheckpointError: as `load_student`.
+        TypeError: if the model has no ``save_pretrained``.
+    """
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(
+            f"{type(model).__name__} has no save_pretrained; models of jaxbrewer.zoo can be exported"
+        )
+    load_student(path, model).save_pretrained(folder)

@@ -1,0 +1,149 @@
+"""The arguments of ``train``: checked before anything else happens."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from ..configurations.configs import TrainingConfig
+from ..objective.plan import Schedule
+from ..schedulers import looks_absolute
+from ..step.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where a task's batches come from.
+
+    Attributes:
+        loader: an iterable of batches.
+        postprocess: applied to each batch, or None.
+        length: batches in a pass, or None if the loader does not say.
+    """
+
+    loader: Iterable
+    postprocess: Callable[[Any], Any] | None
+    length: int | None
+
+    @classmethod
+    def of(cls, loader: Any, postprocess: Any) -> Self:
+        """The feed of a loader."""
+        try:
+            length = len(loader) if isinstance(loader, Sized) else None
+        except TypeError:  # torch's DataLoader over a dataset without a length
+            length = None
+        return cls(loader, postprocess, length)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of one call of ``train``.
+
+    Attributes:
+        feeds: task → where its batches come from; a run of one task has one, named ''.
+        tau: with several tasks, see `streams.task_order`.
+    """
+
+    optimizer: Optimizer
+    feeds: Mapping[str, Feed]
+    num_epochs: int | None
+    num_steps: int | None
+    scheduler_class: Callable[..., Any] | None
+    scheduler_args: Mapping[str, Any] | None
+    scheduler: None
+    max_grad_norm: float
+    callback: Callable[..., Any] | None
+    args: Mapping[str, Any]
+    tau: float = 1.0
+
+
+def make_schedule(config: TrainingConfig, request: Request) -> Schedule:
+    """Lays out a run; refuses lengths and loaders that cannot be meant."""
+    epochs, steps = request.num_epochs, request.num_steps
+    if epochs is None and steps is None:
+        raise ValueError("say how long to train: train(…, num_epochs=…) or train(…, num_steps=…)")
+    for name, value in (("num_epochs", epochs), ("num_steps", steps)):
+        if value is not None and not _is_count(value):
+            raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+    if request.callback is not None and not callable(request.callback):
+        raise TypeError(
+            f"callback is a {type(request.callback).__name__}; it must be a function, called as "
+            "callback(model=student, step=step)"
+        )
+    for task, feed in request.feeds.items():
+        name = f"dataloaders[{task!r}]" if task else "dataloader"
+        if not hasattr(feed.loader, "__iter__"):
+            raise TypeError(
+                f"{name} is a {type(feed.loader).__name__}, which cannot be iterated; give a list "
+                "of batches, a DataLoader, or any iterable of batches"
+            )
+        if feed.postprocess is not None and not callable(feed.postprocess):
+            kind = type(feed.postprocess).__name__
+            raise TypeError(f"the batch_postprocessor of {name} is a {kind}, not a function")
+        if feed.length == 0:
+            raise ValueError(f"{name} is empty: its length is 0")
+    if steps is not None:
+        return Schedule.by_steps(config, int(steps))
+    (feed,) = request.feeds.values()
+    length = feed.length
+    if length is None:
+        raise ValueError(
+            "num_epochs needs a loader with a length, from which schedules and checkpoints are laid "
+            "out; this one has none. Pass num_steps instead"
+        )
+    if length < config.gradient_accumulation_steps:
+        raise ValueError(
+            f"an epoch of {length} batches is shorter than one accumulation window of "
+            f"{config.gradient_accumulation_steps}, so nothing would be trained. Lower "
+            "gradient_accumulation_steps, or train by num_steps, where windows run across epochs"
+        )
+    return Schedule.by_epochs(config, int(epochs), length)  # type: ignore[arg-type]
+
+
+def _is_count(value: Any) -> bool:
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    return bool(is_number and np.isfinite(value) and int(value) == value and value >= 1)
+
+
+def make_factor(request: Request, total_steps: int) -> Callable | None:
+    """Builds the learning-rate factor as a function of the step, or None for a constant 1."""
+    if request.scheduler is not None:
+        raise TypeError(
+            "scheduler= takes a scheduler that was built for a torch optimizer, and there is none "
+            "here. Pass scheduler_class and scheduler_args, such as scheduler_class="
+            "jaxbrewer.schedulers.get_linear_schedule_with_warmup"
+        )
+    make = request.scheduler_class
+    if make is None:
+        if request.scheduler_args:
+            raise TypeError("scheduler_args without a scheduler_class: pass the class too")
+        return None
+    name = getattr(make, "__name__", type(make).__name__)
+    if not callable(make):
+        raise TypeError(
+            f"scheduler_class is a {type(make).__name__}; pass the class or function itself"
+        )
+    if "optimizer" in inspect.signature(make).parameters:
+        raise TypeError(
+            f"scheduler_class {name} wants a torch optimizer. Use the one of the same name in "
+            "jaxbrewer.schedulers, or a function of your own that returns step -> factor"
+        )
+    try:
+        schedule = make(**(request.scheduler_args or {}))
+    except TypeError as error:
+        raise TypeError(
+            f"scheduler_class {name} cannot be called with {dict(request.scheduler_args or {})}: "
+            f"{error}. It is called with scheduler_args and returns a function of the step (is it "
+            "a schedule already? then pass scheduler_class=lambda: schedule)"
+        ) from error
+    if not callable(schedule):
+        raise TypeError(f"scheduler_class {name} returned {schedule!r}, not a function of the step")
+    if looks_absolute(schedule, total_steps):
+        raise ValueError(
+            f"the schedule of {name} stays at or below 0.1, which looks like a learning rate. Here "
+            "it is a factor by which the optimizer's own rate is multiplied, 1 at its peak. Build "
+            "rates into the optimizer instead: optax.adamw(learning_rate=schedule)"
+        )
+    return schedule

@@ -1,0 +1,300 @@
+"""The teacher's results, computed once and served each epoch, from host memory or from disk.
+
+Only what the objective uses is kept: logits and their mask, and the matched layers. On disk a cache
+is a folder of one safetensors file a batch and a ``manifest.json``, which names the teacher's
+weights, the data and the type by their digests. A batch's file is written whole or not at all, and
+counts only if the manifest's digest of that batch is the batch's: an interrupted cache goes on
+where it stopped, and one of another teacher or of other data is refused.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tqdm.auto import tqdm
+
+from ..data.batches import Batch, Served, Static, sides
+from ..errors import CacheError
+from ..models.adaptors import Results, Side
+from ..models.teachers import Teacher
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+class ServedTeacher:
+    """Stands for a teacher whose results come with each batch: no weights, nothing to run."""
+
+    sides: tuple[Side, ...] = ()
+    variables: Any = ()
+
+    def __call__(self, variables: Any, batch: Batch, cache: Any) -> Results:
+        """Hands on the batch's own results."""
+        return cache
+
+    def with_sides(self, sides: Sequence[Side]) -> Teacher:
+        """See `teachers.Teacher.with_sides`."""
+        return self
+
+
+class CachedLoader:
+    """Batches with the teacher's results, in an order drawn anew for each epoch.
+
+    Args:
+        batches: the students' batches, in host memory.
+        results: for each, its results, or the file they are in.
+        like: results by shape, whose structure and types files are read into.
+        seed: of the order.
+    """
+
+    def __init__(self, batches: list[Batch], results: list[Any], like: Results, seed: int):
+        self._batches = batches
+        self._results = results
+        self._like = like
+        self._seed = seed
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose order the next iteration has."""
+        self._epoch = epoch
+
+    def order(self) -> np.ndarray:
+        """The order of the chosen epoch."""
+        return np.random.default_rng((self._seed, self._epoch)).permutation(len(self))
+
+    def __iter__(self) -> Iterator[Served]:
+        for i in self.order():
+            results = self._results[i]
+            if isinstance(results, Path):
+                results = _unpack(_load(results), self._like)
+            yield Served(self._batches[i], results)
+
+
+def build(
+    teacher: Teacher,
+    variables: Any,
+    batches: Iterable[Batch],
+    used: Mapping[str, set[int | str]],
+    *,
+    folder: str | os.PathLike[str] | None,
+    dtype: str,
+    seed: int,
+    place: Callable[[Batch], Batch] = lambda batch: batch,
+    level: str = "",
+) -> CachedLoader:
+    """Runs a teacher once over all batches.
+
+    Args:
+        teacher: the teacher.
+        variables: its arrays, on their devices.
+        batches: all batches of an epoch, as `batches.own` gives them.
+        used: feature → the layers the objective uses.
+        folder: where the cache lies; None keeps it in host memory.
+        dtype: the type floats are kept in: ``'float32'`` (as they are), ``'float16'`` or
+            ``'bfloat16'``.
+        seed: of the batches' order in each epoch.
+        place: puts a batch where the variables are.
+        level: the level of half precision the teacher runs at, in words; '' is float32.
+
+    Raises:
+        CacheError: the folder holds the cache of another teacher, other data or another type, or
+            the disk has too little room.
+    """
+    kept = list(batches)
+    if not kept:
+        raise CacheError("the loader gave no batch to cache")
+
+    def run(variables: Any, batch: Batch) -> Results:
+        teacher_batch, _, cache = sides(batch)
+        results = _prune(teacher(variables, teacher_batch, cache), used)
+        return results if dtype == "float32" else jax.tree.map(lambda x: _as(x, dtype), results)
+
+    compiled = jax.jit(run)
+    shapes = [jax.eval_shape(run, variables, batch) for batch in kept]
+    size = sum(_bytes(shape) for shape in shapes)
+    where = f"on disk in {folder}" if folder is not None else "in host memory"
+    logger.info(
+        "Caching the teacher's results for %d batches: %.1f MiB %s", len(kept), size / 2**20, where
+    )
+    students = [sides(batch)[1] for batch in kept]
+    if folder is None:
+        results: list[Any] = [
+            jax.tree.map(np.asarray, compiled(variables, place(batch))) for batch in _bar(kept)
+        ]
+        return CachedLoader(students, results, shapes[0], seed)
+    disk = _DiskCache(Path(folder), variables, kept, dtype, shapes, size, level)
+    for i, batch in enumerate(_bar(kept)):
+        if not disk.has(i):
+            disk.write(i, compiled(variables, place(batch)))
+    return CachedLoader(students, disk.paths, shapes[0], seed)
+
+
+def _bar(batches: list[Batch]) -> Any:
+    return tqdm(batches, desc="Caching", unit="batch", disable=None)
+
+
+def _prune(results: Results, used: Mapping[str, set[int | str]]) -> Results:
+    """Keeps logits, their mask, and of each feature the layers in use."""
+    kept = {k: v for k, v in results.items() if k in ("logits", "logits_mask")}
+    for feature, layers in used.items():
+        value = results.get(feature)
+        if isinstance(value, dict):
+            kept[feature] = value
+        elif value is not None:
+            wanted = {layer % len(value) for layer in layers if isinstance(layer, int)}
+            kept[feature] = tuple(x if i in wanted else None for i, x in enumerate(value))
+    return kept
+
+
+def _as(x: Any, dtype: str) -> Any:
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _bytes(shapes: Any) -> int:
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+class _DiskCache:
+    """The folder of a cache: what is in it, and whether it is ours."""
+
+    def __init__(
+        self,
+        folder: Path,
+        variables: Any,
+        batches: list,
+        dtype: str,
+        shapes: list,
+        size: int,
+        level: str,
+    ):
+        self.folder = folder
+        self.paths = [folder / f"batch-{i:06}.safetensors" for i in range(len(batches))]
+        self._digests = [digest(batch) for batch in batches]
+        described = [_describe(shape) for shape in shapes]
+        self._manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "teacher": digest(variables),
+            "dtype": dtype,
+            "contents": hashlib.sha256(json.dumps(described).encode()).hexdigest(),
+            "batches": self._digests,
+            **({"level": level} if level else {}),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        self._check()
+        missing = sum(not self.has(i) for i in range(len(batches)))
+        needed = size * missing // len(batches)
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise CacheError(
+                f"the cache needs {needed / 2**20:,.0f} MiB more, and {folder} has "
+                f"{free / 2**20:,.0f} MiB free. Free some, cache in half precision "
+                "(cache_dtype='float16'), or match fewer layers"
+            )
+        if missing < len(batches):
+            logger.info("%d of %d batches are cached already", len(batches) - missing, len(batches))
+
+    def _check(self) -> None:
+        path = self.folder / _MANIFEST
+        if path.exists():
+            try:
+                there = json.loads(path.read_text())
+            except ValueError as error:
+                raise CacheError(
+                    f"{path} is damaged; delete {self.folder} to start anew"
+                ) from error
+            names = {
+                "format": "was written by another version",
+                "teacher": "was made by other teacher weights",
+                "dtype": f"holds {there.get('dtype')}, not {self._manifest['dtype']}",
+                "contents": "holds other results: other layers or shapes were matched",
+                "batches": "was made from other batches (another order, batch size or data)",
+                "level": f"was made at another level of precision ({there.get('level', 'float32')})",
+            }
+            wrong = [what for k, what in names.items() if there.get(k) != self._manifest.get(k)]
+            if wrong:
+                raise CacheError(
+                    f"the cache in {self.folder} {'; it '.join(wrong)}. Give another cache_dir, or "
+                    "delete that folder"
+                )
+            return
+        if any(self.folder.iterdir()):
+            raise CacheError(
+                f"cache_dir {self.folder} is not empty and holds no cache; give another"
+            )
+        _write(path, json.dumps(self._manifest, indent=1).encode())
+
+    def has(self, i: int) -> bool:
+        return self.paths[i].is_file()
+
+    def write(self, i: int, results: Any) -> None:
+        arrays = _pack(jax.tree.map(np.asarray, results))
+        temporary = self.paths[i].with_suffix(".tmp")
+        save_file(arrays, temporary)
+        os.replace(temporary, self.paths[i])
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CacheError(
+            f"{path} cannot be read ({error}); delete it, and it is computed again"
+        ) from error
+
+
+def _pack(results: Any) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_flatten_with_path(results)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.ascontiguousarray(leaf)
+        for path, leaf in leaves
+    }
+
+
+def _unpack(arrays: Mapping[str, np.ndarray], like: Any) -> Any:
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return jax.tree.unflatten(structure, [arrays[name] for name in names])
+
+
+def _describe(shape: Any) -> list:
+    leaves = jax.tree_util.tree_flatten_with_path(shape)[0]
+    return [[jax.tree_util.keystr(path), str(x.dtype), list(x.shape)] for path, x in leaves]
+
+
+def digest(tree: Any) -> str:
+    """The SHA-256 of a pytree: its structure, and every array's type, shape and bytes."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        array = _plain_array(leaf)
+        total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        total.update(np.ascontiguousarray(array).tobytes())
+    flags = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Static))
+    total.update(repr([x.value for x in flags if isinstance(x, Static)]).encode())
+    return total.hexdigest()
+
+
+def _plain_array(leaf: Any) -> np.ndarray:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)
