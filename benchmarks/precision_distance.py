@@ -21,8 +21,8 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxbrewer.models.handle import as_model
 from jaxbrewer.models.precision import FLOAT32, Precision, at_level
+from jaxbrewer.models.wrap import as_model
 from jaxbrewer.zoo import from_pretrained
 
 SENTENCES = [

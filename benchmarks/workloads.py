@@ -51,7 +51,7 @@ class Work:
 
 def work(name: str, smoke: bool = False) -> Work:
     """BERT-base and a student by its name; with ``smoke`` two layers and one, and a sixteenth as wide."""
-    from jaxbrewer.matches import MATCHES
+    from jaxbrewer.presets import MATCHES
     from jaxbrewer.zoo import student_config
 
     fields = (

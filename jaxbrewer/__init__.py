@@ -11,7 +11,8 @@ from .distillers.classes import (
 )
 from .distillers.emd import EMDDistiller
 from .machine.memory import share_heap
-from .models.handle import FunctionModel, LinenModel
+from .models.function_model import FunctionModel
+from .models.linen_model import LinenModel
 from .objective.loss import Loss
 from .objective.submodules import CustomMatch
 from .presets import (

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from jaxbrewer import __version__
 from jaxbrewer.commands import CommandError, checking, inspecting, weights
-from jaxbrewer.commands.port import documents as porting
+from jaxbrewer.commands.port import documents
 from jaxbrewer.commands.port.verdicts import Run
 from jaxbrewer.commands.zoo_models import TASKS
 
@@ -187,7 +187,7 @@ def _integer(text: str, low: int) -> int:
 
 
 def _run_port(options: argparse.Namespace) -> int:
-    return porting.port_files(options.files, options.out, _run_of(options))
+    return documents.port_files(options.files, options.out, _run_of(options))
 
 
 def _run_weights(options: argparse.Namespace) -> int:

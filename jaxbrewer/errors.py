@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 
 class ConfigError(ValueError):
@@ -87,3 +88,16 @@ def suggest(name: object, choices: Iterable[object]) -> str:
     if near:
         return f"did you mean {by_folded[near[0]]!r}?"
     return "choose from " + ", ".join(repr(choice) for choice in known)
+
+
+@dataclass
+class Findings:
+    """What preflight found.
+
+    Attributes:
+        problems: what stops the run, each with its fix.
+        warnings: what trains, but is rarely meant.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)

@@ -7,8 +7,9 @@ import jax
 import pytest
 import torch
 
+from jaxbrewer.configurations.checks import device_name
 from jaxbrewer.machine import devices
-from jaxbrewer.machine.devices import DeviceWarning, device_name, resolve_device
+from jaxbrewer.machine.devices import DeviceWarning, resolve_device
 
 
 def fake_machine(monkeypatch, **counts):

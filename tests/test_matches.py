@@ -7,13 +7,13 @@ import pytest
 from flax import nnx
 
 from jaxbrewer import DistillationConfig, IntermediateMatch, zoo
-from jaxbrewer.matches import MATCHES
+from jaxbrewer.errors import Findings
 from jaxbrewer.models.adaptors import Side
-from jaxbrewer.models.handle import as_model
+from jaxbrewer.models.wrap import as_model
 from jaxbrewer.objective.plan import resolve
 from jaxbrewer.objective.terms import check_plan
-from jaxbrewer.preflight.sides import Findings, inspect
-from jaxbrewer.presets import PROJ_MAP
+from jaxbrewer.preflight.sides import inspect
+from jaxbrewer.presets import MATCHES, PROJ_MAP
 
 # The layers of TextBrewer's examples, teacher-student, attention as counted there.
 LAYERS = {

@@ -14,7 +14,9 @@ import jaxbrewer
 from jaxbrewer import FunctionModel, LinenModel
 from jaxbrewer.data import batches
 from jaxbrewer.machine.placement import OneDevice
-from jaxbrewer.models.handle import Model, NNXModel, as_model, dotted
+from jaxbrewer.models.handle import Model, dotted
+from jaxbrewer.models.nnx_model import NNXModel
+from jaxbrewer.models.wrap import as_model
 from jaxbrewer.training import run as training
 
 from . import small

@@ -13,8 +13,7 @@ from textbrewer import losses as torch_losses
 from textbrewer import schedulers as torch_schedulers
 from textbrewer.distiller_utils import probability_shift_, select_logits_with_mask
 
-from jaxbrewer import presets
-from jaxbrewer.losses import hidden as losses
+from jaxbrewer import losses, presets
 from jaxbrewer.objective import loss as objective
 from jaxbrewer.objective.loss import Weights, distillation_loss, kd_term, probability_shift
 from jaxbrewer.objective.plan import KD, Match, Plan, Weight

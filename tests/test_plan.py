@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxbrewer import DistillationConfig, TrainingConfig, presets
-from jaxbrewer.objective.plan import Schedule, Weight, resolve
+from jaxbrewer.objective.plan import Weight, resolve
+from jaxbrewer.training.timeline import Timeline
 
 # -------------------------------------------------------------------------------------- weights
 
@@ -81,16 +82,16 @@ def test_epochs_save_where_textbrewer_does():
         if batches < accumulation:
             continue  # nothing would be trained
         config = TrainingConfig(accumulation, frequency, epoch_frequency)
-        schedule = Schedule.by_epochs(config, epochs, batches)
+        timeline = Timeline.by_epochs(config, epochs, batches)
         saved, steps = textbrewer_by_epochs(config, epochs, batches)
         case = (batches, accumulation, frequency, epoch_frequency, epochs)
-        assert schedule.total_steps == steps, case
-        assert schedule.checkpoints() == [step for step, _ in saved], case
-        n = schedule.steps_per_epoch
+        assert timeline.total_steps == steps, case
+        assert timeline.checkpoints() == [step for step, _ in saved], case
+        n = timeline.steps_per_epoch
         for step in range(1, steps + 1):
             epoch = (step - 1) // n
-            assert schedule.saves_at(step, epoch) == ((step, epoch) in saved), case
-        assert steps in schedule.checkpoints(), case  # the end is always saved
+            assert timeline.saves_at(step, epoch) == ((step, epoch) in saved), case
+        assert steps in timeline.checkpoints(), case  # the end is always saved
         tried += 1
     assert tried > 800
 
@@ -98,16 +99,16 @@ def test_epochs_save_where_textbrewer_does():
 @pytest.mark.parametrize("steps", [1, 2, 7, 12, 30])
 @pytest.mark.parametrize("every", [1, 2, 5, 7, 30, 31, 100])
 def test_steps_save_where_textbrewer_does(steps, every):
-    schedule = Schedule.by_steps(TrainingConfig(3, ckpt_steps=every), steps)
-    assert (schedule.total_steps, schedule.accumulation) == (steps, 3)
+    timeline = Timeline.by_steps(TrainingConfig(3, ckpt_steps=every), steps)
+    assert (timeline.total_steps, timeline.accumulation) == (steps, 3)
     expected = textbrewer_by_steps(every, steps)
-    assert schedule.checkpoints() == expected
-    assert [s for s in range(1, steps + 1) if schedule.saves_at(s, epoch=4)] == expected
+    assert timeline.checkpoints() == expected
+    assert [s for s in range(1, steps + 1) if timeline.saves_at(s, epoch=4)] == expected
 
 
 def test_steps_without_a_frequency_save_at_the_end():
-    schedule = Schedule.by_steps(TrainingConfig(ckpt_frequency=4), 10)
-    assert schedule.checkpoints() == [10]
+    timeline = Timeline.by_steps(TrainingConfig(ckpt_frequency=4), 10)
+    assert timeline.checkpoints() == [10]
 
 
 # -------------------------------------------------------------------------------------- resolve

@@ -20,7 +20,7 @@ from jaxbrewer.commands.port.literals import parse, written_configs
 from jaxbrewer.commands.port.verdicts import Run, Verdict
 from jaxbrewer.data.batches import own
 from jaxbrewer.training import run as training
-from jaxbrewer.training.request import make_factor, make_schedule
+from jaxbrewer.training.request import make_factor, make_timeline
 from jaxbrewer.zoo import BertConfig
 
 # ------------------------------------------------------------------ files as TextBrewer's users have
@@ -655,7 +655,7 @@ def preflight_only(monkeypatch):
 
     def train(distiller, request):
         assert distiller._in_context
-        schedule = make_schedule(distiller.t_config, request)
+        schedule = make_timeline(distiller.t_config, request)
         make_factor(request, schedule.total_steps)
         first = {}
         for task, feed in request.feeds.items():

@@ -16,8 +16,9 @@ from jaxbrewer.data.batches import own
 from jaxbrewer.errors import ConfigError, PrecisionError, PreflightError
 from jaxbrewer.models.adaptors import Side
 from jaxbrewer.models.half_products import wide_products
-from jaxbrewer.models.handle import Model, as_model
+from jaxbrewer.models.handle import Model
 from jaxbrewer.models.precision import FLOAT32, Precision, at_level, resolve
+from jaxbrewer.models.wrap import as_model
 from jaxbrewer.training import run as training
 from jaxbrewer.training.metrics import read_scalars
 from jaxbrewer.zoo import (

@@ -11,6 +11,7 @@ import torch
 from transformers import optimization as reference
 
 from jaxbrewer import schedulers
+from jaxbrewer.objective.tables import looks_absolute, tabulate
 from jaxbrewer.schedulers import (
     cwsm_temperature_scheduler_builder,
     flsw_temperature_scheduler_builder,
@@ -20,8 +21,6 @@ from jaxbrewer.schedulers import (
     get_cosine_with_hard_restarts_schedule_with_warmup,
     get_linear_schedule_with_warmup,
     get_polynomial_decay_schedule_with_warmup,
-    looks_absolute,
-    tabulate,
 )
 
 BUILT = {

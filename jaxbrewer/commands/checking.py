@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from jaxbrewer.commands import BY_HAND, FINE, CommandError, read_json_object
-from jaxbrewer.commands.port.verdicts import Run, describe_schedule
+from jaxbrewer.commands.port.verdicts import Run, describe_timeline
 from jaxbrewer.commands.zoo_models import (
     by_shape,
     config_from,
@@ -26,7 +26,7 @@ from jaxbrewer.configurations.configs import DistillationConfig, TrainingConfig
 from jaxbrewer.data.batches import own
 from jaxbrewer.distillers.classes import GeneralDistiller
 from jaxbrewer.errors import ConfigError, PreflightError, PreflightWarning
-from jaxbrewer.models.handle import as_model
+from jaxbrewer.models.wrap import as_model
 from jaxbrewer.preflight.report import describe
 from jaxbrewer.step.program import Program
 from jaxbrewer.training import run as training
@@ -58,7 +58,7 @@ def check(
     """
     train_config = _config(TrainingConfig, train)
     distill_config = _config(DistillationConfig, distill)
-    schedule = _schedule(train_config, run)
+    timeline = _timeline(train_config, run)
     files = {"teacher": read_config(Path(teacher)), "student": read_config(Path(student))}
     if task is None:
         task = _task(files.values())
@@ -79,7 +79,7 @@ def check(
     )
     batch = own(_batch((model_T, model_S), task, batch_size, length))
     print(_report(distiller, batch))
-    print(f"\ncheckpoints: {schedule}")
+    print(f"\ncheckpoints: {timeline}")
     if distill_config.is_caching_logits:
         print("is_caching_logits: the teacher's part of a step is paid once, before the first")
     return FINE
@@ -113,14 +113,14 @@ def _config(cls: Any, file: str) -> Any:
         raise CommandError(f"{file}: {error}", BY_HAND) from error
 
 
-def _schedule(config: TrainingConfig, run: Run) -> str:
+def _timeline(config: TrainingConfig, run: Run) -> str:
     try:
-        schedule = run.schedule(config)
+        timeline = run.timeline(config)
     except ValueError as error:
         raise CommandError(str(error), BY_HAND) from error
-    if schedule is None:
+    if timeline is None:
         return "give --batches and --epochs, or --num-steps, to see at which steps"
-    return describe_schedule(schedule)
+    return describe_timeline(timeline)
 
 
 def _task(files: Any) -> str:

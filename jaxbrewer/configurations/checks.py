@@ -7,10 +7,12 @@ frozen and apart from the caller's. A wrong value is a ValueError that says what
 import math
 import operator
 import os
+import re
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxbrewer import presets
@@ -227,3 +229,42 @@ def short(value: Any) -> str:
     shortener = reprlib.Repr()
     shortener.maxstring = shortener.maxother = 60
     return shortener.repr(value)
+
+
+_NAME = re.compile(r"(cuda|gpu|tpu|cpu)(?::(\d{1,6}))?", re.ASCII)
+
+
+_ACCEPTED = (
+    "expected 'cuda', 'gpu', 'tpu' or 'cpu', with an index where one is meant ('gpu:1'), "
+    "or a jax.Device"
+)
+
+
+def device_name(device: Any) -> str:
+    """Returns a device as text: ``'cpu'``, ``'cuda:1'``.
+
+    Args:
+        device: such a text, anything whose ``str()`` is one (a ``torch.device``), or a
+            ``jax.Device`` of this process.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if isinstance(device, jax.Device):
+        return name_of(device)
+    text = str(device).strip().lower()
+    if not _NAME.fullmatch(text):
+        raise ValueError(_ACCEPTED)
+    return text
+
+
+def name_of(device: jax.Device) -> str:
+    """A device of this process as text.
+
+    Raises:
+        ValueError: it is another process\'s.
+    """
+    local = jax.local_devices(backend=device.platform)
+    if device not in local:
+        raise ValueError(f"{device!r} belongs to another process; choose from {local}")
+    return f"{device.platform}:{local.index(device)}"

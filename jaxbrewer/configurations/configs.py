@@ -5,178 +5,19 @@ checks it whole and reports every problem in one :class:`~jaxbrewer.errors.Confi
 no disk and no device. Schedulers stay names here, and nothing the caller gave is kept or changed.
 """
 
-import dataclasses
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar
 
 from jaxbrewer import presets
 from jaxbrewer.configurations import checks
-from jaxbrewer.errors import ConfigError, suggest
-from jaxbrewer.machine.devices import device_name
+from jaxbrewer.configurations.checks import device_name
+from jaxbrewer.errors import ConfigError
+
+from .schema import Config, _thawed
 
 # ---------------------------------------------------------------------------------------- the base
-
-
-class Config:
-    """What the configs share: checking, dicts, JSON, and a readable ``str()``."""
-
-    _checks: ClassVar[Mapping[str, checks.Check]] = {}
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Refuses unknown keywords with the nearest known one, which Python does not offer."""
-        unknown = _unknown(kwargs, _field_names(cls))
-        if unknown:
-            raise TypeError(f"{cls.__name__}: " + "; ".join(unknown))
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        values = {name: getattr(self, name) for name in _field_names(type(self))}
-        kept, problems = self._checked(values)
-        if problems:
-            raise ConfigError(type(self).__name__, problems)
-        for name, value in kept.items():
-            object.__setattr__(self, name, value)
-
-    @classmethod
-    def _checked(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Returns the values to keep, and what is wrong with the others."""
-        kept: dict[str, Any] = {}
-        problems: list[str] = []
-        for name, value in values.items():
-            try:
-                kept[name] = cls._checks[name](value)
-            except ConfigError as error:
-                problems += error.problems
-            except ValueError as error:
-                problems.append(f"{name} is {checks.short(value)}: {error}")
-        return kept, problems + cls._check_together(kept)
-
-    @classmethod
-    def _check_together(cls, kept: Mapping[str, Any]) -> list[str]:
-        """Returns what is wrong with values that are right each alone."""
-        return []
-
-    @classmethod
-    def from_dict(cls, dict_object: Mapping[str, Any]) -> Self:
-        """Returns the config that a dict describes.
-
-        Args:
-            dict_object: field names and values; what is left out takes its default. It is copied.
-
-        Raises:
-            ConfigError: names every unknown or missing key and every wrong value.
-        """
-        if not isinstance(dict_object, Mapping):
-            raise ConfigError(cls.__name__, [f"expected a dict, got {checks.short(dict_object)}"])
-        names = _field_names(cls)
-        known = {key: value for key, value in dict_object.items() if key in names}
-        kept, problems = cls._checked(known)
-        problems += _unknown(dict_object, names)
-        problems += [f"missing key {name!r}" for name in _required(cls) if name not in known]
-        if problems:
-            raise ConfigError(cls.__name__, problems)
-        return cls(**kept)
-
-    @classmethod
-    def from_json_file(cls, json_filename: str | os.PathLike[str]) -> Self:
-        """Returns the config that a JSON file describes.
-
-        Raises:
-            ConfigError: the file cannot be read, is no JSON (with line and column) or no object in
-                it, repeats a key, or describes no valid config.
-        """
-        source = f"{cls.__name__} in {os.fspath(json_filename)}"
-        try:
-            text = Path(json_filename).read_text(encoding="utf-8-sig")
-        except FileNotFoundError as error:
-            where = Path(json_filename).absolute()
-            raise ConfigError(source, [f"there is no such file ({where})"]) from error
-        except (OSError, ValueError) as error:  # ValueError: it is not UTF-8
-            raise ConfigError(source, [f"the file cannot be read: {error}"]) from error
-        try:
-            return cls.from_dict(json.loads(text, object_pairs_hook=_without_repeats))
-        except ConfigError as error:
-            raise ConfigError(source, error.problems) from None
-        except json.JSONDecodeError as error:
-            problem = f"line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
-            raise ConfigError(source, [problem]) from error
-        except (ValueError, RecursionError) as error:  # digits without end, brackets without end
-            raise ConfigError(source, [f"not usable as JSON: {error}"]) from error
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns a dict of lists, text and numbers; :meth:`from_dict` makes an equal of it.
-
-        Fields TextBrewer does not have are left out where they hold their default, so that it can
-        read the dict too.
-        """
-        return {
-            field.name: _thawed(value)
-            for field in dataclasses.fields(cast(Any, self))
-            if (value := getattr(self, field.name)) != field.default or not field.kw_only
-        }
-
-    def to_json_file(self, json_filename: str | os.PathLike[str]) -> None:
-        """Writes the config as JSON: the whole file or, if that fails, nothing.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        path = Path(json_filename)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(json.dumps(self.to_dict(), indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def __str__(self) -> str:
-        lines = [type(self).__name__]
-        for name in _field_names(type(self)):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and value and isinstance(value[0], IntermediateMatch):
-                lines += [f"  {name}:", *(f"    {match}" for match in value)]
-            else:
-                lines.append(f"  {name}: {_thawed(value)}")
-        return "\n".join(lines)
-
-
-def _field_names(cls: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
-
-
-def _required(cls: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-
-
-def _unknown(keys: Iterable[Any], names: Sequence[str]) -> list[str]:
-    unknown = [key for key in keys if key not in names]
-    return [f"unknown key {checks.short(key)}; {suggest(key, names)}" for key in unknown]
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ConfigError("", [f"the key {checks.short(key)} is there twice"])
-        found[key] = value
-    return found
-
-
-def _thawed(value: Any) -> Any:
-    if isinstance(value, IntermediateMatch):
-        return value.to_dict()
-    if isinstance(value, Mapping):
-        return {key: _thawed(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_thawed(item) for item in value]
-    return value
 
 
 # ------------------------------------------------------------------------------------- the configs

@@ -11,11 +11,12 @@ from tensorboardX import SummaryWriter
 
 from ..configurations.configs import TrainingConfig
 from ..data.batches import Batch, own
+from ..errors import Findings
 from ..models.adaptors import Adaptor, Results, Side, check_adaptor
-from ..models.handle import Model, as_model
+from ..models.handle import Model
 from ..models.teachers import Teacher
+from ..models.wrap import as_model
 from ..objective.loss import Loss, Project, Weights
-from ..preflight.sides import Findings
 from ..step.optimizer import Optimizer
 from ..training import run as training
 from ..training.request import Feed, Request

@@ -10,15 +10,15 @@ import numpy as np
 from .. import presets
 from ..configurations.configs import DistillationConfig, TrainingConfig
 from ..data.batches import Batch, as_call, own, plain, sides
+from ..errors import Findings
 from ..models.adaptors import Adaptor, Results, Side, check_adaptor
-from ..models.handle import as_model, refuse_shared_variables
+from ..models.nnx_model import refuse_shared_variables
 from ..models.teachers import MeanTeacher, NoTeacher, OneTeacher, Teacher
+from ..models.wrap import as_model
 from ..objective.loss import Loss, Project, Weights, distillation_loss, hard_label_term
-from ..objective.plan import Plan, resolve
-from ..objective.submodules import CustomMatch, make_projection, resolve_custom
+from ..objective.plan import Plan, make_projection, plan_terms, resolve
+from ..objective.submodules import CustomMatch, resolve_custom
 from ..objective.terms import check_plan
-from ..preflight.report import plan_terms
-from ..preflight.sides import Findings
 from ..step.optimizer import Optimizer
 from ..training import run as training
 from ..training.request import Feed, Request

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from .. import presets
 from ..configurations.configs import DistillationConfig, TrainingConfig
 from ..data.batches import Batch
-from ..errors import ConfigError, suggest
+from ..errors import ConfigError, Findings, suggest
 from ..models.adaptors import Results
 from ..objective.loss import Loss, Project, Weights, distillation_loss
-from ..objective.submodules import make_projection
+from ..objective.plan import make_projection
 from ..objective.transport import exact_transport
-from ..preflight.sides import Findings
 from .classes import BasicDistiller
 
 _REQUIRED = ("layer_num_S", "layer_num_T", "feature", "loss", "weight")

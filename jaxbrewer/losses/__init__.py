@@ -1,29 +1,35 @@
-"""The losses on logits and on features, pure functions of arrays."""
+"""Pure losses between a student's and a teacher's outputs: arrays, and a mask, in; a scalar out.
 
-from .hidden import (
-    att_ce_loss,
-    att_ce_mean_loss,
-    att_mse_loss,
-    att_mse_sum_loss,
-    cos_loss,
-    fsp_loss,
-    hid_mse_loss,
-    kd_ce_loss,
-    kd_mse_loss,
-    mmd_loss,
-    pkd_loss,
-)
+Rules that hold for every loss:
+
+- Half precision is computed, and returned, in float32; float64 stays float64.
+- ``mask`` may have any dtype. Each docstring says whether its values are weights or only select
+  (nonzero is selected). A mask that selects nothing gives 0 with zero gradients, where
+  TextBrewer gives NaN.
+- What stands at masked positions does not count, not even NaN, with two exceptions:
+  ``fsp_loss`` and ``mmd_loss`` want it finite, and the attention cross-entropies take the softmax
+  over all keys, masked ones too (where scores are usually very low).
+- Shapes are checked before anything is computed; a :class:`ValueError` names both shapes and the
+  fix.
+
+Values and gradients are those of `TextBrewer <https://arxiv.org/abs/2002.12620>`_ unless a
+docstring says otherwise.
+"""
+
+from .attention import att_ce_loss, att_ce_mean_loss, att_mse_loss, att_mse_sum_loss
+from .hidden import cos_loss, fsp_loss, hid_mse_loss, mmd_loss, pkd_loss
+from .logits import kd_ce_loss, kd_mse_loss
 
 __all__ = [
-    "att_ce_loss",
-    "att_ce_mean_loss",
-    "att_mse_loss",
-    "att_mse_sum_loss",
-    "cos_loss",
-    "fsp_loss",
-    "hid_mse_loss",
     "kd_ce_loss",
     "kd_mse_loss",
-    "mmd_loss",
+    "att_mse_loss",
+    "att_mse_sum_loss",
+    "att_ce_loss",
+    "att_ce_mean_loss",
+    "hid_mse_loss",
+    "cos_loss",
     "pkd_loss",
+    "fsp_loss",
+    "mmd_loss",
 ]

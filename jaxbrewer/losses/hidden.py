@@ -1,193 +1,31 @@
-"""Pure losses between a student's and a teacher's outputs: arrays, and a mask, in; a scalar out.
+"""Losses on hidden states."""
 
-Rules that hold for every function here:
+from collections.abc import Sequence
 
-- Half precision is computed, and returned, in float32; float64 stays float64.
-- ``mask`` may have any dtype. Each docstring says whether its values are weights or only select
-  (nonzero is selected). A mask that selects nothing gives 0 with zero gradients, where
-  TextBrewer gives NaN.
-- What stands at masked positions does not count, not even NaN, with two exceptions:
-  ``fsp_loss`` and ``mmd_loss`` want it finite, and the attention cross-entropies take the softmax
-  over all keys, masked ones too (where scores are usually very low).
-- Shapes are checked before anything is computed; a :class:`ValueError` names both shapes and the
-  fix.
-
-Values and gradients are those of `TextBrewer <https://arxiv.org/abs/2002.12620>`_ unless a
-docstring says otherwise.
-"""
-
-from collections.abc import Callable, Sequence
-
-import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
 from jaxbrewer.losses.shapes import (
-    check_attention,
     check_layers,
-    check_logits,
     check_same,
     check_states,
     shape_of,
 )
 
-__all__ = [
-    "kd_ce_loss",
-    "kd_mse_loss",
-    "att_mse_loss",
-    "att_mse_sum_loss",
-    "att_ce_loss",
-    "att_ce_mean_loss",
-    "hid_mse_loss",
-    "cos_loss",
-    "pkd_loss",
-    "fsp_loss",
-    "mmd_loss",
-]
+from .means import (
+    Scalar,
+    as_selection,
+    as_weights,
+    einsum,
+    floats,
+    mean,
+    mean_square,
+    mean_square_of_pairs,
+    ratio,
+)
 
-Scalar = Float[Array, ""]
-
-# Raw attention scores at or below this are taken for padding when no mask says so.
-_PADDED_SCORE = -1e-3
 # What torch adds to both squared norms of a cosine: 1e-12 as a float32, in double precision too.
 _COSINE_EPSILON = 9.999999960041972e-13
-
-
-def kd_ce_loss(
-    logits_S: Float[Array, "*positions classes"],
-    logits_T: Float[Array, "*positions classes"],
-    temperature: float | Float[Array, "*positions"] = 1,
-    mask: Shaped[Array, "*positions"] | None = None,
-) -> Scalar:
-    r"""Cross-entropy of the student's softened predictions under the teacher's.
-
-    .. math:: \operatorname{mean}_i -\sum_c p_T(i, c) \log p_S(i, c),
-        \quad p(i) = \operatorname{softmax}(z(i) / t_i)
-
-    There is no factor :math:`t^2`. ``temperature`` is one number or one per position.
-    ``mask`` selects: the mean runs over positions where it is not 0.
-
-    Hinton et al. 2015, `Distilling the Knowledge in a Neural Network
-    <https://arxiv.org/abs/1503.02531>`_. TextBrewer's function takes no mask; it selects before.
-
-    Raises:
-        ValueError: Shapes of logits, temperature and mask do not fit together.
-    """
-    check_logits("kd_ce_loss", logits_S, logits_T, temperature, mask)
-    S, T, selected = _soften(logits_S, logits_T, temperature, mask)
-    return _mean(-jnp.sum(_softmax(T) * _log_softmax(S), axis=-1), selected)
-
-
-def kd_mse_loss(
-    logits_S: Float[Array, "*positions classes"],
-    logits_T: Float[Array, "*positions classes"],
-    temperature: float | Float[Array, "*positions"] = 1,
-    mask: Shaped[Array, "*positions"] | None = None,
-) -> Scalar:
-    r"""Mean squared error between logits, both divided by the temperature.
-
-    .. math:: \operatorname{mean}_{i,c} \left(\frac{z_S(i, c) - z_T(i, c)}{t_i}\right)^2
-
-    ``temperature`` is one number or one per position. ``mask`` selects: the mean runs over all
-    classes of the positions where it is not 0.
-
-    Ba & Caruana 2014, `Do Deep Nets Really Need to be Deep? <https://arxiv.org/abs/1312.6184>`_.
-    TextBrewer's function takes no mask; it selects before.
-
-    Raises:
-        ValueError: Shapes of logits, temperature and mask do not fit together.
-    """
-    check_logits("kd_mse_loss", logits_S, logits_T, temperature, mask)
-    S, T, selected = _soften(logits_S, logits_T, temperature, mask)
-    return _mean_square(S - T, selected)
-
-
-def att_mse_loss(
-    attention_S: Float[Array, "batch heads length length"],
-    attention_T: Float[Array, "batch heads length length"],
-    mask: Shaped[Array, "batch length"] | None = None,
-) -> Scalar:
-    r"""Mean squared error between attention scores, head by head.
-
-    .. math:: \frac{\sum_{b,h,i,j} m_{bi} m_{bj} (S_{bhij} - T_{bhij})^2}
-        {H \sum_b (\sum_i m_{bi})^2}
-
-    ``mask`` weights queries and keys. Without one, scores ≤ −0.001 are taken as 0 on both sides
-    (padding, in raw scores) and the mean runs over every pair.
-
-    Jiao et al. 2020, `TinyBERT <https://arxiv.org/abs/1909.10351>`_.
-
-    Raises:
-        ValueError: Not two 4-D arrays of one shape, or a mask that is not (batch, length).
-    """
-    check_attention("att_mse_loss", attention_S, attention_T, mask, heads_reduced=False)
-    S, T = _floats(attention_S, attention_T)
-    return _attention_mse(S, T, mask)
-
-
-def att_mse_sum_loss(
-    attention_S: Float[Array, "batch *heads_S length length"],
-    attention_T: Float[Array, "batch *heads_T length length"],
-    mask: Shaped[Array, "batch length"] | None = None,
-) -> Scalar:
-    r"""Mean squared error between attention scores summed over the heads.
-
-    .. math:: \frac{\sum_{b,i,j} m_{bi} m_{bj} (\sum_h S_{bhij} - \sum_h T_{bhij})^2}
-        {\sum_b (\sum_i m_{bi})^2}
-
-    Each side is 4-D with heads of its own number, or 3-D without. ``mask`` weights queries and
-    keys. Without one, sums ≤ −0.001 are taken as 0 on both sides.
-
-    Raises:
-        ValueError: Batch and lengths differ, another rank, or a mask that is not (batch, length).
-    """
-    check_attention("att_mse_sum_loss", attention_S, attention_T, mask, heads_reduced=True)
-    S, T = _floats(attention_S, attention_T)
-    return _attention_mse(_over_heads(jnp.sum, S), _over_heads(jnp.sum, T), mask)
-
-
-def att_ce_loss(
-    attention_S: Float[Array, "batch heads length length"],
-    attention_T: Float[Array, "batch heads length length"],
-    mask: Shaped[Array, "batch length"] | None = None,
-) -> Scalar:
-    r"""Cross-entropy between attention distributions (softmax of the scores), head by head.
-
-    .. math:: \frac{-\sum_{b,h,i} m_{bi} \sum_j m_{bj} p_T(b,h,i,j) \log p_S(b,h,i,j)}
-        {H \sum_{b,i} m_{bi}}
-
-    ``mask`` weights queries and keys, after the softmax over all keys. Without one, the teacher's
-    probabilities where its score is ≤ −0.001 are taken as 0 and the mean runs over every query.
-    A score of −inf counts as the dtype's lowest number, where TextBrewer may give NaN.
-
-    Raises:
-        ValueError: Not two 4-D arrays of one shape, or a mask that is not (batch, length).
-    """
-    check_attention("att_ce_loss", attention_S, attention_T, mask, heads_reduced=False)
-    S, T = _floats(attention_S, attention_T)
-    return _attention_ce(S, T, mask)
-
-
-def att_ce_mean_loss(
-    attention_S: Float[Array, "batch *heads_S length length"],
-    attention_T: Float[Array, "batch *heads_T length length"],
-    mask: Shaped[Array, "batch length"] | None = None,
-) -> Scalar:
-    r"""Cross-entropy between the softmaxes of attention scores averaged over the heads.
-
-    .. math:: \frac{-\sum_{b,i} m_{bi} \sum_j m_{bj} p_T(b,i,j) \log p_S(b,i,j)}
-        {\sum_{b,i} m_{bi}}
-
-    Each side is 4-D with heads of its own number, or 3-D without. ``mask`` and −inf as in
-    :func:`att_ce_loss`.
-
-    Raises:
-        ValueError: Batch and lengths differ, another rank, or a mask that is not (batch, length).
-    """
-    check_attention("att_ce_mean_loss", attention_S, attention_T, mask, heads_reduced=True)
-    S, T = _floats(attention_S, attention_T)
-    return _attention_ce(_over_heads(jnp.mean, S), _over_heads(jnp.mean, T), mask)
 
 
 def hid_mse_loss(
@@ -207,8 +45,8 @@ def hid_mse_loss(
         ValueError: The states' shapes differ, or the mask's is not that of the positions.
     """
     check_states("hid_mse_loss", state_S, state_T, mask)
-    S, T = _floats(state_S, state_T)
-    return _mean_square(S - T, None if mask is None else _as_weights(mask, S))
+    S, T = floats(state_S, state_T)
+    return mean_square(S - T, None if mask is None else as_weights(mask, S))
 
 
 def cos_loss(
@@ -230,12 +68,12 @@ def cos_loss(
         ValueError: The states' shapes differ, or the mask's is not that of the positions.
     """
     check_states("cos_loss", state_S, state_T, mask)
-    S, T = _floats(state_S, state_T)
-    selected = None if mask is None else _as_selection(mask, S)
+    S, T = floats(state_S, state_T)
+    selected = None if mask is None else as_selection(mask, S)
     if selected is not None:
         S, T = (jnp.where(selected[..., None] != 0, state, 0) for state in (S, T))
     lengths = [jnp.sqrt(jnp.sum(jnp.square(x), axis=-1) + _COSINE_EPSILON) for x in (S, T)]
-    return _mean(1 - jnp.sum(S * T, axis=-1) / (lengths[0] * lengths[1]), selected)
+    return mean(1 - jnp.sum(S * T, axis=-1) / (lengths[0] * lengths[1]), selected)
 
 
 def pkd_loss(
@@ -269,7 +107,7 @@ def pkd_loss(
             )
         firsts.append(state[:, 0] if len(shape) == 3 else state)
     check_same("pkd_loss", "state", firsts[0].shape, firsts[1].shape, ("batch", "width"))
-    S, T = _floats(*firsts)
+    S, T = floats(*firsts)
     return jnp.mean(jnp.sum(jnp.square(_unit(S) - _unit(T)), axis=-1))
 
 
@@ -297,8 +135,8 @@ def fsp_loss(
     for i, (shape_S, shape_T) in enumerate(zip(shapes_S, shapes_T, strict=True)):
         name = f"layer {i} of state"
         check_same("fsp_loss", name, shape_S[::2], shape_T[::2], ("batch", "width"))
-    S0, S1, T0, T1 = _floats(*state_S, *state_T)
-    weights = None if mask is None else _as_weights(mask, S0)[..., None]
+    S0, S1, T0, T1 = floats(*state_S, *state_T)
+    weights = None if mask is None else as_weights(mask, S0)[..., None]
     difference = _feature_gram(S0, S1, weights) - _feature_gram(T0, T1, weights)
     return jnp.mean(jnp.square(difference))
 
@@ -333,79 +171,21 @@ def mmd_loss(
                 "expected one shape. Pick two layers of one width."
             )
     check_same("mmd_loss", "state", shapes_S[0][:2], shapes_T[0][:2], ("batch", "length"))
-    S0, S1, T0, T1 = _floats(*state_S, *state_T)
-    gram_S = _einsum("bid,bjd->bij", S0, S1) / S0.shape[-1]
-    gram_T = _einsum("bid,bjd->bij", T0, T1) / T0.shape[-1]
-    return _mean_square_of_pairs(gram_S - gram_T, mask)
+    S0, S1, T0, T1 = floats(*state_S, *state_T)
+    gram_S = einsum("bid,bjd->bij", S0, S1) / S0.shape[-1]
+    gram_T = einsum("bid,bjd->bij", T0, T1) / T0.shape[-1]
+    return mean_square_of_pairs(gram_S - gram_T, mask)
 
 
 # --- Sums and means -------------------------------------------------------------------------------
 
 
-def _floats(*values: ArrayLike) -> list[Array]:
-    """The values in their common dtype, which is at least float32."""
-    dtype = jnp.promote_types(jnp.result_type(*values), jnp.float32)
-    return [jnp.asarray(value, dtype) for value in values]
-
-
-def _as_weights(mask: ArrayLike, like: Array) -> Array:
-    return jnp.asarray(mask, like.dtype)
-
-
-def _as_selection(mask: ArrayLike, like: Array) -> Array:
-    """Weights of 1 where the mask is not 0."""
-    return jnp.asarray(jnp.asarray(mask) != 0, like.dtype)
-
-
-def _queries_and_keys(mask: Array, pairs: Array) -> tuple[Array, Array]:
-    """The mask along the query axis, and along the key axis, of (batch, *heads, query, key)."""
-    mask = jnp.expand_dims(mask, range(1, pairs.ndim - 2))
-    return mask[..., :, None], mask[..., None, :]
-
-
-def _ratio(total: Array, count: Array) -> Array:
-    """``total / count``, and ``total`` (which is then 0) where nothing was counted."""
-    return total / jnp.where(count == 0, 1, count)
-
-
-def _mean(values: Array, weights: Array | None) -> Array:
-    if weights is None:
-        return jnp.mean(values)
-    return _ratio(jnp.sum(values * weights), jnp.sum(weights))
-
-
-def _mean_square(difference: Array, weights: Array | None) -> Array:
-    """Mean of squares over positions, which ``weights`` are for, and the last axis."""
-    if weights is None:
-        return jnp.mean(jnp.square(difference))
-    weight = weights[..., None]
-    # Selected before the square, so that anything under the mask has a zero gradient.
-    square = jnp.square(jnp.where(weight != 0, difference, 0))
-    return _ratio(jnp.sum(weight * square), difference.shape[-1] * jnp.sum(weights))
-
-
-def _mean_square_of_pairs(difference: Array, mask: Array | None) -> Array:
-    """Mean of squares over (batch, *heads, query, key); a pair weighs its weights' product."""
-    if mask is None:
-        return jnp.mean(jnp.square(difference))
-    mask = _as_weights(mask, difference)
-    query, key = _queries_and_keys(mask, difference)
-    total = jnp.sum(query * key * jnp.square(difference))
-    heads = difference.size // (mask.size * mask.shape[1])
-    return _ratio(total, heads * jnp.sum(jnp.square(jnp.sum(mask, axis=1))))
-
-
-def _einsum(formula: str, x: Array, y: Array) -> Array:
-    """A product that stays in float32 on hardware that would round its factors (TF32, bfloat16)."""
-    return jnp.einsum(formula, x, y, precision=jax.lax.Precision.HIGHEST)
-
-
 def _feature_gram(x: Array, y: Array, weights: Array | None) -> Array:
     """Products of features, (batch, width, width), averaged over the length."""
     if weights is None:
-        return _einsum("bid,bie->bde", x, y) / x.shape[1]
+        return einsum("bid,bie->bde", x, y) / x.shape[1]
     count = jnp.sum(weights, axis=1, keepdims=True)
-    return _ratio(_einsum("bid,bie->bde", x * jnp.square(weights), y), count)
+    return ratio(einsum("bid,bie->bde", x * jnp.square(weights), y), count)
 
 
 def _unit(x: Array) -> Array:
@@ -414,61 +194,3 @@ def _unit(x: Array) -> Array:
 
 
 # --- Softmax, temperature, attention --------------------------------------------------------------
-
-
-def _finite(scores: Array) -> Array:
-    """−inf as the lowest number, since 0 probability times −inf is NaN."""
-    return jnp.where(scores == -jnp.inf, jnp.finfo(scores.dtype).min, scores)
-
-
-def _softmax(scores: Array) -> Array:
-    return jax.nn.softmax(_finite(scores), axis=-1)
-
-
-def _log_softmax(scores: Array) -> Array:
-    return jax.nn.log_softmax(_finite(scores), axis=-1)
-
-
-def _soften(
-    logits_S: Array, logits_T: Array, temperature: ArrayLike, mask: Array | None
-) -> tuple[Array, Array, Array | None]:
-    """Both logits over the temperature, and the selection; zeros where nothing is selected."""
-    S, T = _floats(logits_S, logits_T)
-    temperature = jnp.asarray(temperature, S.dtype)
-    if temperature.ndim:
-        temperature = temperature[..., None]
-    if mask is None:
-        return S / temperature, T / temperature, None
-    selected = _as_selection(mask, S)
-    here = selected[..., None] != 0
-    if temperature.ndim:
-        temperature = jnp.where(here, temperature, 1)
-    S, T = (jnp.where(here, logits, 0) / temperature for logits in (S, T))
-    return S, T, selected
-
-
-def _over_heads(reduce: Callable[..., Array], attention: Array) -> Array:
-    """One head, (batch, 1, length, length), for all: their sum or mean, or the one there is."""
-    return reduce(attention, axis=1, keepdims=True) if attention.ndim == 4 else attention[:, None]
-
-
-def _attention_mse(S: Array, T: Array, mask: Array | None) -> Array:
-    if mask is None:
-        S, T = (jnp.where(scores <= _PADDED_SCORE, 0, scores) for scores in (S, T))
-        return _mean_square_of_pairs(S - T, None)
-    query, key = _queries_and_keys(_as_weights(mask, S), S)
-    # Padded keys hold very low scores; two sides' need not be alike.
-    difference = jnp.where((query != 0) & (key != 0), S - T, 0)
-    return _mean_square_of_pairs(difference, mask)
-
-
-def _attention_ce(S: Array, T: Array, mask: Array | None) -> Array:
-    if mask is None:
-        probs_T = jnp.where(T <= _PADDED_SCORE, 0, _softmax(T))
-        return _mean(-jnp.sum(probs_T * _log_softmax(S), axis=-1), None)
-    mask = _as_weights(mask, S)
-    query, key = _queries_and_keys(mask, S)
-    # Rows of masked queries may hold anything: they must not reach the softmax.
-    S, T = (jnp.where(query != 0, scores, 0) for scores in (S, T))
-    total = -jnp.sum(query * key * _softmax(T) * _log_softmax(S))
-    return _ratio(total, S.shape[1] * jnp.sum(mask))

@@ -1,39 +1,15 @@
 """Devices: which one a config means."""
 
-import re
 import warnings
 from typing import Any
 
 import jax
 
-_NAME = re.compile(r"(cuda|gpu|tpu|cpu)(?::(\d{1,6}))?", re.ASCII)
-
-_ACCEPTED = (
-    "expected 'cuda', 'gpu', 'tpu' or 'cpu', with an index where one is meant ('gpu:1'), "
-    "or a jax.Device"
-)
+from ..configurations.checks import device_name, name_of
 
 
 class DeviceWarning(UserWarning):
     """The device asked for is not there, and another is used."""
-
-
-def device_name(device: Any) -> str:
-    """Returns a device as text: ``'cpu'``, ``'cuda:1'``.
-
-    Args:
-        device: such a text, anything whose ``str()`` is one (a ``torch.device``), or a
-            ``jax.Device`` of this process.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if isinstance(device, jax.Device):
-        return _name_of(device)
-    text = str(device).strip().lower()
-    if not _NAME.fullmatch(text):
-        raise ValueError(_ACCEPTED)
-    return text
 
 
 def resolve_device(device: Any) -> jax.Device:
@@ -51,7 +27,7 @@ def resolve_device(device: Any) -> jax.Device:
             there are.
     """
     if isinstance(device, jax.Device):
-        _name_of(device)
+        name_of(device)
         return device
     name, found, index = _candidates(device)
     if not found and name.startswith(("cuda", "gpu")):
@@ -114,7 +90,7 @@ def _warn_of_cpu(name: str) -> None:
 
 
 def _there_are(found: list[jax.Device]) -> str:
-    return ", ".join(dict.fromkeys(map(_name_of, [*found, *jax.local_devices()])))
+    return ", ".join(dict.fromkeys(map(name_of, [*found, *jax.local_devices()])))
 
 
 def _local_devices(platform: str) -> list[jax.Device]:
@@ -122,10 +98,3 @@ def _local_devices(platform: str) -> list[jax.Device]:
         return jax.local_devices(backend=platform)
     except RuntimeError:  # how JAX says that it has no such platform
         return []
-
-
-def _name_of(device: jax.Device) -> str:
-    local = jax.local_devices(backend=device.platform)
-    if device not in local:
-        raise ValueError(f"{device!r} belongs to another process; choose from {local}")
-    return f"{device.platform}:{local.index(device)}"

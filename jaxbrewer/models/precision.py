@@ -28,7 +28,9 @@ from ..configurations.configs import TrainingConfig
 from ..errors import PrecisionError
 from ..machine.devices import resolve_device
 from .half_products import Half, in_half, is_float, is_half, is_wide
-from .handle import LinenModel, Model, NNXModel
+from .handle import Model
+from .linen_model import LinenModel
+from .nnx_model import NNXModel
 
 _NORM_NAME = re.compile(r"(norm|normalization|(^|_)(ln|bn|gn))(_\w{1,3}|_?\d+)?$", re.IGNORECASE)
 _NORM_CLASS = re.compile(r"(?<!weight)(?<!spectral)(norm|normalization)(\dd)?$", re.IGNORECASE)

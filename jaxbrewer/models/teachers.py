@@ -115,3 +115,18 @@ def _evaluate(side: Side, variables: Any, batch: Batch) -> Results:
     params, state = variables
     results, _ = side(params, state, jax.random.key(0), batch, False)
     return results
+
+
+class ServedTeacher:
+    """Stands for a teacher whose results come with each batch: no weights, nothing to run."""
+
+    sides: tuple[Side, ...] = ()
+    variables: Any = ()
+
+    def __call__(self, variables: Any, batch: Batch, cache: Any) -> Results:
+        """Hands on the batch's own results."""
+        return cache
+
+    def with_sides(self, sides: Sequence[Side]) -> Teacher:
+        """See `teachers.Teacher.with_sides`."""
+        return self

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..models.adaptors import Results
@@ -237,45 +236,6 @@ def takes_mask(function: Callable) -> bool:
     """Whether a user's function can be given ``mask=``."""
     parameters = inspect.signature(function).parameters
     return "mask" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def is_position_mean(loss: Callable) -> bool:
-    """Tries whether a KD loss of ``[positions, classes]`` is the mean of its positions' losses."""
-    return _agree(
-        lambda S, T: jnp.mean(position_by_position(loss, S, T, 2.0)),
-        lambda S, T: loss(S, T, 2.0),
-    )
-
-
-def is_positionwise(scheduler: Callable) -> bool:
-    """Tries whether a temperature scheduler gives each position what it would get alone."""
-    return _agree(
-        lambda S, T: scheduler(S[::2], T[::2], 2.0),
-        lambda S, T: _every_other(scheduler(S, T, 2.0)),
-    )
-
-
-def heeds_mask(function: Callable) -> bool:
-    """Tries whether a function that takes ``mask=`` looks at selected positions only.
-
-    It may be a KD loss or a temperature scheduler. One that swallows the mask with ``**kwargs``
-    does not.
-    """
-    return _agree(
-        lambda S, T: function(S[::2], T[::2], 2.0, mask=jnp.ones(3, bool)),
-        lambda S, T: _every_other(function(S, T, 2.0, mask=jnp.arange(6) % 2 == 0)),
-    )
-
-
-def _every_other(x: Any) -> Any:
-    return x[::2] if jnp.ndim(x) else x
-
-
-def _agree(one: Callable, other: Callable) -> bool:
-    """Whether two functions of logits agree on fixed random ones, six positions of five classes."""
-    logits_S, logits_T = 3 * np.random.default_rng(0).normal(size=(2, 6, 5)).astype(np.float32)
-    first, second = jax.jit(lambda S, T: (one(S, T), other(S, T)))(logits_S, logits_T)
-    return first.shape == second.shape and np.allclose(first, second, rtol=1e-4, atol=1e-6)
 
 
 def _full(x: Array) -> Array:

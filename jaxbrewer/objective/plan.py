@@ -1,18 +1,17 @@
-"""A `DistillationConfig` resolved: names become functions, layers get their tags, once.
-
-Also the schedule: epochs, fractions and frequencies become step numbers here, and nowhere else.
-"""
+"""A `DistillationConfig` resolved: names become functions, layers get their tags, once."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
 from .. import presets
-from ..configurations.configs import DistillationConfig, IntermediateMatch, TrainingConfig
+from ..configurations.configs import DistillationConfig, IntermediateMatch
 from ..errors import suggest
-from ..schedulers import tabulate
+from .tables import tabulate
 
 Layers = int | str | Sequence[int]
 
@@ -197,58 +196,52 @@ def _layers(layers: Layers) -> str:
     return str(layers) if isinstance(layers, int | str) else "-".join(map(str, layers))
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """When what happens, in optimizer steps.
+def make_projection(proj: Any, key: jax.Array) -> nnx.Module | None:
+    """Makes the projection of a match.
 
-    Attributes:
-        accumulation: micro-batches in one optimizer step.
-        total_steps: optimizer steps of the whole run.
-        epochs: epochs of the run, or None if it runs for a number of steps.
-        steps_per_epoch: optimizer steps of an epoch, or None likewise.
-        in_epoch: checkpoints, as optimizer steps into an epoch; 0 is its end.
-        every_epochs: only epochs divisible by this (and the last) save.
-        every_steps: a run by steps saves at multiples of this, and at its end.
+    Args:
+        proj: None, an `nnx.Module`, or ``[name, dim_S, dim_T, …]``.
+        key: for its initial weights.
+
+    Raises:
+        TypeError: if what is registered under the name makes no `nnx.Module`.
+        ValueError: if `proj` is none of these.
     """
-
-    accumulation: int
-    total_steps: int
-    epochs: int | None = None
-    steps_per_epoch: int | None = None
-    in_epoch: tuple[int, ...] = ()
-    every_epochs: int = 1
-    every_steps: int | None = None
-
-    @classmethod
-    def by_epochs(cls, config: TrainingConfig, epochs: int, batches: int) -> "Schedule":
-        """The schedule of `epochs` passes over a loader of `batches` batches."""
-        n = batches // config.gradient_accumulation_steps
-        frequency = config.ckpt_frequency
-        return cls(
-            config.gradient_accumulation_steps,
-            n * epochs,
-            epochs,
-            n,
-            tuple(int(n * i / frequency) for i in range(frequency)),
-            config.ckpt_epoch_frequency,
+    if proj is None or isinstance(proj, nnx.Module):
+        return proj
+    if not isinstance(proj, list | tuple) or len(proj) < 3 or proj[0] not in presets.PROJ_MAP:
+        raise ValueError(
+            f"a projection is [name, dim_S, dim_T] with a name of {', '.join(presets.PROJ_MAP)}, or an "
+            f"nnx.Module; got {proj!r}"
         )
+    name, dim_S, dim_T = proj[:3]
+    module = presets.PROJ_MAP[name](dim_S, dim_T, rngs=nnx.Rngs(key))
+    if not isinstance(module, nnx.Module):
+        raise TypeError(
+            f"the projection {name!r} made a {type(module).__name__}; PROJ_MAP holds functions "
+            "(dim_in, dim_out, *, rngs) -> nnx.Module"
+        )
+    return module
 
-    @classmethod
-    def by_steps(cls, config: TrainingConfig, steps: int) -> "Schedule":
-        """The schedule of a run of `steps` optimizer steps."""
-        return cls(config.gradient_accumulation_steps, steps, every_steps=config.ckpt_steps)
 
-    def saves_at(self, global_step: int, epoch: int) -> bool:
-        """Whether a checkpoint is due after optimizer step `global_step` (from 1) in `epoch` (from 0)."""
-        if self.epochs is None:
-            every = self.every_steps
-            return global_step == self.total_steps or (
-                every is not None and global_step % every == 0
-            )
-        in_turn = (epoch + 1) % self.every_epochs == 0 or epoch + 1 == self.epochs
-        return in_turn and global_step % (self.steps_per_epoch or 1) in self.in_epoch
+def plan_terms(plan: Plan) -> list[str]:
+    """The terms of a plan in words; those that are only logged say so."""
+    lines = []
+    for weight, what in (
+        (plan.kd_weight, _kd(plan)),
+        (plan.hard_label_weight, "the student's own losses"),
+    ):
+        scheduled = ", then by its scheduler" if weight.scheduler else ""
+        note = "  (logged only)" if weight.is_zero else ""
+        lines.append(f"{weight.initial:g}{scheduled} × {what}{note}")
+    for match in plan.matches:
+        proj = (
+            f", projected {match.proj[1]} → {match.proj[2]} ({match.proj[0]})" if match.proj else ""
+        )
+        note = "  (logged only)" if not match.weight else ""
+        lines.append(f"{match.weight:g} × {match}{proj}{note}")
+    return lines
 
-    def checkpoints(self) -> list[int]:
-        """Every step at which a checkpoint is due, if each epoch is as long as announced."""
-        n = self.steps_per_epoch or self.total_steps
-        return [s for s in range(1, self.total_steps + 1) if self.saves_at(s, (s - 1) // n)]
+
+def _kd(plan: Plan) -> str:
+    return f"KD by {plan.kd.loss_name!r}, temperature {plan.kd.temperature}" if plan.kd else "KD"

@@ -6,9 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-from flax import nnx
-
 from .. import presets
 from ..errors import suggest
 from ..models.handle import Model
@@ -171,31 +168,3 @@ def _near(name: str, paths: Sequence[str]) -> str:
 
 def _natural(path: str) -> list[tuple[int, int | str]]:
     return [(0, int(p)) if p.isdigit() else (1, p) for p in path.split(".")]
-
-
-def make_projection(proj: Any, key: jax.Array) -> nnx.Module | None:
-    """Makes the projection of a match.
-
-    Args:
-        proj: None, an `nnx.Module`, or ``[name, dim_S, dim_T, …]``.
-        key: for its initial weights.
-
-    Raises:
-        TypeError: if what is registered under the name makes no `nnx.Module`.
-        ValueError: if `proj` is none of these.
-    """
-    if proj is None or isinstance(proj, nnx.Module):
-        return proj
-    if not isinstance(proj, list | tuple) or len(proj) < 3 or proj[0] not in presets.PROJ_MAP:
-        raise ValueError(
-            f"a projection is [name, dim_S, dim_T] with a name of {', '.join(presets.PROJ_MAP)}, or an "
-            f"nnx.Module; got {proj!r}"
-        )
-    name, dim_S, dim_T = proj[:3]
-    module = presets.PROJ_MAP[name](dim_S, dim_T, rngs=nnx.Rngs(key))
-    if not isinstance(module, nnx.Module):
-        raise TypeError(
-            f"the projection {name!r} made a {type(module).__name__}; PROJ_MAP holds functions "
-            "(dim_in, dim_out, *, rngs) -> nnx.Module"
-        )
-    return module

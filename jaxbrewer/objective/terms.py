@@ -12,11 +12,13 @@ import jax
 import numpy as np
 
 from ..data.batches import Batch
+from ..errors import Findings
 from ..models.adaptors import Results
 from ..models.handle import Model
-from ..preflight.sides import Findings, inspect
-from . import loss as objective
+from ..preflight.sides import inspect
+from .loss import kd_term, match_term, takes_mask
 from .plan import KD, Match, Plan
+from .probes import heeds_mask, is_position_mean, is_positionwise
 
 __all__ = ["Findings", "check_plan", "inspect"]
 
@@ -114,7 +116,7 @@ def _check_kd(
         _check_under_mask(kd, found)
     if len(found.problems) == before:
         _trace(
-            lambda s, t: objective.kd_term(kd, s, t)[0],
+            lambda s, t: kd_term(kd, s, t)[0],
             results_S,
             results_T,
             f"the KD loss {kd.loss_name!r}",
@@ -210,22 +212,22 @@ def _check_under_mask(kd: KD, found: Findings) -> None:
         (
             f"the KD loss {kd.loss_name!r}",
             kd.loss,
-            objective.is_position_mean,
+            is_position_mean,
             "the mean of its positions' losses",
         ),
         (
             "the temperature scheduler",
             kd.temperature_scheduler,
-            objective.is_positionwise,
+            is_positionwise,
             "decided by each position alone",
         ),
     ]
     for what, function, holds, wanted in tries:
         if function is None or _is_ours(function):
             continue  # our own heed their mask
-        takes_mask = objective.takes_mask(function)
+        is_masked = takes_mask(function)
         try:
-            fine = objective.heeds_mask(function) if takes_mask else holds(function)
+            fine = heeds_mask(function) if is_masked else holds(function)
         except Exception as error:  # noqa: BLE001  the user's function may raise anything
             found.problems.append(f"{what} failed when tried: {type(error).__name__}: {error}")
             continue
@@ -234,7 +236,7 @@ def _check_under_mask(kd: KD, found: Findings) -> None:
         found.problems.append(
             f"{what} is used with logits_mask and takes mask=, but unselected positions change "
             "what it gives. Let it look at positions where mask is not 0 only"
-            if takes_mask
+            if is_masked
             else f"{what} is used with logits_mask, but it is not {wanted}, so unselected positions "
             "would change it. Give it a keyword mask=None ([positions], nonzero = selected) "
             "and let it look at selected positions only"
@@ -324,7 +326,7 @@ def _trace_match(
         return model.apply(model.params, model.state, jax.random.key(0), (feature,), {}, False)[0]
 
     def run(results_S: Results, results_T: Results) -> Any:
-        return objective.match_term(match, results_S, results_T, project)
+        return match_term(match, results_S, results_T, project)
 
     before = len(found.problems)
     _trace(run, results_S, results_T, f"match {match}", found)

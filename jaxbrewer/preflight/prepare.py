@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..data.batches import Batch, sides
-from ..errors import PrecisionError, PreflightError, PreflightWarning
+from ..errors import Findings, PrecisionError, PreflightError, PreflightWarning
 from ..models.adaptors import Results, Side
 from ..models.precision import Precision, at_level, resolve
 from ..models.teachers import Teacher
@@ -22,7 +22,6 @@ from ..objective.loss import Loss, Weights
 from ..step import optimizer as optimizers
 from ..step.optimizer import Optimizer
 from ..step.program import Program
-from .sides import Findings
 from .sides import inspect as inspect_side
 
 if TYPE_CHECKING:

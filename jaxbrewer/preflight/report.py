@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from ..data.batches import Batch, signature_of
-from ..objective.plan import Plan
 from ..step.program import Program
 
 if TYPE_CHECKING:
@@ -33,29 +32,6 @@ def describe(
     lines += _objective(distiller, program)
     lines += ["", *_cost(program, batch, with_optimizer)]
     return "\n".join(lines)
-
-
-def plan_terms(plan: Plan) -> list[str]:
-    """The terms of a plan in words; those that are only logged say so."""
-    lines = []
-    for weight, what in (
-        (plan.kd_weight, _kd(plan)),
-        (plan.hard_label_weight, "the student's own losses"),
-    ):
-        scheduled = ", then by its scheduler" if weight.scheduler else ""
-        note = "  (logged only)" if weight.is_zero else ""
-        lines.append(f"{weight.initial:g}{scheduled} × {what}{note}")
-    for match in plan.matches:
-        proj = (
-            f", projected {match.proj[1]} → {match.proj[2]} ({match.proj[0]})" if match.proj else ""
-        )
-        note = "  (logged only)" if not match.weight else ""
-        lines.append(f"{match.weight:g} × {match}{proj}{note}")
-    return lines
-
-
-def _kd(plan: Plan) -> str:
-    return f"KD by {plan.kd.loss_name!r}, temperature {plan.kd.temperature}" if plan.kd else "KD"
 
 
 def _objective(distiller: "Trainable", program: Program) -> list[str]:

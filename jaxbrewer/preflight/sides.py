@@ -2,28 +2,15 @@
 
 import inspect as _inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 
 from ..data.batches import Batch, as_call, check_ids, plain, signature_of
-from ..errors import BatchError, suggest
+from ..errors import BatchError, Findings, suggest
 from ..models.adaptors import Results, Side, adaptor_name, model_name
 from ..models.precision import HalfModel
-
-
-@dataclass
-class Findings:
-    """What preflight found.
-
-    Attributes:
-        problems: what stops the run, each with its fix.
-        warnings: what trains, but is rarely meant.
-    """
-
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
 
 
 def inspect(

@@ -32,7 +32,8 @@ import orbax.checkpoint as ocp  # noqa: E402
 logging.root.handlers[:] = _handlers
 
 from ..errors import CheckpointError, suggest  # noqa: E402
-from ..models.handle import Model, as_model  # noqa: E402
+from ..models.handle import Model  # noqa: E402
+from ..models.wrap import as_model  # noqa: E402
 from ..step.program import TrainState  # noqa: E402
 
 Folder = str | os.PathLike[str]

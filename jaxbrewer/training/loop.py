@@ -19,12 +19,12 @@ from ..data.streams import EpochEnd, Event, Position, as_json, host_random
 from ..errors import BatchError
 from ..machine.placement import Placement
 from ..machine.processes import Processes
-from ..objective.plan import Schedule
 from ..step import loss_scale
 from ..step.optimizer import drop_window
 from ..step.program import TrainState
 from .checkpoints import Checkpoints
 from .metrics import MetricsWriter
+from .timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Loop:
         tasks: name → task.
         state: the state, replaced after every step.
         rows: ``[total_steps, 3]``: what the schedule gives each optimizer step; see `step.Program`.
-        schedule: when to save.
+        timeline: when to save.
         checkpoints: where to save.
         metrics: where numbers go.
         position: where the run starts; kept up to date.
@@ -87,7 +87,7 @@ class Loop:
     tasks: Mapping[str, Task]
     state: TrainState
     rows: np.ndarray
-    schedule: Schedule
+    timeline: Timeline
     checkpoints: Checkpoints
     metrics: MetricsWriter
     position: Position
@@ -98,7 +98,7 @@ class Loop:
     print_freq: int = 20
 
     def run(self, events: Iterator[Event], after_step: Callable[[], None]) -> None:
-        """Trains until the stream or the schedule ends, or a callback stops it.
+        """Trains until the stream or the timeline ends, or a callback stops it.
 
         Args:
             events: batches and the ends of epochs.
@@ -130,7 +130,7 @@ class Loop:
                 after_step()
                 self._drawn = event.host_random
                 bar.update(1)
-                done = self._opened == self.schedule.accumulation
+                done = self._opened == self.timeline.accumulation
                 self._move(event.epoch, event.batch + 1, done)
                 if done and self._after_update(event.epoch):
                     break
@@ -161,9 +161,9 @@ class Loop:
         """Logs and saves where it is due; returns whether training ends here."""
         step = self.position.global_step
         if step % self._print_every() == 0:
-            self._say("Global step %d of %d", step, self.schedule.total_steps)
-        ends = self.schedule.epochs is None and step >= self.schedule.total_steps
-        if self.schedule.saves_at(step, epoch):
+            self._say("Global step %d of %d", step, self.timeline.total_steps)
+        ends = self.timeline.epochs is None and step >= self.timeline.total_steps
+        if self.timeline.saves_at(step, epoch):
             self._look(0)
             self._say("Saving at global step %d, epoch %d", step, epoch + 1)
             saved = self.placement.leave(self.state)
@@ -188,8 +188,8 @@ class Loop:
 
     def _end_epoch(self, event: EpochEnd) -> None:
         self._say("Epoch %d finished", event.epoch + 1)
-        expected = self.schedule.steps_per_epoch
-        if expected is not None and event.batches // self.schedule.accumulation != expected:
+        expected = self.timeline.steps_per_epoch
+        if expected is not None and event.batches // self.timeline.accumulation != expected:
             logger.warning(
                 "epoch %d had %d batches, which is not what len(loader) announced: schedules and "
                 "checkpoints were laid out for %d optimizer steps an epoch",
@@ -239,20 +239,20 @@ class Loop:
 
     def _print_every(self) -> int:
         span = (
-            self.schedule.steps_per_epoch or self.schedule.every_steps or self.schedule.total_steps
+            self.timeline.steps_per_epoch or self.timeline.every_steps or self.timeline.total_steps
         )
         return span // self.print_freq or span
 
     def _expected_micro_steps(self) -> int | None:
-        if self.schedule.epochs is None:
-            return self.schedule.total_steps * self.schedule.accumulation
+        if self.timeline.epochs is None:
+            return self.timeline.total_steps * self.timeline.accumulation
         batches = self.describe.get("batches_per_epoch")
-        return batches and batches * self.schedule.epochs
+        return batches and batches * self.timeline.epochs
 
     def _log_start(self) -> None:
-        checkpoints = self.schedule.checkpoints()
+        checkpoints = self.timeline.checkpoints()
         shown = ", ".join(map(str, checkpoints[:12])) + (" …" if len(checkpoints) > 12 else "")
-        self._say("Training steps: %d; checkpoints at steps %s", self.schedule.total_steps, shown)
+        self._say("Training steps: %d; checkpoints at steps %s", self.timeline.total_steps, shown)
 
     @property
     def is_chief(self) -> bool:

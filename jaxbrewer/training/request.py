@@ -8,9 +8,9 @@ from typing import Any, Self
 import numpy as np
 
 from ..configurations.configs import TrainingConfig
-from ..objective.plan import Schedule
-from ..schedulers import looks_absolute
+from ..objective.tables import looks_absolute
 from ..step.optimizer import Optimizer
+from .timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Request:
     tau: float = 1.0
 
 
-def make_schedule(config: TrainingConfig, request: Request) -> Schedule:
+def make_timeline(config: TrainingConfig, request: Request) -> Timeline:
     """Lays out a run; refuses lengths and loaders that cannot be meant."""
     epochs, steps = request.num_epochs, request.num_steps
     if epochs is None and steps is None:
@@ -85,7 +85,7 @@ def make_schedule(config: TrainingConfig, request: Request) -> Schedule:
         if feed.length == 0:
             raise ValueError(f"{name} is empty: its length is 0")
     if steps is not None:
-        return Schedule.by_steps(config, int(steps))
+        return Timeline.by_steps(config, int(steps))
     (feed,) = request.feeds.values()
     length = feed.length
     if length is None:
@@ -99,7 +99,7 @@ def make_schedule(config: TrainingConfig, request: Request) -> Schedule:
             f"{config.gradient_accumulation_steps}, so nothing would be trained. Lower "
             "gradient_accumulation_steps, or train by num_steps, where windows run across epochs"
         )
-    return Schedule.by_epochs(config, int(epochs), length)  # type: ignore[arg-type]
+    return Timeline.by_epochs(config, int(epochs), length)  # type: ignore[arg-type]
 
 
 def _is_count(value: Any) -> bool:

@@ -34,17 +34,19 @@ from ..machine.processes import Processes, joined
 from ..machine.programs import keep_programs
 from ..models.adaptors import model_name
 from ..models.precision import FLOAT32
-from ..objective.plan import Schedule, Weight
+from ..models.teachers import ServedTeacher
+from ..objective.plan import Weight
+from ..objective.tables import tabulate
 from ..preflight.prepare import prepare
 from ..preflight.report import describe
-from ..schedulers import tabulate
 from ..step.optimizer import Optimizer
 from ..step.program import Program, TrainState
 from . import teacher_cache as caching
 from .checkpoints import Checkpoints, latest_position, load_student
 from .loop import CallbackResult, Loop, Task
 from .metrics import MetricsWriter
-from .request import Request, make_factor, make_schedule
+from .request import Request, make_factor, make_timeline
+from .timeline import Timeline
 
 if TYPE_CHECKING:
     from ..distillers.base import Trainable
@@ -61,8 +63,8 @@ def train(distiller: "Trainable", request: Request) -> None:
     distiller.rank = processes.rank
     with processes.together("reading the arguments of train"):
         request = _of_all(request, processes)
-        schedule = make_schedule(config, request)
-        factor = make_factor(request, schedule.total_steps)
+        timeline = make_timeline(config, request)
+        factor = make_factor(request, timeline.total_steps)
     if not distiller._in_context:
         warnings.warn(
             "train() outside `with distiller:` runs the student in evaluation mode: dropout is off "
@@ -75,12 +77,12 @@ def train(distiller: "Trainable", request: Request) -> None:
     # A resumed run skips to its position, which only its checkpoint knows.
     latest = _latest_position(config, processes) if config.resume else None
     start = latest or Position()
-    if latest is not None and start.global_step >= schedule.total_steps:
+    if latest is not None and start.global_step >= timeline.total_steps:
         logger.info("gs%d is the end of this run; nothing is left to train", start.global_step)
         load_student(config.output_dir, distiller.model_S)
         return
     with processes.together("checking the models and the first batch"):
-        first, events = _open(distiller, request, schedule, start)
+        first, events = _open(distiller, request, timeline, start)
         programs = prepare(
             distiller,
             first,
@@ -100,7 +102,7 @@ def train(distiller: "Trainable", request: Request) -> None:
         cache = distiller._cache()
         if cache is not None:
             programs, events = _cached(
-                programs, cache, request, schedule, start, placement, processes
+                programs, cache, request, timeline, start, placement, processes
             )
             checks = {name: _nothing_to_check for name in programs}
     events = checked(events, checks)
@@ -125,8 +127,8 @@ def train(distiller: "Trainable", request: Request) -> None:
     loop = Loop(
         tasks={name: _task(program, placement) for name, program in programs.items()},
         state=placement.enter(state),
-        rows=_rows(distiller, factor, schedule.total_steps),
-        schedule=schedule,
+        rows=_rows(distiller, factor, timeline.total_steps),
+        timeline=timeline,
         checkpoints=checkpoints,
         metrics=metrics,
         position=start,
@@ -157,13 +159,13 @@ def _of_all(request: Request, processes: Processes) -> Request:
 
 
 def _open(
-    distiller: "Trainable", request: Request, schedule: Schedule, start: Position
+    distiller: "Trainable", request: Request, timeline: Timeline, start: Position
 ) -> tuple[dict[str, Batch], Iterator[Event]]:
     """Opens the streams; returns each task's first batch, and the stream of all from `start` on."""
     if list(request.feeds) == [""]:
         (feed,) = request.feeds.values()
-        if schedule.epochs is not None:
-            stream = by_epochs(feed.loader, schedule.epochs, start)
+        if timeline.epochs is not None:
+            stream = by_epochs(feed.loader, timeline.epochs, start)
         else:
             stream = by_steps(feed.loader, start)
         first, events = peek(prepared(stream, feed.postprocess))
@@ -188,13 +190,13 @@ def _cached(
     programs: Mapping[str, Program],
     cache: dict[str, Any],
     request: Request,
-    schedule: Schedule,
+    timeline: Timeline,
     start: Position,
     placement: Placement,
     processes: Processes,
 ) -> tuple[dict[str, Program], Iterator[Event]]:
     """Runs the teacher once; returns the program that is served its results, and their stream."""
-    if schedule.epochs is None:
+    if timeline.epochs is None:
         raise ValueError(
             "is_caching_logits goes with num_epochs, not with num_steps: the cache is one pass over "
             "the loader"
@@ -211,8 +213,8 @@ def _cached(
     cache = cache | {"level": "" if program.precision == FLOAT32 else str(program.precision)}
     variables = place.teacher(program.teacher.variables)
     loader = caching.build(program.teacher, variables, batches, place=place.batch, **cache)
-    served = replace(program, teacher=caching.ServedTeacher())
-    return {"": served}, by_epochs(loader, schedule.epochs, start)
+    served = replace(program, teacher=ServedTeacher())
+    return {"": served}, by_epochs(loader, timeline.epochs, start)
 
 
 def _task(program: Program, placement: Placement) -> Task:

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +25,13 @@ from tqdm.auto import tqdm
 
 from ..data.batches import Batch, Served, Static, sides
 from ..errors import CacheError
-from ..models.adaptors import Results, Side
+from ..models.adaptors import Results
 from ..models.teachers import Teacher
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
-
-
-class ServedTeacher:
-    """Stands for a teacher whose results come with each batch: no weights, nothing to run."""
-
-    sides: tuple[Side, ...] = ()
-    variables: Any = ()
-
-    def __call__(self, variables: Any, batch: Batch, cache: Any) -> Results:
-        """Hands on the batch's own results."""
-        return cache
-
-    def with_sides(self, sides: Sequence[Side]) -> Teacher:
-        """See `teachers.Teacher.with_sides`."""
-        return self
 
 
 class CachedLoader:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
+from jaxbrewer.files import read_json_object
 from jaxbrewer.zoo import bert, bigru, distilbert, electra, roberta
-from jaxbrewer.zoo.configuration import ModelConfig, read_json_object
+from jaxbrewer.zoo.configuration import ModelConfig
 from jaxbrewer.zoo.hf import CONFIG, PretrainedModel, existing_folder
 
 _CLASSES: tuple[type[PretrainedModel], ...] = (

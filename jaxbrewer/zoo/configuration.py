@@ -1,17 +1,17 @@
 """What every encoder's config shares: the fields, the checks, and Hugging Face's JSON."""
 
 import abc
-import contextlib
 import dataclasses
 import difflib
 import json
 import os
-import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from jaxbrewer.zoo.activations import ACTIVATIONS
+
+from ..files import read_json_object, replacing
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Keys of Hugging Face config files that do not change what an encoder computes.
@@ -47,40 +47,6 @@ FIXED_VALUES: Mapping[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, None),
     "per_layer_config": ({}, None),
 }
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, and moves what was written there to ``path`` at the end.
-
-    A reader of ``path`` sees the old file or the whole new one; if the writing fails, the old one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        file = Path(folder) / path.name
-        yield file
-        with open(file, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(file, path)
-
-
-def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a JSON file that holds one object.
-
-    Raises ``ValueError`` that names the file, and the line where it is malformed.
-    """
-    path = Path(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"no file {str(path)!r}: give the path of a JSON config") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
-        ) from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, expected one JSON object")
-    return values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

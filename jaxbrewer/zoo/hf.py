@@ -22,7 +22,8 @@ from flax.typing import Dtype
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxbrewer.zoo.configuration import ModelConfig, read_json_object, replacing
+from jaxbrewer.files import read_json_object, replacing
+from jaxbrewer.zoo.configuration import ModelConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -11,7 +11,7 @@ import pytest
 import textbrewer.losses
 import torch
 
-from jaxbrewer.losses import hidden as losses
+from jaxbrewer import losses
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 MASKS = ["none", "ones", "bool", "float", "ragged"]

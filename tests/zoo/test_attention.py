@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import jaxbrewer.zoo as zoo
-from jaxbrewer.models.handle import NNXModel
+from jaxbrewer.models.nnx_model import NNXModel
 from jaxbrewer.zoo import attention
 from jaxbrewer.zoo.attention import attend, cudnn_takes
 from jaxbrewer.zoo.dropout import Dropout

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxbrewer.models.handle import NNXModel
+from jaxbrewer.models.nnx_model import NNXModel
 from jaxbrewer.zoo import BertConfig, BertForSequenceClassification
 from jaxbrewer.zoo.dropout import Dropout, keep_mask
 

@@ -21,14 +21,14 @@ from jaxbrewer.commands import (
     read_text,
     zoo_models,
 )
-from jaxbrewer.commands.port import verdicts as port
+from jaxbrewer.commands.port import verdicts
 from jaxbrewer.commands.port.advice import advise
 from jaxbrewer.commands.port.literals import Written, parse, written_configs
 from jaxbrewer.commands.port.verdicts import Finding, Ported, Run, Verdict
 from jaxbrewer.configurations.checks import short
 from jaxbrewer.configurations.configs import DistillationConfig, IntermediateMatch, TrainingConfig
 from jaxbrewer.errors import suggest
-from jaxbrewer.zoo.configuration import replacing
+from jaxbrewer.files import replacing
 
 _TRAINING = [f.name for f in dataclasses.fields(TrainingConfig)]
 _DISTILLATION = [f.name for f in dataclasses.fields(DistillationConfig)]
@@ -126,16 +126,16 @@ def _in_json(value: Any, label: str, folder: Path, run: Run, depth: int) -> Iter
     """Everything in a JSON value that is recognised by its keys."""
     if isinstance(value, list):
         if value and all(isinstance(item, Mapping) and set(item) & set(_MATCH) for item in value):
-            yield Document(label, "matches", port.matches(value))
+            yield Document(label, "matches", verdicts.matches(value))
         return
     if not isinstance(value, Mapping):
         return
     if isinstance(value.get("student"), Mapping) or isinstance(value.get("teachers"), list):
         yield Document(label, "models", port_job(value, folder))
     elif {"layer_num_S", "layer_num_T"} & set(value):
-        yield Document(label, "emd", port.emd(value))
+        yield Document(label, "emd", verdicts.emd(value))
     elif {"layer_T", "layer_S"} & set(value):
-        yield Document(label, "matches", port.matches([value]))
+        yield Document(label, "matches", verdicts.matches([value]))
     elif len(set(_MODEL) & set(value)) >= 2:
         yield Document(label, "config", port_model(value))
     elif any(_near(key, _TRAINING + _DISTILLATION) for key in value):
@@ -180,9 +180,9 @@ def _configs(value: Mapping[str, Any], label: str, run: Run) -> Iterator[Documen
     main = max(exact, key=lambda kind: (exact[kind], len(parts[kind])))
     parts[main] |= strange
     if parts["training"]:
-        yield Document(label, "training", port.training_config(parts["training"], run))
+        yield Document(label, "training", verdicts.training_config(parts["training"], run))
     if parts["distillation"]:
-        yield Document(label, "distillation", port.distillation_config(parts["distillation"]))
+        yield Document(label, "distillation", verdicts.distillation_config(parts["distillation"]))
 
 
 def _in_python(path: Path, run: Run) -> Iterator[Document]:
@@ -211,10 +211,10 @@ def _port_written(item: Written, run: Run) -> Ported:
         ported.by_hand("from_json_file", text, repr(item.values))
         return ported
     make: Mapping[str, Any] = {
-        "training": lambda: port.training_config(item.values, run),
-        "distillation": lambda: port.distillation_config(item.values),
-        "matches": lambda: port.matches(item.values),
-        "emd": lambda: port.emd(item.values),
+        "training": lambda: verdicts.training_config(item.values, run),
+        "distillation": lambda: verdicts.distillation_config(item.values),
+        "matches": lambda: verdicts.matches(item.values),
+        "emd": lambda: verdicts.emd(item.values),
     }
     ported = make[item.kind]() if item.values or not item.unread else Ported(item.kind)
     for unread in item.unread:
@@ -245,7 +245,7 @@ def port_model(values: Mapping[str, Any]) -> Ported:
     try:
         config = zoo_models.config_from(values)
     except ValueError as error:
-        return port.as_invalid(ported, error)
+        return verdicts.as_invalid(ported, error)
     ported.what = f"model config ({type(config).__name__})"
     ported.result = config
     read = {f.name for f in dataclasses.fields(config)} & set(values)

@@ -16,7 +16,7 @@ from jaxbrewer.configurations import checks
 from jaxbrewer.configurations.configs import DistillationConfig, IntermediateMatch, TrainingConfig
 from jaxbrewer.errors import ConfigError, suggest
 from jaxbrewer.losses.hidden import fsp_loss, mmd_loss
-from jaxbrewer.objective.plan import Schedule
+from jaxbrewer.training.timeline import Timeline
 
 
 class Verdict(enum.Enum):
@@ -84,14 +84,14 @@ class Run:
     epochs: int | None = None
     steps: int | None = None
 
-    def schedule(self, config: TrainingConfig) -> Schedule | None:
-        """The schedule, or None if too little is known.
+    def timeline(self, config: TrainingConfig) -> Timeline | None:
+        """The timeline, or None if too little is known.
 
         Raises:
             ValueError: an epoch has no whole accumulation window, so that nothing is trained.
         """
         if self.steps is not None:
-            return Schedule.by_steps(config, self.steps)
+            return Timeline.by_steps(config, self.steps)
         if self.batches is None:
             return None
         window = config.gradient_accumulation_steps
@@ -100,7 +100,7 @@ class Run:
                 f"an epoch of {self.batches} batches is shorter than one accumulation window of "
                 f"{window}, so nothing would be trained"
             )
-        return Schedule.by_epochs(config, self.epochs or 1, self.batches)
+        return Timeline.by_epochs(config, self.epochs or 1, self.batches)
 
 
 def as_invalid(ported: Ported, error: ValueError) -> Ported:
@@ -147,11 +147,11 @@ def training_config(values: Mapping[str, Any], run: Run | None = None) -> Ported
         value = getattr(config, f.name)
         verdict, text = _TRAINING.get(f.name, _ours)(value, config)
         ported.add(f.name, repr(value), verdict, text)
-    _add_schedule(ported, config, run)
+    _add_checkpoints(ported, config, run)
     return ported
 
 
-def _add_schedule(ported: Ported, config: TrainingConfig, run: Run | None) -> None:
+def _add_checkpoints(ported: Ported, config: TrainingConfig, run: Run | None) -> None:
     frequency, every = config.ckpt_frequency, config.ckpt_epoch_frequency
     if run is None or (run.steps is None and run.batches is None):
         shares = ", ".join(f"int({i}·n/{frequency})" for i in range(1, min(frequency, 5)))
@@ -168,21 +168,21 @@ def _add_schedule(ported: Ported, config: TrainingConfig, run: Run | None) -> No
         )
         return
     try:
-        schedule = run.schedule(config)
+        timeline = run.timeline(config)
     except ValueError as error:
         ported.by_hand(
             "checkpoints", f"{error}. Lower gradient_accumulation_steps, or use num_steps"
         )
         return
-    if schedule is not None:
-        ported.add("checkpoints", "", Verdict.SAME, describe_schedule(schedule))
+    if timeline is not None:
+        ported.add("checkpoints", "", Verdict.SAME, describe_timeline(timeline))
 
 
-def describe_schedule(schedule: Schedule) -> str:
-    """The step numbers of a schedule's checkpoints, in a sentence."""
-    steps = schedule.checkpoints()
+def describe_timeline(timeline: Timeline) -> str:
+    """The step numbers of a timeline's checkpoints, in a sentence."""
+    steps = timeline.checkpoints()
     shown = ", ".join(map(str, steps[:12])) + (" …" if len(steps) > 12 else "")
-    return f"{len(steps)} in {schedule.total_steps} optimizer steps: at step {shown}"
+    return f"{len(steps)} in {timeline.total_steps} optimizer steps: at step {shown}"
 
 
 def _ordinal(n: int) -> str:

@@ -1,0 +1,78 @@
+"""Losses on logits: knowledge distillation's own."""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Shaped
+
+from jaxbrewer.losses.shapes import (
+    check_logits,
+)
+
+from .means import Scalar, as_selection, floats, log_softmax, mean, mean_square, softmax
+
+
+def kd_ce_loss(
+    logits_S: Float[Array, "*positions classes"],
+    logits_T: Float[Array, "*positions classes"],
+    temperature: float | Float[Array, "*positions"] = 1,
+    mask: Shaped[Array, "*positions"] | None = None,
+) -> Scalar:
+    r"""Cross-entropy of the student's softened predictions under the teacher's.
+
+    .. math:: \operatorname{mean}_i -\sum_c p_T(i, c) \log p_S(i, c),
+        \quad p(i) = \operatorname{softmax}(z(i) / t_i)
+
+    There is no factor :math:`t^2`. ``temperature`` is one number or one per position.
+    ``mask`` selects: the mean runs over positions where it is not 0.
+
+    Hinton et al. 2015, `Distilling the Knowledge in a Neural Network
+    <https://arxiv.org/abs/1503.02531>`_. TextBrewer's function takes no mask; it selects before.
+
+    Raises:
+        ValueError: Shapes of logits, temperature and mask do not fit together.
+    """
+    check_logits("kd_ce_loss", logits_S, logits_T, temperature, mask)
+    S, T, selected = _soften(logits_S, logits_T, temperature, mask)
+    return mean(-jnp.sum(softmax(T) * log_softmax(S), axis=-1), selected)
+
+
+def kd_mse_loss(
+    logits_S: Float[Array, "*positions classes"],
+    logits_T: Float[Array, "*positions classes"],
+    temperature: float | Float[Array, "*positions"] = 1,
+    mask: Shaped[Array, "*positions"] | None = None,
+) -> Scalar:
+    r"""Mean squared error between logits, both divided by the temperature.
+
+    .. math:: \operatorname{mean}_{i,c} \left(\frac{z_S(i, c) - z_T(i, c)}{t_i}\right)^2
+
+    ``temperature`` is one number or one per position. ``mask`` selects: the mean runs over all
+    classes of the positions where it is not 0.
+
+    Ba & Caruana 2014, `Do Deep Nets Really Need to be Deep? <https://arxiv.org/abs/1312.6184>`_.
+    TextBrewer's function takes no mask; it selects before.
+
+    Raises:
+        ValueError: Shapes of logits, temperature and mask do not fit together.
+    """
+    check_logits("kd_mse_loss", logits_S, logits_T, temperature, mask)
+    S, T, selected = _soften(logits_S, logits_T, temperature, mask)
+    return mean_square(S - T, selected)
+
+
+def _soften(
+    logits_S: Array, logits_T: Array, temperature: ArrayLike, mask: Array | None
+) -> tuple[Array, Array, Array | None]:
+    """Both logits over the temperature, and the selection; zeros where nothing is selected."""
+    S, T = floats(logits_S, logits_T)
+    temperature = jnp.asarray(temperature, S.dtype)
+    if temperature.ndim:
+        temperature = temperature[..., None]
+    if mask is None:
+        return S / temperature, T / temperature, None
+    selected = as_selection(mask, S)
+    here = selected[..., None] != 0
+    if temperature.ndim:
+        temperature = jnp.where(here, temperature, 1)
+    S, T = (jnp.where(here, logits, 0) / temperature for logits in (S, T))
+    return S, T, selected

@@ -1,0 +1,155 @@
+"""An nnx.Module as a model."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from .handle import PyTree
+
+
+class NNXModel:
+    """An `nnx.Module`; training and evaluation are two graph definitions over the same arrays.
+
+    Every random key the module holds (dropout's) is folded with the step's key, so the masks
+    depend on the module's own seed, on `TrainingConfig.seed` and on the step, and on nothing else.
+    The module given is left as it is until `write`.
+    """
+
+    def __init__(self, module: nnx.Module):
+        self.module = module
+        twin = nnx.merge(*nnx.split(module))
+        nnx.pop(twin, nnx.Intermediate)  # what earlier calls sowed would grow with every step
+        twin.train()
+        train_graph, *states = nnx.split(twin, nnx.Param, nnx.RngState, ...)
+        self._train_graph: Any = train_graph
+        twin.eval()
+        self._eval_graph: Any = nnx.split(twin, nnx.Param, nnx.RngState, ...)[0]
+        parts = [flatten_dict(nnx.to_pure_dict(part)) for part in states]
+        self._paths = [{".".join(map(str, path)): path for path in part} for part in parts]
+        self.params, rng_state, other = (
+            {name: part[path] for name, path in paths.items()}
+            for part, paths in zip(parts, self._paths, strict=True)
+        )
+        self.state: PyTree = {"rngs": rng_state, "other": other}
+        self.id_limits: Mapping[str, int] = getattr(module, "id_limits", {})
+
+    def _nested(self, part: int, flat: Mapping[str, Any]) -> dict:
+        return unflatten_dict({self._paths[part][name]: leaf for name, leaf in flat.items()})
+
+    def apply(
+        self, params: PyTree, state: PyTree, key: jax.Array, args: tuple, kwargs: dict, train: bool
+    ) -> tuple[Any, PyTree]:
+        """See `Model.apply`."""
+        (outputs, _), state = self.apply_and_capture((), params, state, key, args, kwargs, train)
+        return outputs, state
+
+    def apply_and_capture(
+        self,
+        paths: Sequence[str],
+        params: PyTree,
+        state: PyTree,
+        key: jax.Array,
+        args: tuple,
+        kwargs: dict,
+        train: bool,
+    ) -> tuple[tuple[Any, dict[str, Any]], PyTree]:
+        """Runs the model and keeps what the submodules at `paths` returned.
+
+        Returns:
+            ``((outputs, {path: output}), new state)``; of a submodule that is called more than
+            once, the last output.
+        """
+        module = nnx.merge(
+            self._train_graph if train else self._eval_graph,
+            self._nested(0, params),
+            self._nested(1, _fold_keys(state["rngs"], key)),
+            self._nested(2, state["other"]),
+        )
+        captured: dict[str, Any] = {}
+        if paths:
+            for path, submodule in nnx.iter_modules(module):
+                name = ".".join(map(str, path))
+                if name in paths:
+                    _record_calls(submodule, name, captured)
+        outputs = module(*args, **kwargs), captured
+        if not (train and state["other"]):
+            return outputs, state
+        after: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        changed = flatten_dict(nnx.to_pure_dict(after[3]))  # values the call sowed are not kept
+        other = {name: changed[path] for name, path in self._paths[2].items()}
+        return outputs, {"rngs": state["rngs"], "other": other}
+
+    def module_paths(self, args: tuple, kwargs: dict) -> list[str]:
+        """The dotted paths of all submodules."""
+        return [".".join(map(str, path)) for path, _ in nnx.iter_modules(self.module) if path]
+
+    def path_of(self, module: Any) -> str | None:
+        """The dotted path of a submodule given as an object, or None if it is none."""
+        for path, submodule in nnx.iter_modules(self.module):
+            if submodule is module:
+                return ".".join(map(str, path))
+        return None
+
+    def write(self, params: PyTree, state: PyTree) -> None:
+        """See `Model.write`."""
+        nnx.update(self.module, self._nested(0, params))
+        if state["other"]:
+            nnx.update(self.module, self._nested(2, state["other"]))
+
+    def signature(self) -> inspect.Signature:
+        """See `Model.signature`."""
+        return inspect.signature(type(self.module).__call__.__get__(self.module))
+
+
+def _record_calls(module: nnx.Module, name: str, captured: dict[str, Any]) -> None:
+    """Lets a module, made for one call of the model, note what its ``__call__`` returns.
+
+    `nnx.capture` does not see methods a class inherits, so the class itself is replaced.
+    """
+    base: Any = type(module)
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        captured[name] = base.__call__(self, *args, **kwargs)
+        return captured[name]
+
+    object.__setattr__(module, "__class__", type(base.__name__, (base,), {"__call__": recorded}))
+
+
+def _fold_keys(rngs: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+    salt = jax.random.bits(key)
+
+    def fold(leaf: jax.Array) -> jax.Array:
+        if not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf  # a counter
+        keys = jax.vmap(lambda one: jax.random.fold_in(one, salt))(leaf.reshape(-1))
+        return keys.reshape(leaf.shape)  # layers that are stacked hold one key each
+
+    return {name: fold(leaf) for name, leaf in rngs.items()}
+
+
+def refuse_shared_variables(student: Any, teacher: Any) -> None:
+    """Refuses NNX models that share variables, for training one would change the other.
+
+    Sharing arrays is fine, since arrays do not change.
+
+    Raises:
+        ValueError: naming the variables, and how to part them.
+    """
+    if not (isinstance(student, nnx.Module) and isinstance(teacher, nnx.Module)):
+        return
+    named = {
+        id(node): ".".join(map(str, path))
+        for path, node in nnx.iter_graph(student)
+        if isinstance(node, nnx.Variable)
+    }
+    shared = [named[id(node)] for _, node in nnx.iter_graph(teacher) if id(node) in named]
+    if shared:
+        raise ValueError(
+            f"student and teacher share {', '.join(shared[:5])}{' …' if len(shared) > 5 else ''}: "
+            "training the student would change the teacher. Give the student its own: "
+            "student.part = nnx.clone(teacher.part)"
+        )
