@@ -24,7 +24,7 @@ import workloads
 
 from jaxbrewer.machine.devices import resolve_device
 from jaxbrewer.machine.programs import keep_programs
-from jaxbrewer.training import run as training
+from jaxbrewer.preflight import prepare
 
 
 def measure(args: Any) -> harness.Row:
@@ -35,7 +35,7 @@ def measure(args: Any) -> harness.Row:
     distiller = job.distiller(device=args.device)
     start = time.perf_counter()
     with distiller:
-        programs = training.prepare(distiller, {"": batch}, workloads.jax_optimizer(), {})
+        programs = prepare(distiller.job(), {"": batch}, workloads.jax_optimizer()).programs
     traced = time.perf_counter()
     program, device = programs[""], resolve_device(args.device)
     state = jax.device_put(program.init(0), device)

@@ -171,12 +171,12 @@ class JaxStep:
 
         from jaxbrewer.machine.devices import resolve_device
         from jaxbrewer.machine.memory import kept_memory
-        from jaxbrewer.training import run as training
+        from jaxbrewer.preflight import prepare
 
         device = resolve_device(distiller.t_config.device)
         with distiller, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            programs = training.prepare(distiller, {"": batch}, jax_optimizer(), {})
+            programs = prepare(distiller.job(), {"": batch}, jax_optimizer()).programs
         self.program = programs[""]
         self.state = jax.device_put(self.program.init(0), device)
         self.teacher = jax.device_put(self.program.teacher.variables, device)

@@ -1,8 +1,12 @@
 """The errors that say what was given, what was expected, and how to mend it."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 class ConfigError(ValueError):
@@ -101,3 +105,47 @@ class Findings:
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    def extend(self, others: "Findings", prefix: str = "") -> None:
+        """Takes over what was found elsewhere."""
+        self.problems.extend(prefix + problem for problem in others.problems)
+        self.warnings.extend(prefix + warning for warning in others.warnings)
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warns at the line outside of this package that led here."""
+    level, frame = 2, inspect.currentframe()
+    here = Path(__file__).parent
+    while frame and (frame := frame.f_back) and here in Path(frame.f_code.co_filename).parents:
+        level += 1
+    warnings.warn(message, category, stacklevel=level - 1)
+
+
+@contextlib.contextmanager
+def afterwards(doing: str, step: Callable[[], object]) -> Iterator[None]:
+    """Runs a step after the block, also where the block failed.
+
+    An error of the block stays the one that is raised, and one of the step as well is told in a
+    note on it; an error of the step alone is raised as it is.
+
+    Args:
+        doing: the step in words, for the note.
+        step: called once.
+    """
+    try:
+        yield
+    except BaseException as error:
+        despite(error, doing, step)
+        raise
+    step()
+
+
+def despite(error: BaseException, doing: str, step: Callable[[], object]) -> None:
+    """Runs a step although there is an error already; one of the step becomes a note on it."""
+    try:
+        step()
+    except Exception as other:  # noqa: BLE001  whatever it is, it is told with the first
+        note = f"{doing} failed too: {type(other).__name__}: {other}"
+        # What cannot be written cannot be flushed and closed either: that is told once.
+        if repr(other) != repr(error) and note not in getattr(error, "__notes__", ()):
+            error.add_note(note)

@@ -1,7 +1,8 @@
 """For tests of your own: that a job's numbers do not depend on how it is run."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +10,16 @@ import numpy as np
 import optax
 
 from .data.batches import Batch, own
+from .distillers.base import Trainable
 from .machine.devices import resolve_devices
 from .machine.placement import OneDevice, Placement, Sharded, has_rows, rows_of
+from .preflight.job import Job
+from .preflight.prepare import prepare
 from .step.program import Program
-from .training import run as training
-
-if TYPE_CHECKING:
-    from .distillers.base import Trainable
 
 
 def assert_invariant(
-    distiller: "Trainable",
+    distiller: Trainable,
     batch: Any,
     *,
     devices: Sequence[int] = (1, 2, 8),
@@ -66,7 +66,8 @@ def assert_invariant(
             f"devices={tuple(devices)}, but there are {len(here)} here. On a CPU, more are had by "
             f"jax.config.update('jax_num_cpu_devices', {most}) before JAX is first used"
         )
-    program = _program(distiller, task, batch, args)
+    job = distiller.job(**args)
+    program = _program(job, task, batch)
     wanted = _run(program, OneDevice(here[0]), [batch])
     for count in devices:
         _compare(f"on {count} devices", wanted, _run(program, Sharded(here[:count]), [batch]), rtol)
@@ -76,20 +77,16 @@ def assert_invariant(
         _compare(f"sharded over {most} devices", wanted, found, rtol)
     if padding is None and accumulation == 1:
         return
-    was, distiller._in_context = distiller._in_context, False
-    try:
-        quiet = _program(distiller, task, batch, args)
-        wanted = _run(quiet, OneDevice(here[0]), [batch])
-        if padding is not None:
-            found = _run(quiet, OneDevice(here[0]), [_padded(batch, padding)])
-            _compare(f"with padding {dict(padding)}", wanted, found, rtol)
-        if accumulation > 1:
-            parts = _cut(batch, accumulation)
-            split = _program(distiller, task, parts[0], args, accumulation)
-            found = _run(split, OneDevice(here[0]), parts)
-            _compare(f"in {accumulation} accumulated micro-batches", wanted, found, rtol)
-    finally:
-        distiller._in_context = was
+    job = replace(job, train_mode=False)
+    quiet = _program(job, task, batch)
+    wanted = _run(quiet, OneDevice(here[0]), [batch])
+    if padding is not None:
+        found = _run(quiet, OneDevice(here[0]), [_padded(batch, padding)])
+        _compare(f"with padding {dict(padding)}", wanted, found, rtol)
+    if accumulation > 1:
+        parts = _cut(batch, accumulation)
+        found = _run(_program(job, task, parts[0], accumulation), OneDevice(here[0]), parts)
+        _compare(f"in {accumulation} accumulated micro-batches", wanted, found, rtol)
 
 
 def _keep_gradients() -> optax.GradientTransformation:
@@ -101,21 +98,16 @@ def _keep_gradients() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
 
 
-def _program(
-    distiller: "Trainable",
-    task: str,
-    batch: Batch,
-    args: Mapping[str, Any],
-    accumulation: int = 1,
-) -> Program:
-    programs = training.prepare(
-        distiller,
+def _program(job: Job, task: str, batch: Batch, accumulation: int = 1) -> Program:
+    keep = lambda **options: _keep_gradients()  # noqa: E731
+    prepared = prepare(
+        job,
         {task: batch},
-        lambda **options: _keep_gradients(),
-        args,
+        keep,
         accumulation=accumulation,
+        device=resolve_devices(job.config.device)[0],
     )
-    return programs[task]
+    return prepared.programs[task]
 
 
 def _run(program: Program, placement: Placement, batches: list[Batch]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxbrewer.objective.loss import Weights
-from jaxbrewer.training import run as training
+from jaxbrewer.preflight import prepare
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -54,7 +54,7 @@ def test_the_bert_by_hand_has_the_same_objective(tmp_path, monkeypatch):
     expected = jax.jit(by_hand.objective)(*by_hand.arguments, jax.random.key(0), batch)
     distiller = job.distiller(output_dir=tmp_path / "out", device="cpu")
     with distiller:
-        programs = training.prepare(distiller, {"": batch}, workloads.jax_optimizer(), {})
+        programs = prepare(distiller.job(), {"": batch}, workloads.jax_optimizer()).programs
 
     def loss(program, params, state, teacher):
         results_T = program.teacher(teacher, batch, None)

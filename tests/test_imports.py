@@ -10,81 +10,61 @@ import pytest
 import jaxbrewer
 
 PACKAGE = Path(jaxbrewer.__file__).parent
-
-
-def is_face(path):
-    """Whether a file only hands on the names of its package."""
-    return path.name == "__init__.py" and path.parent.name not in ("jaxbrewer", "zoo", "commands")
-
-
 MODULES = sorted(
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-    for path in PACKAGE.rglob("*.py")
-    if not is_face(path)
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")
 )
 
-# Lowest rooms first; a room imports from rooms above it only.
-ROOMS = [
-    "errors", "machine.devices", "machine.memory", "machine.programs", "data.buckets", "data_utils",
-    "utils", "training.metrics", "objective.transport",
-    # functions of arrays, and their names
-    "losses.shapes", "losses.hidden", "schedulers", "projections", "matches", "presets",
-    # frozen text
-    "configurations.checks", "configurations.configs",
-    # what a user brings
-    "models.handle", "models.half_products", "models.precision", "step.loss_scale", "data.batches",
-    "models.adaptors", "models.teachers", "step.optimizer",
-    # text → plan → maths
-    "objective.plan", "objective.submodules", "objective.loss", "preflight.sides", "objective.terms",
-    # the compiled step
-    "step.program",
-    # input and output
-    "machine.placement", "training.teacher_cache", "data.streams", "machine.processes",
-    "training.checkpoints", "training.loop", "preflight.report",
+# The floors, lowest first: a room imports rooms of its own floor's left, and of the floors below.
+FLOORS = [
+    ["errors", "files"],
+    # TextBrewer's own import paths
+    ["losses", "schedulers", "projections", "presets", "utils", "data_utils"],
+    ["data"],
+    ["configurations"],
+    # the engine
+    ["models"],
+    ["objective"],
+    ["step"],
+    ["preflight"],
+    ["machine"],
+    ["training"],
     # the facade
-    "training.request", "preflight.prepare", "training.run", "distillers.base",
-    "distillers.classes", "distillers.emd", "testing",
-    # encoders, which know nothing of distillation
-    "zoo.activations", "zoo.configuration", "zoo.outputs", "zoo.heads", "zoo.dropout",
-    "zoo.attention", "zoo.blocks", "zoo.hf", "zoo.encoder", "zoo.tasks", "zoo.bert",
-    "zoo.roberta", "zoo.electra", "zoo.distilbert", "zoo.bigru",
-    "zoo.transfer", "zoo.auto", "zoo.students", "zoo.__init__",
-    # the command
-    "commands.__init__", "commands.port.literals", "commands.zoo_models", "commands.port.verdicts",
-    "commands.port.advice",
-    "commands.port.documents", "commands.weights", "commands.checking", "commands.inspecting",
-    "__init__", "__main__",
-]  # fmt: skip
+    ["distillers"],
+    ["testing"],
+    # the wings
+    ["zoo"],
+    ["commands"],
+    ["__init__", "__main__"],
+]
+ROOMS = [room for floor in FLOORS for room in floor]
+ENGINE = ["models", "objective", "step", "preflight", "machine", "training"]
+MOST_ROOMS = 25
 
-# Libraries that only some rooms may know.
+# Libraries that only some files may know.
 KEPT_APART = {
     "orbax": {"training.checkpoints"},
     "optax": {"commands.checking", "step.optimizer", "step.program", "testing", "training.run"},
     "tensorboardX": {"distillers.base", "training.metrics"},
     "tqdm": {"training.teacher_cache", "training.loop"},
-    "safetensors": {"training.teacher_cache", "zoo.hf", "commands.weights", "commands.inspecting"},
+    "safetensors": {
+        "training.teacher_cache", "zoo.hf", "commands.weights", "commands.inspecting",
+    },
     "torch": {"commands.weights"},
     "transformers": set(),
     "textbrewer": set(),
     "tokenizers": set(),
     "matplotlib": set(),
-}
+}  # fmt: skip
 
 
-def nodes(tree):
-    """All nodes but those that only a type checker reads."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        yield node
-        yield from nodes(node)
+def tree_of(module):
+    return ast.parse(PACKAGE.joinpath(*module.split(".")).with_suffix(".py").read_text())
 
 
 def imports(module):
-    """The modules of this package that a module imports, and the libraries."""
-    path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+    """The modules of this package that a module imports (for type checkers too), and the libraries."""
     ours, libraries = set(), set()
-    for node in nodes(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -117,26 +97,116 @@ def module_of(name):
     return ".".join(parts) or "__init__"
 
 
+def room_of(module):
+    """``'training.loop'`` → ``'training'``."""
+    return module.split(".")[0]
+
+
+def circle(arrows):
+    """Some names that lead back to themselves by `arrows` (name → names), or none."""
+    done = set()
+
+    def walk(name, path):
+        if name in path:
+            return path[path.index(name) :]
+        if name in done:
+            return []
+        for other in sorted(arrows.get(name, ())):
+            if found := walk(other, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(arrows) if (found := walk(name, []))), [])
+
+
+def underscored(tree):
+    """The names with one leading underscore that a module defines, on objects too."""
+    defined = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            defined.add(node.attr)
+    return {name for name in defined if is_private(name)}
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def climbs(module):
+    """Where a module of the engine speaks of a distiller: in a name, an annotation or an import."""
+    found = []
+    for node in ast.walk(tree_of(module)):
+        name = getattr(node, "id", None) or getattr(node, "arg", None)
+        if name in ("distiller", "Trainable") or getattr(node, "value", None) == "Trainable":
+            found.append(f"{module}:{node.lineno}")
+    return found + [other for other in imports(module)[0] if room_of(other) == "distillers"]
+
+
 @pytest.mark.parametrize("module", [m for m in MODULES if m != "__init__"])
-def test_a_room_imports_only_what_it_may(module):
-    assert module in ROOMS, f"{module} is new: give it its place in the list"
+def test_a_module_imports_only_what_it_may(module):
+    assert room_of(module) in ROOMS, f"{module} is new: give it a room"
     ours, libraries = imports(module)
-    later = [other for other in ours if ROOMS.index(other) > ROOMS.index(module)]
-    assert not later, f"{module} imports {later}, against the direction"
+    rank = ROOMS.index(room_of(module))
+    up = [other for other in ours if ROOMS.index(room_of(other)) > rank]
+    assert not up, f"{module} imports {up}, upwards"
     for library in libraries & set(KEPT_APART):
         assert module in KEPT_APART[library], f"{module} must not know {library}"
 
 
+def test_there_is_no_circle_of_modules_or_rooms():
+    arrows = {module: imports(module)[0] for module in MODULES if module != "__init__"}
+    assert not circle(arrows)
+    rooms = {}
+    for module, others in arrows.items():
+        rooms.setdefault(room_of(module), set()).update(map(room_of, others))
+    assert not circle({room: others - {room} for room, others in rooms.items()})
+
+
+def test_no_room_takes_an_underscore_of_another():
+    own = {}
+    for module in MODULES:
+        own.setdefault(room_of(module), set()).update(underscored(tree_of(module)))
+    taken = []
+    for module in MODULES:
+        others = set().union(*(names for room, names in own.items() if room != room_of(module)))
+        for node in ast.walk(tree_of(module)):
+            names = [node.attr] if isinstance(node, ast.Attribute) else []
+            if isinstance(node, ast.ImportFrom) and (
+                node.level or "jaxbrewer" in (node.module or "")
+            ):
+                names = [alias.name for alias in node.names]
+            taken += [
+                f"{module}:{node.lineno}: {name}"
+                for name in names
+                if is_private(name) and name not in own[room_of(module)] and name in others
+            ]
+    assert not taken
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) in ENGINE])
+def test_the_engine_does_not_climb_into_the_distillers(module):
+    assert not climbs(module)
+
+
+def test_the_house_has_few_rooms():
+    assert len({room_of(module) for module in MODULES} - {"__init__", "__main__"}) <= MOST_ROOMS
+
+
 def test_the_reader_sees_every_form_of_import():
-    assert imports("training.run")[0] >= {
-        "step.optimizer",
-        "training.checkpoints",
-        "preflight.report",
-    }
+    assert imports("training.run")[0] >= {"step.optimizer", "training.checkpoints"}
     assert imports("configurations.checks")[0] >= {"presets", "errors"}
     assert imports("zoo.bert")[0] >= {"zoo.blocks", "zoo.outputs"}
     assert "zoo.__init__" in imports("__init__")[0]
-    assert "distillers.base" not in imports("preflight.report")[0]  # for the type checker alone
+    assert circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c"]
+    assert not circle({"a": ["b", "c"], "b": ["c"]})
+    assert underscored(ast.parse("_a = 1\ndef _b(self): self._c = 2; self.d = 3")) == {
+        "_a", "_b", "_c",
+    }  # fmt: skip
 
 
 def test_importing_needs_none_of_the_extras():

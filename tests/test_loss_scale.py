@@ -10,6 +10,7 @@ import pytest
 
 import jaxbrewer
 from jaxbrewer.errors import CheckpointError
+from jaxbrewer.preflight import prepare
 from jaxbrewer.step import loss_scale
 from jaxbrewer.training.checkpoints import steps_in
 from jaxbrewer.training.metrics import read_scalars
@@ -160,7 +161,7 @@ def test_a_dropped_window_leaves_adam_as_it_was(tmp_path):
     state = {}
 
     def keep(mine, name, data):
-        program = jaxbrewer.training.prepare(mine, {"": data[0]}, optax.adam(0.1), {})[""]
+        program = prepare(mine.job(), {"": data[0]}, optax.adam(0.1)).programs[""]
         step = jax.jit(program.step)
         at = program.init(0)
         for batch in data:

@@ -17,7 +17,8 @@ from jaxbrewer.machine.placement import OneDevice
 from jaxbrewer.models.handle import Model, dotted
 from jaxbrewer.models.nnx_model import NNXModel
 from jaxbrewer.models.wrap import as_model
-from jaxbrewer.training import run as training
+from jaxbrewer.preflight import prepare
+from jaxbrewer.training.run import Outcome, _copies
 
 from . import small
 
@@ -464,7 +465,7 @@ def test_steps_leave_a_teacher_intact_that_shares_arrays_and_seeds_decide():
     )
     loader = [batches.own({"ids": batch["ids"]}) for batch in small.batches(2)]
     with distiller:
-        program = training.prepare(distiller, {"": loader[0]}, optax.sgd(0.5), {})[""]
+        program = prepare(distiller.job(), {"": loader[0]}, optax.sgd(0.5)).programs[""]
     step, trained = program.compiled, []
     for seed in (0, 0, 1):
         state = program.init(seed)
@@ -474,7 +475,10 @@ def test_steps_leave_a_teacher_intact_that_shares_arrays_and_seeds_decide():
     assert same(trained[0], trained[1])
     assert not same(trained[0], trained[2])  # dropout
 
-    training.hand_over(program, OneDevice(jax.devices()[0]), state)
+    variables = _copies(OneDevice(jax.devices()[0]), state)
+    Outcome(
+        distiller.job(), variables=variables, student=program.student.model, projections={}
+    ).write()
     assert same(nnx.to_pure_dict(nnx.state(teacher, nnx.Param)), before)
     np.testing.assert_array_equal(
         student.embed.embedding[...], trained[2]["student"]["embed.embedding"]

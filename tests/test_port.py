@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxbrewer import DistillationConfig, TrainingConfig, presets, zoo
+from jaxbrewer import DistillationConfig, TrainingConfig, presets, training, zoo
 from jaxbrewer.__main__ import main
 from jaxbrewer.commands.port import documents as porting
 from jaxbrewer.commands.port import verdicts as port
 from jaxbrewer.commands.port.literals import parse, written_configs
 from jaxbrewer.commands.port.verdicts import Run, Verdict
 from jaxbrewer.data.batches import own
-from jaxbrewer.training import run as training
+from jaxbrewer.preflight import prepare
 from jaxbrewer.training.request import make_factor, make_timeline
 from jaxbrewer.zoo import BertConfig
 
@@ -653,18 +653,17 @@ def preflight_only(monkeypatch):
     """Lets ``train`` check everything, and compile and train nothing; counts its calls."""
     calls = []
 
-    def train(distiller, request):
-        assert distiller._in_context
-        schedule = make_timeline(distiller.t_config, request)
-        make_factor(request, schedule.total_steps)
+    def train(job, request, on_checkpoint):
+        assert job.train_mode
+        timeline = make_timeline(job.config, request)
+        make_factor(request, timeline.total_steps)
         first = {}
         for task, feed in request.feeds.items():
             batch = next(iter(feed.loader))
             first[task] = own(feed.postprocess(batch) if feed.postprocess else batch)
-        training.prepare(
-            distiller, first, request.optimizer, request.args, max_grad_norm=request.max_grad_norm
-        )
-        calls.append(schedule.total_steps)
+        prepare(job, first, request.optimizer, max_grad_norm=request.max_grad_norm)
+        calls.append(timeline.total_steps)
+        return training.Outcome(job)
 
     monkeypatch.setattr(training, "train", train)
     return calls

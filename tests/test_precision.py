@@ -19,7 +19,7 @@ from jaxbrewer.models.half_products import wide_products
 from jaxbrewer.models.handle import Model
 from jaxbrewer.models.precision import FLOAT32, Precision, at_level, resolve
 from jaxbrewer.models.wrap import as_model
-from jaxbrewer.training import run as training
+from jaxbrewer.preflight import prepare
 from jaxbrewer.training.metrics import read_scalars
 from jaxbrewer.zoo import (
     BertConfig,
@@ -239,9 +239,7 @@ def call(handle, paths=None, train=True):
 
     def run(params, state):
         inputs = (jax.random.key(0), (), {"input_ids": jnp.asarray(IDS)}, train)
-        if paths is None:
-            return handle.apply(params, state, *inputs)
-        return handle.apply_and_capture(paths, params, state, *inputs)
+        return handle.apply(params, state, *inputs, **({"capture": paths} if paths else {}))
 
     return run
 
@@ -458,7 +456,7 @@ def test_types_of_a_whole_step(tmp_path, level, half):
     mine = tiny.distiller(tmp_path, fp16=True, fp16_opt_level=level, half_dtype=half)
     batch = own(tiny.loader(1)[0])
     with mine:
-        (program,) = training.prepare(mine, {"": batch}, ADAM, {}).values()
+        (program,) = prepare(mine.job(), {"": batch}, ADAM).programs.values()
     kept = {half} if level == "O3" else {"float32"}
     state = jax.eval_shape(lambda: program.init(0))
     assert dtypes(state.params) == dtypes(state.opt_state) == kept
@@ -616,7 +614,7 @@ def test_custom_matches_reach_a_models_parts(tmp_path):
             custom_matches=[{**match, "loss": "hidden_mse"}],
         )
         with mine:
-            (program,) = training.prepare(mine, {"": own(tiny.loader(1)[0])}, ADAM, {}).values()
+            (program,) = prepare(mine.job(), {"": own(tiny.loader(1)[0])}, ADAM).programs.values()
         assert "unweighted_custom_hidden_mse_layers.0_layers.1" in program.names
         assert program.teacher.sides[0].model.precision.level == level
 
@@ -677,7 +675,7 @@ def test_a_half_type_the_backend_lacks_is_refused_before_anything(tmp_path, monk
 
 def test_a_handle_passes_on_what_only_some_models_offer():
     function = at_level(function_model(), Precision("O1", "bfloat16"))
-    assert not hasattr(function, "apply_and_capture") and not hasattr(function, "path_of")
+    assert not hasattr(function, "module_paths") and not hasattr(function, "path_of")
     net = Raw()
     handle = at_level(as_model(net), Precision("O2", "bfloat16"))
     assert handle.path_of(net.ln_1) == "ln_1"

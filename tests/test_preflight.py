@@ -14,7 +14,7 @@ import pytest
 from jaxbrewer import BasicDistiller, BasicTrainer, FunctionModel, TrainingConfig, presets
 from jaxbrewer.data.batches import own
 from jaxbrewer.errors import PreflightError, PreflightWarning
-from jaxbrewer.training import run as training
+from jaxbrewer.preflight import prepare
 
 from . import small
 from .small import adaptor, encoder, match
@@ -440,7 +440,7 @@ def test_losses_of_ones_own_under_masks(loss, message, tmp_path, compiled, monke
     distiller = small.distiller(tmp_path, **made)
     if message is None:
         with distiller:
-            training.prepare(distiller, {"": own(small.batches(1)[0])}, small.SGD, {})[""]
+            prepare(distiller.job(), {"": own(small.batches(1)[0])}, small.SGD).programs[""]
         return
     (problem,) = failure(distiller)
     assert re.search(message, problem)
@@ -462,7 +462,7 @@ def test_temperatures_of_ones_own_under_masks(scheduler, message, tmp_path, monk
     distiller = small.distiller(tmp_path, **made)
     if message is None:
         with distiller:
-            training.prepare(distiller, {"": own(small.batches(1)[0])}, small.SGD, {})[""]
+            prepare(distiller.job(), {"": own(small.batches(1)[0])}, small.SGD).programs[""]
         return
     (problem,) = failure(distiller)
     assert re.search(message, problem)
@@ -492,7 +492,9 @@ def test_a_feature_of_ones_own(tmp_path, monkeypatch):
         made = {"keys": keys, "config": matched(match(0, 0, feature="values"))}
         distiller = small.distiller(tmp_path, **made)
         with distiller:
-            program = training.prepare(distiller, {"": own(small.batches(1)[0])}, small.SGD, {})[""]
+            program = prepare(distiller.job(), {"": own(small.batches(1)[0])}, small.SGD).programs[
+                ""
+            ]
         assert program.names == ("unweighted_values_hidden_mse_0_0",)
         made["config"] = matched(match(0, 9, feature="values"))
         (problem,) = failure(small.distiller(tmp_path, **made))
@@ -516,7 +518,7 @@ def warned(distiller, **arguments):
     batch = arguments.pop("batch", None) or small.batches(1)[0]
     with distiller, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        training.prepare(distiller, {"": own(batch)}, small.SGD, arguments)[""]
+        prepare(distiller.job(**arguments), {"": own(batch)}, small.SGD).programs[""]
     assert all(w.category is PreflightWarning for w in caught)
     return [str(w.message) for w in caught]
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 import jaxbrewer
 from jaxbrewer.data.batches import own
-from jaxbrewer.training.run import prepare
+from jaxbrewer.preflight import prepare
 from tests import tiny
 
 ROW = np.ones(3, np.float32)
@@ -20,7 +20,7 @@ ROW = np.ones(3, np.float32)
 def flops(distiller, batch):
     """FLOPs of the compiled step."""
     with distiller:
-        program = prepare(distiller, {"": own(batch)}, optax.sgd(0.1), {})[""]
+        program = prepare(distiller.job(), {"": own(batch)}, optax.sgd(0.1)).programs[""]
     state = jax.eval_shape(lambda: program.init(0))
     lowered = program.compiled.lower(state, program.teacher.variables, own(batch), ROW)
     return lowered.compile().cost_analysis()["flops"]
@@ -94,7 +94,7 @@ def test_one_compile_for_each_shape_and_none_after_the_first_epoch(tmp_path):
 def test_the_state_is_donated_but_nothing_of_the_user(tmp_path):
     distiller = tiny.distiller(tmp_path)
     with distiller:
-        program = prepare(distiller, {"": own(tiny.loader(1)[0])}, tiny.SGD, {})[""]
+        program = prepare(distiller.job(), {"": own(tiny.loader(1)[0])}, tiny.SGD).programs[""]
     state = program.init(0)
     new, metrics = program.compiled(state, program.teacher.variables, own(tiny.loader(1)[0]), ROW)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
@@ -144,7 +144,7 @@ def test_schedule_is_a_traced_input(tmp_path):
         tmp_path, dropout=0.0, distillation={"kd_loss_weight_scheduler": "linear_decay"}
     )
     with distiller:
-        program = prepare(distiller, {"": own(tiny.loader(1)[0])}, tiny.SGD, {})[""]
+        program = prepare(distiller.job(), {"": own(tiny.loader(1)[0])}, tiny.SGD).programs[""]
     batch, step = own(tiny.loader(1)[0]), jax.jit(program.step)
     row = jnp.array([0.25, 0.5, 0.0])
     state, metrics = step(program.init(0), program.teacher.variables, batch, row)
@@ -161,7 +161,7 @@ def test_schedule_is_a_traced_input(tmp_path):
 def test_dropout_follows_the_step_and_the_seed(tmp_path):
     distiller = tiny.distiller(tmp_path, dropout=0.5)
     with distiller:
-        program = prepare(distiller, {"": own(tiny.loader(1)[0])}, tiny.SGD, {})[""]
+        program = prepare(distiller.job(), {"": own(tiny.loader(1)[0])}, tiny.SGD).programs[""]
     batch, step = own(tiny.loader(1)[0]), jax.jit(program.step)
     frozen = np.array([1, 1, 0], np.float32)
 

@@ -9,7 +9,7 @@ from jaxbrewer import FunctionModel
 from jaxbrewer.data.batches import own
 from jaxbrewer.errors import AdaptorError
 from jaxbrewer.models.adaptors import Side
-from jaxbrewer.models.teachers import MeanTeacher, NoTeacher, OneTeacher, Teacher
+from jaxbrewer.models.teachers import Teacher
 
 from . import small
 
@@ -38,14 +38,14 @@ def side(role, factor, keys=("logits",), modes=None):
 
 
 def test_no_teacher_has_no_results():
-    teacher: Teacher = NoTeacher()
+    teacher = Teacher()
     assert teacher.sides == ()
     assert teacher(teacher.variables, BATCH, None) == {}
 
 
 def test_one_teacher_runs_in_evaluation_mode():
     modes = []
-    teacher = OneTeacher(side("T", 2, ("logits", "hidden"), modes))
+    teacher = Teacher((side("T", 2, ("logits", "hidden"), modes),))
     results = jax.jit(lambda v, b: teacher(v, b, None))(teacher.variables, BATCH)
     np.testing.assert_array_equal(results["logits"][0], BATCH["x"] * 2)
     np.testing.assert_array_equal(results["hidden"][0], BATCH["x"])
@@ -53,7 +53,7 @@ def test_one_teacher_runs_in_evaluation_mode():
 
 
 def test_the_arrays_are_an_argument():
-    teacher = OneTeacher(side("T", 2))
+    teacher = Teacher((side("T", 2),))
     _, state = teacher.variables
     (logits,) = teacher((jnp.float32(5), state), BATCH, None)["logits"]
     np.testing.assert_array_equal(logits, BATCH["x"] * 5)
@@ -61,7 +61,7 @@ def test_the_arrays_are_an_argument():
 
 def test_outputs_that_the_batch_brought_go_through_the_adaptor():
     modes = []
-    teacher = OneTeacher(side("T", 2, ("logits", "logits_mask"), modes))
+    teacher = Teacher((side("T", 2, ("logits", "logits_mask"), modes),))
     cache = own({"logits": np.full((2, 3), 7.0), "hidden": None, "is_cache": True})
     results = teacher(teacher.variables, BATCH, cache)
     np.testing.assert_array_equal(results["logits"][0], 7)
@@ -70,9 +70,8 @@ def test_outputs_that_the_batch_brought_go_through_the_adaptor():
 
 
 def test_several_teachers_are_averaged_under_the_firsts_mask():
-    teacher = MeanTeacher(
-        [side("T[0]", 1, ("logits", "logits_mask")), side("T[1]", 4), side("T[2]", 4, ("logits",))]
-    )
+    masked = side("T[0]", 1, ("logits", "logits_mask"))
+    teacher = Teacher((masked, side("T[1]", 4), side("T[2]", 4, ("logits",))), averages=True)
     results = jax.jit(lambda v, b: teacher(v, b, None))(teacher.variables, BATCH)
     assert set(results) == {"logits", "logits_mask"}
     np.testing.assert_allclose(results["logits"][0], BATCH["x"] * 3, rtol=1e-6)
@@ -81,14 +80,14 @@ def test_several_teachers_are_averaged_under_the_firsts_mask():
 
 def test_several_logits_are_averaged_one_by_one():
     twice = lambda batch, outputs: {"logits": [outputs["logits"], -outputs["logits"]]}  # noqa: E731
-    teacher = MeanTeacher([Side(f"T[{i}]", model(i), twice, {}) for i in (1, 3)])
+    teacher = Teacher(tuple([Side(f"T[{i}]", model(i), twice, {}) for i in (1, 3)]), averages=True)
     first, second = teacher(teacher.variables, BATCH, None)["logits"]
     np.testing.assert_array_equal(first, BATCH["x"] * 2)
     np.testing.assert_array_equal(second, BATCH["x"] * -2)
 
 
 def test_several_teachers_take_outputs_that_the_batch_brought():
-    teacher = MeanTeacher([side("T[0]", 1), side("T[1]", 1)])
+    teacher = Teacher(tuple([side("T[0]", 1), side("T[1]", 1)]), averages=True)
     cache = own(({"logits": np.full((2, 3), 1.0)}, {"logits": np.full((2, 3), 3.0)}))
     np.testing.assert_array_equal(teacher(teacher.variables, BATCH, cache)["logits"][0], 2)
     with pytest.raises(AdaptorError, match="holds 1 outputs for 2 teachers"):
@@ -99,13 +98,15 @@ def test_logits_that_do_not_fit_together_are_refused():
     halves = lambda batch, outputs: {"logits": outputs["logits"][:, :2]}  # noqa: E731
     twice = lambda batch, outputs: {"logits": [outputs["logits"]] * 2}  # noqa: E731
     for adaptor in (halves, twice):
-        teacher = MeanTeacher([side("T[0]", 1), Side("T[1]", model(1), adaptor, {})])
+        teacher = Teacher(
+            tuple([side("T[0]", 1), Side("T[1]", model(1), adaptor, {})]), averages=True
+        )
         with pytest.raises(AdaptorError, match=r"cannot be averaged.*\(2, 3\)"):
             teacher(teacher.variables, BATCH, None)
 
 
 def test_a_teacher_without_logits_leaves_none():
-    teacher = MeanTeacher([side("T[0]", 1), side("T[1]", 1, ("hidden",))])
+    teacher = Teacher(tuple([side("T[0]", 1), side("T[1]", 1, ("hidden",))]), averages=True)
     assert teacher(teacher.variables, BATCH, None) == {}
 
 

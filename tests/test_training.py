@@ -24,6 +24,7 @@ from jaxbrewer import (
 )
 from jaxbrewer.data.batches import own
 from jaxbrewer.errors import BatchError, PreflightError, PreflightWarning
+from jaxbrewer.preflight import prepare
 from jaxbrewer.training import run as training
 
 from . import small
@@ -179,10 +180,9 @@ def test_a_projection_must_be_a_module(tmp_path, monkeypatch):
 def rows(distiller, *, epochs=2, **request):
     """The table that a training would use, one row for each update."""
     every = dict.fromkeys(training.Request.__dataclass_fields__) | request
-    distiller._resolve()
     made = training.Request(**every)
     total = epochs * len(LOADER)
-    return training._rows(distiller, training.make_factor(made, total), total)
+    return training._rows(distiller.job(), training.make_factor(made, total), total)
 
 
 def test_rows_hold_weights_and_the_factor(tmp_path):
@@ -401,7 +401,7 @@ def test_presets_changed_after_the_config_count(tmp_path, monkeypatch):
     distiller = small.distiller(tmp_path)
     monkeypatch.setitem(jaxbrewer.KD_LOSS_MAP, "ce", lambda S, T, t: jnp.float32(7) + 0 * S.sum())
     with distiller:
-        program = training.prepare(distiller, {"": own(LOADER[0])}, small.SGD, {})[""]
+        program = prepare(distiller.job(), {"": own(LOADER[0])}, small.SGD).programs[""]
     model = distiller.model_S
     _, (loss, _) = program.loss(
         {"student": model.params, "projections": {}},

@@ -27,9 +27,9 @@ from jaxbrewer.data.batches import own
 from jaxbrewer.distillers.classes import GeneralDistiller
 from jaxbrewer.errors import ConfigError, PreflightError, PreflightWarning
 from jaxbrewer.models.wrap import as_model
+from jaxbrewer.preflight.prepare import prepare
 from jaxbrewer.preflight.report import describe
 from jaxbrewer.step.program import Program
-from jaxbrewer.training import run as training
 
 _LABELS = {
     "sequence-classification": ("labels",),
@@ -172,13 +172,13 @@ def _report(distiller: GeneralDistiller, batch: Any) -> str:
     with warnings.catch_warnings(record=True) as caught, distiller:
         warnings.simplefilter("always", PreflightWarning)
         try:
-            (program,) = training.prepare(distiller, {"": batch}, optimizer, {}).values()
+            program = prepare(distiller.job(), {"": batch}, optimizer).programs[""]
         except PreflightError as error:
             raise CommandError(str(error), BY_HAND) from error
     for warning in caught:
         print(textwrap.fill(f"warning: {warning.message}", 100, subsequent_indent="  "))
     fields = {f.name: getattr(program, f.name) for f in dataclasses.fields(program)}
-    report = describe(distiller, _Unpolished(**fields), batch, with_optimizer=True)
+    report = describe(_Unpolished(**fields), batch, with_optimizer=True)
     return f"{report}\n  (the optimizer is AdamW)"
 
 

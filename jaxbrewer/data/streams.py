@@ -146,7 +146,7 @@ def by_tasks(streams: Mapping[str, Iterator[Event]], order: Iterator[str]) -> It
             yield Micro(0, batch, event.inputs, task)
 
 
-def prepared(events: Iterator[Event], postprocess: Callable[[Any], Any] | None) -> Iterator[Event]:
+def taken(events: Iterator[Event], postprocess: Callable[[Any], Any] | None) -> Iterator[Event]:
     """Applies the user's postprocessor and copies every batch; see `batches.own`."""
     for event in events:
         if isinstance(event, Micro):

@@ -9,17 +9,17 @@ from typing import Any, ClassVar, Self
 from flax import nnx
 from tensorboardX import SummaryWriter
 
+from .. import training
 from ..configurations.configs import TrainingConfig
 from ..data.batches import Batch, own
-from ..errors import Findings
-from ..models.adaptors import Adaptor, Results, Side, check_adaptor
-from ..models.handle import Model
-from ..models.teachers import Teacher
+from ..models.adaptors import Adaptor, Results, check_adaptor
 from ..models.wrap import as_model
 from ..objective.loss import Loss, Project, Weights
+from ..objective.objectives import Objective, Overridden, base_loss
+from ..preflight.job import Job, Projections, Task
 from ..step.optimizer import Optimizer
-from ..training import run as training
 from ..training.request import Feed, Request
+from ..training.run import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +74,10 @@ class Trainable:
                 f"train_config is a {type(train_config).__name__}, not a TrainingConfig"
             )
         as_model(model_S, self._student_name)
-        check_adaptor(adaptor_S, self._student_name.replace("model", "adaptor"))
         self.t_config = train_config
         self.model_S = model_S
-        self.adaptor_S = adaptor_S
+        self.adaptor_S: Any = adaptor_S
+        self._check_adaptor()
         self.projs: list[nnx.Module | None] = []
         self.projs_group: list[Mapping[str, Any] | None] = []
         self.best_checkpoint: Path | None = None
@@ -88,6 +88,9 @@ class Trainable:
         self._tb_writer: SummaryWriter | None = None
 
     _student_name: ClassVar[str] = "model_S"
+
+    def _check_adaptor(self) -> None:
+        check_adaptor(self.adaptor_S, self._student_name.replace("model", "adaptor"))
 
     def __enter__(self) -> Self:
         """Turns train mode on."""
@@ -107,34 +110,13 @@ class Trainable:
 
     # What subclasses fill in ------------------------------------------------------------------
 
-    def _sides(self, task: str, args: Mapping[str, Any]) -> tuple[Side, Teacher]:
-        """The student's side and the teacher of a task, with `args` for their models."""
+    def _tasks(self, args: Mapping[str, Any]) -> dict[str, Task]:
+        """Task → its sides, with `args` for their models; a job of one task has one, named ''."""
         raise TypeError(f"{type(self).__name__} is a base class; use one of the distillers")
 
-    def _resolve(self) -> list[str]:
-        """Looks up the config's names anew, since presets may have changed; returns problems."""
-        return []
-
-    def _resolve_modules(
-        self, student: Side, teacher: Teacher, batch: Batch, found: Findings
-    ) -> tuple[Side, Teacher]:
-        """Finds submodules that are matched; returns the sides that capture them."""
-        return student, teacher
-
-    def _check(self, results_S: Results, results_T: Results, batch: Batch, found: Findings) -> None:
-        """Checks the objective against results by shape."""
-
-    def _weights(self) -> tuple[Any, Any]:
-        """The scheduled weights of the KD loss and the hard labels, as `plan.Weight` or None."""
-        return None, None
-
-    def _cache(self) -> dict[str, Any] | None:
-        """How the teacher's results are cached, as arguments of `caching.build`; None: not."""
-        return None
-
-    def _terms(self) -> list[str] | None:
-        """The objective in words, a line a term; None if only the terms' names are known."""
-        return None
+    def _objective(self) -> Objective:
+        """What the config asks for; names are looked up anew, since presets may have changed."""
+        raise TypeError(f"{type(self).__name__} has no objective; override compute_loss")
 
     def compute_loss(
         self, results_S: Results, results_T: Results, project: Project, weights: Weights
@@ -151,8 +133,13 @@ class Trainable:
 
         Returns:
             A `Loss`, or the pair ``(total, {name: term})``; the terms are logged.
+
+        ``super().compute_loss(…)`` gives the loss of the distiller's own objective.
+
+        Raises:
+            ValueError: when called outside of training.
         """
-        raise TypeError(f"{type(self).__name__} has no objective; override compute_loss")
+        return base_loss(results_S, results_T, project, weights)
 
     # The surface ------------------------------------------------------------------------------
 
@@ -198,11 +185,9 @@ class Trainable:
         """
         feeds = {"": Feed.of(dataloader, batch_postprocessor)}
         schedule = (scheduler_class, scheduler_args, scheduler)
-        training.train(
-            self,
-            Request(
-                optimizer, feeds, num_epochs, num_steps, *schedule, max_grad_norm, callback, args
-            ),
+        self._train(
+            Request(optimizer, feeds, num_epochs, num_steps, *schedule, max_grad_norm, callback),
+            args,
         )
 
     def check(self, batch: Any, optimizer: Optimizer | None = None, **args: Any) -> str:
@@ -221,17 +206,51 @@ class Trainable:
         Raises:
             PreflightError: all that is wrong.
         """
-        report = training.report(self, {"": own(batch)}, optimizer, args)
+        return self._report({"": own(batch)}, optimizer, args)
+
+    def job(self, **args: Any) -> Job:
+        """All that is to be trained, as the engine takes it.
+
+        Args:
+            **args: as for `train`.
+        """
+        objective = self._objective()
+        named = (vars(self), *(vars(c) for c in type(self).__mro__ if c is not Trainable))
+        if any("compute_loss" in names for names in named):
+            objective = Overridden(objective, self.compute_loss)
+        return Job(
+            config=self.t_config,
+            tasks=self._tasks(args),
+            objective=objective,
+            projections=Projections(tuple(self.projs), tuple(self.projs_group)),
+            train_mode=self._in_context,
+            about={"class": type(self).__name__, "train_config": self.t_config.to_dict()},
+            keywords=tuple(inspect.signature(type(self).train).parameters)[1:-1],
+            open_writer=lambda: self.tb_writer,
+            print_freq=self.print_freq,
+        )
+
+    # Down to the engine, and back ---------------------------------------------------------------
+
+    def _train(self, request: Request, args: Mapping[str, Any]) -> None:
+        outcome = training.train(self.job(**args), request, self._take)
+        self._take(outcome)
+        if outcome.error is not None:
+            raise outcome.error
+
+    def _take(self, outcome: Outcome) -> Any:
+        """Writes what a run has come to into what the user holds; returns the student."""
+        self.rank = outcome.rank
+        self.projs[:] = outcome.job.projections.modules
+        self.projs_group[:] = outcome.job.projections.options
+        if outcome.best_checkpoint is not None:
+            self.best_checkpoint = outcome.best_checkpoint
+        outcome.write()
+        return self.model_S
+
+    def _report(
+        self, batches: Mapping[str, Batch], optimizer: Optimizer | None, args: Mapping[str, Any]
+    ) -> str:
+        report = training.report(self.job(**args), batches, optimizer)
         print(report)
         return report
-
-    # For the training module --------------------------------------------------------------------
-
-    def _projections(self) -> dict[str, Model]:
-        return {str(i): as_model(p) for i, p in enumerate(self.projs) if p is not None}
-
-    def _projection_options(self) -> dict[str, Mapping[str, Any] | None]:
-        return {str(i): self.projs_group[i] for i, p in enumerate(self.projs) if p is not None}
-
-    def _describe(self) -> dict[str, Any]:
-        return {"class": type(self).__name__, "train_config": self.t_config.to_dict()}

@@ -4,23 +4,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import jax
 import numpy as np
 
 from .. import presets
 from ..configurations.configs import DistillationConfig, TrainingConfig
-from ..data.batches import Batch, as_call, own, plain, sides
-from ..errors import Findings
-from ..models.adaptors import Adaptor, Results, Side, check_adaptor
+from ..data.batches import own
+from ..models.adaptors import Adaptor, Side, check_adaptor
 from ..models.nnx_model import refuse_shared_variables
-from ..models.teachers import MeanTeacher, NoTeacher, OneTeacher, Teacher
+from ..models.teachers import Teacher
 from ..models.wrap import as_model
-from ..objective.loss import Loss, Project, Weights, distillation_loss, hard_label_term
-from ..objective.plan import Plan, make_projection, plan_terms, resolve
-from ..objective.submodules import CustomMatch, resolve_custom
-from ..objective.terms import check_plan
+from ..objective.objectives import HardLabels, Objective, PlanObjective
+from ..objective.submodules import CustomMatch
+from ..preflight.job import CacheOptions, Job, Projections, Task
 from ..step.optimizer import Optimizer
-from ..training import run as training
 from ..training.request import Feed, Request
 from .base import Trainable
 
@@ -49,25 +45,12 @@ class BasicTrainer(Trainable):
         """Its adaptor."""
         return self.adaptor_S
 
-    def _sides(self, task: str, args: Mapping[str, Any]) -> tuple[Side, Teacher]:
-        return Side("", as_model(self.model_S, "model"), self.adaptor_S, args), NoTeacher()
+    def _tasks(self, args: Mapping[str, Any]) -> dict[str, Task]:
+        model = as_model(self.model_S, "model")
+        return {"": Task(Side("", model, self.adaptor_S, args), Teacher())}
 
-    def _terms(self) -> list[str]:
-        return ["the sum of the losses the adaptor returns"]
-
-    def _check(self, results_S: Results, results_T: Results, batch: Batch, found: Findings) -> None:
-        if "losses" not in results_S:
-            returned = ", ".join(map(repr, results_S)) or "nothing"
-            found.problems.append(
-                f"the adaptor returns {returned}, but no 'losses' to minimise. Return the model's "
-                "loss under 'losses' (does the batch hold the labels?)"
-            )
-
-    def compute_loss(
-        self, results_S: Results, results_T: Results, project: Project, weights: Weights
-    ) -> Loss:
-        """The sum of the means of the model's losses."""
-        return Loss(hard_label_term(results_S), {}, 0)
+    def _objective(self) -> Objective:
+        return HardLabels()
 
 
 class BasicDistiller(Trainable):
@@ -112,7 +95,6 @@ class BasicDistiller(Trainable):
         self.model_T = model_T
         self.adaptor_T = adaptor_T
         self._check_teacher()
-        self._plan: Plan | None = None
 
     def _check_teacher(self) -> None:
         as_model(self.model_T, "model_T")
@@ -124,55 +106,26 @@ class BasicDistiller(Trainable):
         """The KD loss the config names."""
         return presets.KD_LOSS_MAP[self.d_config.kd_loss_type]
 
-    def _sides(self, task: str, args: Mapping[str, Any]) -> tuple[Side, Teacher]:
+    def _tasks(self, args: Mapping[str, Any]) -> dict[str, Task]:
         student = Side("S", as_model(self.model_S, "model_S"), self.adaptor_S, args)
         teacher = Side("T", as_model(self.model_T, "model_T"), self.adaptor_T, args)
-        return student, OneTeacher(teacher)
+        return {"": Task(student, Teacher((teacher,)))}
 
-    def _resolve(self) -> list[str]:
-        self._plan, problems = resolve(
+    def _objective(self) -> Objective:
+        return PlanObjective.of(
             self.d_config,
             logits_required=self._logits_required,
             losses_required=self._losses_required,
         )
-        return problems
 
-    def _weights(self) -> tuple[Any, Any]:
-        return (self._plan.kd_weight, self._plan.hard_label_weight) if self._plan else (None, None)
-
-    def _check(self, results_S: Results, results_T: Results, batch: Batch, found: Findings) -> None:
-        own_objective = type(self).compute_loss is BasicDistiller.compute_loss
-        if self._plan is not None and own_objective:  # an overridden one is checked by running it
-            check_plan(self._plan, results_S, results_T, batch, self._projections(), found)
-
-    def _terms(self) -> list[str] | None:
-        own_objective = type(self).compute_loss is BasicDistiller.compute_loss
-        return plan_terms(self._plan) if self._plan is not None and own_objective else None
-
-    def _cache(self) -> dict[str, Any] | None:
-        if not self.d_config.is_caching_logits or self._plan is None:
-            return None
-        used: dict[str, set[Any]] = {}
-        for match in self._plan.matches:
-            layers = match.layer_T if isinstance(match.layer_T, Sequence) else (match.layer_T,)
-            used.setdefault(match.feature, set()).update(layers)
-        return {
-            "used": used,
-            "folder": self.d_config.cache_dir,
-            "dtype": self.d_config.cache_dtype,
-            "seed": self.t_config.seed,
-        }
-
-    def compute_loss(
-        self, results_S: Results, results_T: Results, project: Project, weights: Weights
-    ) -> Loss:
-        """See `Trainable.compute_loss`; this one is the config's objective."""
-        if self._plan is None:
-            raise ValueError("compute_loss runs inside train() or check(), which read the config")
-        return distillation_loss(self._plan, results_S, results_T, project, weights)
-
-    def _describe(self) -> dict[str, Any]:
-        return super()._describe() | {"distill_config": self.d_config.to_dict()}
+    def job(self, **args: Any) -> Job:
+        """See `Trainable.job`."""
+        job = super().job(**args)
+        config, cache = self.d_config, None
+        if config.is_caching_logits:
+            cache = CacheOptions(config.cache_dir, config.cache_dtype)
+        about = {**job.about, "distill_config": config.to_dict()}
+        return replace(job, about=about, cache=cache)
 
 
 class GeneralDistiller(BasicDistiller):
@@ -205,51 +158,28 @@ class GeneralDistiller(BasicDistiller):
         custom_matches: Sequence[CustomMatch | Mapping[str, Any]] | None = None,
     ):
         super().__init__(train_config, distill_config, model_T, model_S, adaptor_T, adaptor_S)
-        self._custom: list[CustomMatch] = []
+        self._custom_matches: list[CustomMatch] = []
         for i, match in enumerate(custom_matches or ()):
             if isinstance(match, CustomMatch):
-                self._custom.append(match)
+                self._custom_matches.append(match)
             elif isinstance(match, Mapping):
-                self._custom.append(CustomMatch.from_dict(match))
+                self._custom_matches.append(CustomMatch.from_dict(match))
             else:
                 raise TypeError(
                     f"custom_matches[{i}] is a {type(match).__name__}; give a CustomMatch, or a "
                     "dict of its fields"
                 )
+        made = Projections()
         for match in distill_config.intermediate_matches:
             proj = match.proj
-            self._add_projection(proj, proj[3] if proj is not None else None)
+            made = made.plus(proj, proj[3] if proj is not None else None, self.t_config.seed)
+        self.projs[:], self.projs_group[:] = made.modules, made.options
 
-    def _add_projection(self, proj: Any, options: Mapping[str, Any] | None) -> None:
-        key = jax.random.fold_in(jax.random.key(self.t_config.seed), len(self.projs))
-        module = make_projection(proj, key)
-        self.projs.append(module)
-        self.projs_group.append(options if module is not None else None)
-
-    def _resolve_modules(
-        self, student: Side, teacher: Teacher, batch: Batch, found: Findings
-    ) -> tuple[Side, Teacher]:
-        if not self._custom or self._plan is None:
-            return student, teacher
-        parts = sides(plain(batch))
-        (side_T,) = teacher.sides
+    def job(self, **args: Any) -> Job:
+        """See `Trainable.job`."""
         first = len(self.d_config.intermediate_matches)
-        matches, projections, options = resolve_custom(
-            self._custom,
-            (side_T.model, *as_call(parts[0], side_T.args)),
-            (student.model, *as_call(parts[1], student.args)),
-            first,
-            found.problems,
-        )
-        if len(self.projs) == first:  # the first time; later trainings go on with the same ones
-            for proj, group in zip(projections, options, strict=True):
-                self._add_projection(proj, group)
-        self._plan = replace(self._plan, matches=(*self._plan.matches, *matches))
-        paths_T, paths_S = (
-            tuple(dict.fromkeys(str(getattr(m, name)) for m in matches))
-            for name in ("layer_T", "layer_S")
-        )
-        return replace(student, capture=paths_S), OneTeacher(replace(side_T, capture=paths_T))
+        matches = tuple(self._custom_matches)
+        return replace(super().job(**args), custom_matches=matches, first_custom=first)
 
 
 class MultiTeacherDistiller(BasicDistiller):
@@ -288,15 +218,14 @@ class MultiTeacherDistiller(BasicDistiller):
             return self.adaptor_T
         return [self.adaptor_T] * len(self.model_T)
 
-    def _sides(self, task: str, args: Mapping[str, Any]) -> tuple[Side, Teacher]:
+    def _tasks(self, args: Mapping[str, Any]) -> dict[str, Task]:
         student = Side("S", as_model(self.model_S, "model_S"), self.adaptor_S, args)
         pairs = zip(self.model_T, self._adaptors(), strict=True)
-        return student, MeanTeacher(
-            [
-                Side(f"T[{i}]", as_model(model, f"model_T[{i}]"), adaptor, args)
-                for i, (model, adaptor) in enumerate(pairs)
-            ]
+        teachers = tuple(
+            Side(f"T[{i}]", as_model(model, f"model_T[{i}]"), adaptor, args)
+            for i, (model, adaptor) in enumerate(pairs)
         )
+        return {"": Task(student, Teacher(teachers, averages=True))}
 
 
 class MultiTaskDistiller(GeneralDistiller):
@@ -336,29 +265,26 @@ class MultiTaskDistiller(GeneralDistiller):
             raise ValueError(
                 "is_caching_logits: MultiTaskDistiller trains by steps, and does not cache"
             )
-        self._adaptors_S = dict(adaptor_S)
-        # The base class knows one student adaptor; _sides picks each task's own.
-        super().__init__(
-            train_config,
-            distill_config,
-            model_T,
-            model_S,
-            adaptor_T,
-            next(iter(adaptor_S.values())),
-        )
-        self.adaptor_S: Any = self._adaptors_S
+        super().__init__(train_config, distill_config, model_T, model_S, adaptor_T, adaptor_S)
+
+    def _check_adaptor(self) -> None:
+        for task, adaptor in self.adaptor_S.items():
+            check_adaptor(adaptor, f"adaptor_S[{task!r}]")
 
     def _check_teacher(self) -> None:
         for task, model in self.model_T.items():
             as_model(model, f"model_T[{task!r}]")
             check_adaptor(self.adaptor_T[task], f"adaptor_T[{task!r}]")
-            check_adaptor(self._adaptors_S[task], f"adaptor_S[{task!r}]")
             refuse_shared_variables(self.model_S, model)
 
-    def _sides(self, task: str, args: Mapping[str, Any]) -> tuple[Side, Teacher]:
-        student = Side("S", as_model(self.model_S, "model_S"), self._adaptors_S[task], args)
+    def _tasks(self, args: Mapping[str, Any]) -> dict[str, Task]:
+        return {task: self._task(task, args) for task in self.model_T}
+
+    def _task(self, task: str, args: Mapping[str, Any]) -> Task:
+        student = Side("S", as_model(self.model_S, "model_S"), self.adaptor_S[task], args)
         model = as_model(self.model_T[task], f"model_T[{task!r}]")
-        return student, OneTeacher(Side(f"T[{task!r}]", model, self.adaptor_T[task], args))
+        teacher = Side(f"T[{task!r}]", model, self.adaptor_T[task], args)
+        return Task(student, Teacher((teacher,)))
 
     def train(  # type: ignore[override]
         self,
@@ -409,17 +335,13 @@ class MultiTaskDistiller(GeneralDistiller):
             raise ValueError(f"tau={tau!r}: expected a finite number")
         feeds = {task: Feed.of(loader, posts.get(task)) for task, loader in dataloaders.items()}
         schedule = (scheduler_class, scheduler_args, scheduler)
-        training.train(
-            self,
-            Request(
-                optimizer, feeds, None, num_steps, *schedule, max_grad_norm, callback, args, tau
-            ),
+        self._train(
+            Request(optimizer, feeds, None, num_steps, *schedule, max_grad_norm, callback, tau),
+            args,
         )
 
     def check(
         self, batch: Mapping[str, Any], optimizer: Optimizer | None = None, **args: Any
     ) -> str:
         """As `Trainable.check`, with a dict of batches by task."""
-        report = training.report(self, {t: own(b) for t, b in batch.items()}, optimizer, args)
-        print(report)
-        return report
+        return self._report({t: own(b) for t, b in batch.items()}, optimizer, args)

@@ -4,16 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from .. import presets
 from ..configurations.configs import DistillationConfig, TrainingConfig
-from ..data.batches import Batch
-from ..errors import ConfigError, Findings, suggest
-from ..models.adaptors import Results
-from ..objective.loss import Loss, Project, Weights, distillation_loss
+from ..errors import ConfigError, suggest
+from ..objective.emd import EMD
+from ..objective.objectives import Objective, PlanObjective
 from ..objective.plan import make_projection
-from ..objective.transport import exact_transport
 from .classes import BasicDistiller
 
 _REQUIRED = ("layer_num_S", "layer_num_T", "feature", "loss", "weight")
@@ -67,63 +64,9 @@ class EMDDistiller(BasicDistiller):
         self.projs = [make_projection(proj, key) for key in keys]
         self.projs_group = [proj[3] if len(proj) > 3 else {} for _ in keys]
 
-    def compute_loss(
-        self, results_S: Results, results_T: Results, project: Project, weights: Weights
-    ) -> Loss:
-        """See the class."""
-        if self._plan is None:
-            raise ValueError("compute_loss runs inside train() or check(), which read the config")
-        base = distillation_loss(self._plan, results_S, results_T, project, weights)
-        feature, name, weight = (self.emd[key] for key in ("feature", "loss", "weight"))
-        source = results_S if weight else jax.lax.stop_gradient(results_S)
-        mask = source.get("inputs_mask")
-        layers_S = list(source[feature])
-        if self.projs:
-            layers_S = [project(str(i), x) for i, x in enumerate(layers_S)]
-        loss = presets.MATCH_LOSS_MAP[name]
-
-        def pair(layer_S: jax.Array, layer_T: jax.Array) -> jax.Array:
-            return loss(layer_S, layer_T, mask=mask)
-
-        all_T = jnp.stack(results_T[feature][1:])
-        cost = jnp.stack([jax.vmap(pair, (None, 0))(layer, all_T) for layer in layers_S[1:]])
-        distance = jnp.sum(exact_transport(cost) * cost)
-        embedding = pair(layers_S[0], results_T[feature][0])
-        terms = base.terms | {
-            f"unweighted_{feature}_{name}_emd": distance,
-            f"unweighted_embedding_{name}": embedding,
-        }
-        total = base.total + weight * (distance + embedding) if weight else base.total
-        return Loss(total, terms, base.surplus)
-
-    def _check(self, results_S: Results, results_T: Results, batch: Batch, found: Findings) -> None:
-        feature = self.emd["feature"]
-        for role, results in (("S", results_S), ("T", results_T)):
-            if feature not in results:
-                keys = ", ".join(map(repr, results))
-                found.problems.append(f"adaptor_{role} returns no {feature!r}, only {keys}")
-                continue
-            there, wanted = len(results[feature]), self.emd[f"layer_num_{role}"]
-            if there != wanted or any(x is None for x in results[feature]):
-                found.problems.append(
-                    f"emd['layer_num_{role}'] is {wanted}, but adaptor_{role} returns {there} "
-                    f"{feature!r} arrays; count the embeddings' output too"
-                )
-        if found.problems or self._plan is None:
-            return
-        try:
-            weights = Weights(jnp.ones(()), jnp.ones(()))
-            jax.eval_shape(
-                lambda s, t: self.compute_loss(s, t, self._project_by_shape, weights)[0],
-                results_S,
-                results_T,
-            )
-        except ValueError as error:
-            found.problems.append(f"emd: {error}")
-
-    def _project_by_shape(self, name: str, feature: jax.Array) -> jax.Array:
-        module: Any = self.projs[int(name)]
-        return module(feature)
+    def _objective(self) -> Objective:
+        plan = PlanObjective.of(self.d_config, logits_required=False)
+        return EMD(plan, self.emd, is_projected=bool(self.projs))
 
 
 def _checked(emd: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,13 +76,12 @@ class Side:
     ) -> tuple[Any, Results, Any]:
         """Runs the model alone; returns its outputs, what was captured, and its new state."""
         args, kwargs = as_call(plain(batch), self.args)
+        inputs = params, state, key, args, kwargs, train
         if not self.capture:
-            outputs, state = self.model.apply(params, state, key, args, kwargs, train)
+            outputs, state = self.model.apply(*inputs)
             return outputs, {}, state
         model: Any = self.model
-        (outputs, captured), state = model.apply_and_capture(
-            self.capture, params, state, key, args, kwargs, train
-        )
+        (outputs, captured), state = model.apply(*inputs, capture=self.capture)
         arrays = {path: self._array(path, captured.get(path)) for path in self.capture}
         return outputs, {"captured": arrays}, state
 

@@ -40,7 +40,7 @@ class FunctionModel:
     def apply(
         self, params: PyTree, state: PyTree, key: jax.Array, args: tuple, kwargs: dict, train: bool
     ) -> tuple[Any, PyTree]:
-        """See `Model.apply`."""
+        """See `Model.apply`; a function has no submodules to capture."""
         extra = {"key": key, "train": train}
         kwargs = kwargs | {name: extra[name] for name in self._takes}
         if state is None:

@@ -42,6 +42,10 @@ class Model(Protocol):
             args: positional inputs, from a batch that is a tuple.
             kwargs: keyword inputs, from a batch that is a dict, and `train`'s ``**args``.
             train: dropout on and batch statistics updated, or neither.
+
+        A model whose submodules can be reached has a further argument ``capture=()``, paths of
+        submodules; if there are some, the outputs are the pair ``(outputs, {path: what it
+        returned})``. It then has ``module_paths`` and ``path_of`` too; see `NNXModel`.
         """
         ...
 

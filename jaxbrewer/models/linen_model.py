@@ -1,7 +1,7 @@
 """A Linen module and its variables as a model."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,15 +71,25 @@ class LinenModel:
         )
 
     def apply(
-        self, params: PyTree, state: PyTree, key: jax.Array, args: tuple, kwargs: dict, train: bool
-    ) -> tuple[Any, PyTree]:
-        """See `Model.apply`."""
-        (outputs, _), state = self.apply_and_capture((), params, state, key, args, kwargs, train)
-        return outputs, state
-
-    def apply_and_capture(
         self,
-        paths: Sequence[str] | None,
+        params: PyTree,
+        state: PyTree,
+        key: jax.Array,
+        args: tuple,
+        kwargs: dict,
+        train: bool,
+        capture: Sequence[str] = (),
+    ) -> tuple[Any, PyTree]:
+        """See `Model.apply`; of a submodule that is called more than once, the last output."""
+        wanted = set(capture)
+        (outputs, captured), state = self._run(
+            wanted.__contains__ if wanted else None, params, state, key, args, kwargs, train
+        )
+        return ((outputs, captured) if wanted else outputs), state
+
+    def _run(
+        self,
+        wanted: Callable[[str], bool] | None,
         params: PyTree,
         state: PyTree,
         key: jax.Array,
@@ -87,7 +97,7 @@ class LinenModel:
         kwargs: dict,
         train: bool,
     ) -> tuple[tuple[Any, dict[str, Any]], PyTree]:
-        """As `NNXModel.apply_and_capture`; paths of None captures every submodule."""
+        """Runs the module and keeps what the submodules return whose paths are wanted."""
         variables = self._variables(params, state)
         if self.train_argument is not None:
             mode = train ^ (self.train_argument in self._INVERTED)
@@ -97,9 +107,9 @@ class LinenModel:
         if train:
             keys = jax.random.split(key, len(self._rngs))
             options["rngs"] = dict(zip(self._rngs, keys, strict=True))
-        if paths is None or paths:
+        if wanted is not None:
             options["capture_intermediates"] = lambda module, method: (
-                method == "__call__" and (paths is None or ".".join(module.path) in paths)
+                method == "__call__" and wanted(".".join(module.path))
             )
             mutable = [*mutable, "intermediates"]
         outputs, changed = self.module.apply(variables, *args, mutable=mutable, **options, **kwargs)
@@ -119,8 +129,8 @@ class LinenModel:
 
         def run(args: tuple, kwargs: dict) -> dict[str, Any]:
             key = jax.random.key(0)
-            (_, captured), _ = self.apply_and_capture(
-                None, self.params, self.state, key, args, kwargs, False
+            (_, captured), _ = self._run(
+                lambda path: True, self.params, self.state, key, args, kwargs, False
             )
             return captured
 

@@ -1,7 +1,8 @@
 """An nnx.Module as a model."""
 
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,28 +42,16 @@ class NNXModel:
         return unflatten_dict({self._paths[part][name]: leaf for name, leaf in flat.items()})
 
     def apply(
-        self, params: PyTree, state: PyTree, key: jax.Array, args: tuple, kwargs: dict, train: bool
-    ) -> tuple[Any, PyTree]:
-        """See `Model.apply`."""
-        (outputs, _), state = self.apply_and_capture((), params, state, key, args, kwargs, train)
-        return outputs, state
-
-    def apply_and_capture(
         self,
-        paths: Sequence[str],
         params: PyTree,
         state: PyTree,
         key: jax.Array,
         args: tuple,
         kwargs: dict,
         train: bool,
-    ) -> tuple[tuple[Any, dict[str, Any]], PyTree]:
-        """Runs the model and keeps what the submodules at `paths` returned.
-
-        Returns:
-            ``((outputs, {path: output}), new state)``; of a submodule that is called more than
-            once, the last output.
-        """
+        capture: Sequence[str] = (),
+    ) -> tuple[Any, PyTree]:
+        """See `Model.apply`; of a submodule that is called more than once, the last output."""
         module = nnx.merge(
             self._train_graph if train else self._eval_graph,
             self._nested(0, params),
@@ -70,12 +59,14 @@ class NNXModel:
             self._nested(2, state["other"]),
         )
         captured: dict[str, Any] = {}
-        if paths:
+        if capture:
             for path, submodule in nnx.iter_modules(module):
                 name = ".".join(map(str, path))
-                if name in paths:
-                    _record_calls(submodule, name, captured)
-        outputs = module(*args, **kwargs), captured
+                if name in capture:
+                    change_outputs(submodule, functools.partial(_note, captured, name))
+        outputs = module(*args, **kwargs)
+        if capture:
+            outputs = outputs, captured
         if not (train and state["other"]):
             return outputs, state
         after: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
@@ -105,18 +96,22 @@ class NNXModel:
         return inspect.signature(type(self.module).__call__.__get__(self.module))
 
 
-def _record_calls(module: nnx.Module, name: str, captured: dict[str, Any]) -> None:
-    """Lets a module, made for one call of the model, note what its ``__call__`` returns.
+def change_outputs(module: nnx.Module, change: Callable[[Any], Any]) -> None:
+    """Passes what a module's ``__call__`` returns through `change`, in this object alone.
 
     `nnx.capture` does not see methods a class inherits, so the class itself is replaced.
     """
     base: Any = type(module)
 
-    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        captured[name] = base.__call__(self, *args, **kwargs)
-        return captured[name]
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return change(base.__call__(self, *args, **kwargs))
 
-    object.__setattr__(module, "__class__", type(base.__name__, (base,), {"__call__": recorded}))
+    object.__setattr__(module, "__class__", type(base.__name__, (base,), {"__call__": changed}))
+
+
+def _note(captured: dict[str, Any], name: str, outputs: Any) -> Any:
+    captured[name] = outputs
+    return outputs
 
 
 def _fold_keys(rngs: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:

@@ -15,6 +15,7 @@ and the teachers see no difference. What it returns is float32 at every level, a
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,11 +27,10 @@ from flax import linen, nnx
 
 from ..configurations.configs import TrainingConfig
 from ..errors import PrecisionError
-from ..machine.devices import resolve_device
 from .half_products import Half, in_half, is_float, is_half, is_wide
 from .handle import Model
 from .linen_model import LinenModel
-from .nnx_model import NNXModel
+from .nnx_model import NNXModel, change_outputs
 
 _NORM_NAME = re.compile(r"(norm|normalization|(^|_)(ln|bn|gn))(_\w{1,3}|_?\d+)?$", re.IGNORECASE)
 _NORM_CLASS = re.compile(r"(?<!weight)(?<!spectral)(norm|normalization)(\dd)?$", re.IGNORECASE)
@@ -84,8 +84,8 @@ def resolve(config: TrainingConfig, device: jax.Device | None = None) -> Precisi
 
     Args:
         config: its ``fp16``, ``fp16_opt_level`` and ``half_dtype`` are read.
-        device: where training runs; None: the one the config names, which is looked up only if
-            half precision is asked for.
+        device: where training runs; None: JAX's default device, which is looked up only if half
+            precision is asked for.
 
     Raises:
         PrecisionError: the device lacks the half type.
@@ -93,7 +93,7 @@ def resolve(config: TrainingConfig, device: jax.Device | None = None) -> Precisi
     if not config.fp16 or config.fp16_opt_level == "O0":
         return FLOAT32
     if device is None:
-        device = resolve_device(config.device)
+        device = jax.devices()[0]
     lacks = _lacks(device)
     if config.half_dtype == "auto":
         half = "float16" if "bfloat16" in lacks else "bfloat16"
@@ -185,38 +185,20 @@ class HalfModel:
         return getattr(self.model, name)
 
     def apply(
-        self, params: Any, state: Any, key: jax.Array, args: tuple, kwargs: dict, train: bool
-    ) -> tuple[Any, Any]:
-        """See `models.Model.apply`; floating outputs are float32 at least."""
-        outputs, state = self._apply(self._runs.apply, params, state, key, args, kwargs, train)
-        return jax.tree.map(_widened, outputs), state
-
-    @property
-    def apply_and_capture(self) -> Any:
-        """As the model's own; models that have none have none here."""
-        captures = self._runs.apply_and_capture
-
-        def apply_and_capture(paths: Sequence[str] | None, *rest: Any) -> Any:
-            call = lambda *rest: captures(paths, *rest)  # noqa: E731
-            (outputs, captured), state = self._apply(call, *rest)
-            return (jax.tree.map(_widened, outputs), captured), state
-
-        return apply_and_capture
-
-    def _apply(
         self,
-        call: Callable[..., Any],
         params: Any,
         state: Any,
         key: jax.Array,
         args: tuple,
         kwargs: dict,
         train: bool,
+        capture: Sequence[str] = (),
     ) -> tuple[Any, Any]:
-        """Runs the model; `call` is its ``apply``, or takes the same."""
+        """See `Model.apply`; floating outputs are float32 at least."""
         leaves, structure = jax.tree.flatten((args, kwargs))
         # Flags and the like among the inputs are the model's to branch on: they are not traced.
         arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        options: dict[str, Any] = {"capture": capture} if capture else {}
 
         def run(params: Any, state: Any, key: jax.Array, arrays: list[Any]) -> Any:
             if self.precision.level == "O2":
@@ -227,11 +209,15 @@ class HalfModel:
                 inputs = self._halved(inputs)
             args, kwargs = jax.tree.unflatten(structure, inputs)
             with self._linen_norms_in_half():
-                outputs, new = call(params, state, key, args, kwargs, train)
+                outputs, new = self._runs.apply(params, state, key, args, kwargs, train, **options)
             return outputs, jax.tree.map(_like, new, state)
 
         half, emulated = self.precision.dtype, self.precision.emulated
-        return in_half(run, half, emulated=emulated)(params, state, key, arrays)
+        outputs, state = in_half(run, half, emulated=emulated)(params, state, key, arrays)
+        if not capture:
+            return jax.tree.map(_widened, outputs), state
+        outputs, captured = outputs
+        return (jax.tree.map(_widened, outputs), captured), state
 
     def _linen_norms_in_half(self) -> contextlib.AbstractContextManager[None]:
         """Brings what Linen's norms return to half; with float32 parameters it would be float32."""
@@ -246,7 +232,7 @@ class HalfModel:
         return linen.intercept_methods(narrow)
 
     def _halved(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: _narrowed(x, self.precision.dtype), tree)
+        return _all_narrowed(self.precision.dtype, tree)
 
     def _rounded(self, params: Any) -> Any:
         """Parameters as O2's forward pass sees them."""
@@ -270,6 +256,10 @@ def _narrowed(x: Any, half: Half) -> Any:
     if not (is_wide(x) or is_half(x)):
         return x
     return _cast(x, half)
+
+
+def _all_narrowed(half: Half, tree: Any) -> Any:
+    return jax.tree.map(lambda x: _narrowed(x, half), tree)
 
 
 def _like(x: Any, other: Any) -> Any:
@@ -318,21 +308,10 @@ def _with_dtype(module: nnx.Module, precision: Precision) -> nnx.Module:
     part: Any
     for _, part in nnx.iter_modules(twin):
         if precision.level == "O2" and _is_norm(part):
-            _narrow_calls(part, precision.dtype)
+            change_outputs(part, functools.partial(_all_narrowed, precision.dtype))
         elif "dtype" in vars(part) and _is_wide_dtype(part.dtype):
             part.dtype = precision.dtype
     return twin
-
-
-def _narrow_calls(module: nnx.Module, half: Half) -> None:
-    """Lets a module return in half."""
-    base: Any = type(module)
-
-    def narrowed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        outputs = base.__call__(self, *args, **kwargs)
-        return jax.tree.map(lambda x: _narrowed(x, half), outputs)
-
-    object.__setattr__(module, "__class__", type(base.__name__, (base,), {"__call__": narrowed}))
 
 
 def _is_wide_dtype(dtype: Any) -> bool:

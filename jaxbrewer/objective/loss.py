@@ -7,7 +7,7 @@ of the gradient, and the compiler drops what only its gradient would have needed
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..models.adaptors import Results
+from ..models.handle import Model
 from .plan import KD, Match, Plan, Weight
 
 Project = Callable[[str, Array], Array]
@@ -25,6 +26,21 @@ class Weights(NamedTuple):
 
     kd: Any
     hard_label: Any
+
+
+def full_weights() -> Weights:
+    """Weights of 1, to trace with."""
+    return Weights(jnp.ones(()), jnp.ones(()))
+
+
+def project_by_shape(projections: Mapping[str, Model]) -> Project:
+    """Projections with their present weights, in evaluation mode: for tracing shapes."""
+
+    def project(name: str, feature: Array) -> Array:
+        model = projections[name]
+        return model.apply(model.params, model.state, jax.random.key(0), (feature,), {}, False)[0]
+
+    return project
 
 
 class Loss(NamedTuple):

@@ -121,7 +121,7 @@ def _find(
 ) -> list[str]:
     """The paths a path, pattern or module object stands for."""
     handle: Any = model
-    if not hasattr(handle, "apply_and_capture"):
+    if not hasattr(handle, "module_paths"):
         problems.append(
             f"{where}: submodules of a {type(model).__name__} cannot be reached; let it return the "
             "feature, and use intermediate_matches"

@@ -1,8 +1,7 @@
-"""Everything that can be known to go wrong, found by tracing shapes before anything compiles.
+"""A plan's terms, checked by shape before anything compiles.
 
-`inspect` runs a side by shape on the first batch; `check_plan` goes through a plan with both
-sides' results in hand. Neither raises for what it finds: problems and warnings are gathered, so
-that one report names them all.
+Nothing is raised for what is found: problems and warnings are gathered, so that one report names
+them all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +14,9 @@ from ..data.batches import Batch
 from ..errors import Findings
 from ..models.adaptors import Results
 from ..models.handle import Model
-from ..preflight.sides import inspect
-from .loss import kd_term, match_term, takes_mask
+from .loss import kd_term, match_term, project_by_shape, takes_mask
 from .plan import KD, Match, Plan
 from .probes import heeds_mask, is_position_mean, is_positionwise
-
-__all__ = ["Findings", "check_plan", "inspect"]
 
 
 def check_plan(
@@ -321,9 +317,7 @@ def _trace_match(
     projections: Mapping[str, Model],
     found: Findings,
 ) -> None:
-    def project(name: str, feature: jax.Array) -> jax.Array:
-        model = projections[name]
-        return model.apply(model.params, model.state, jax.random.key(0), (feature,), {}, False)[0]
+    project = project_by_shape(projections)
 
     def run(results_S: Results, results_T: Results) -> Any:
         return match_term(match, results_S, results_T, project)

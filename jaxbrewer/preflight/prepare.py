@@ -3,48 +3,55 @@
 All that is wrong, in all tasks, is one error, before anything compiles.
 """
 
-import inspect
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..data.batches import Batch, sides
-from ..errors import Findings, PrecisionError, PreflightError, PreflightWarning
-from ..models.adaptors import Results, Side
+from ..data.batches import Batch, as_call, plain, sides
+from ..errors import Findings, PrecisionError, PreflightError, PreflightWarning, warn
+from ..models.adaptors import Results
 from ..models.precision import Precision, at_level, resolve
-from ..models.teachers import Teacher
-from ..objective.loss import Loss, Weights
+from ..objective.loss import full_weights, project_by_shape
+from ..objective.submodules import resolve_custom
 from ..step import optimizer as optimizers
 from ..step.optimizer import Optimizer
 from ..step.program import Program
+from .job import Job, Task
 from .sides import inspect as inspect_side
 
-if TYPE_CHECKING:
-    from ..distillers.base import Trainable
+
+@dataclass(frozen=True)
+class Prepared:
+    """What preflight gives.
+
+    Attributes:
+        job: the job, resolved: submodules found, all projections made.
+        programs: task → its program.
+    """
+
+    job: Job
+    programs: dict[str, Program]
 
 
 def prepare(
-    distiller: "Trainable",
+    job: Job,
     batches: Mapping[str, Batch],
     optimizer: Optimizer,
-    args: Mapping[str, Any],
     *,
     max_grad_norm: float = -1.0,
     accumulation: int | None = None,
     device: jax.Device | None = None,
-) -> dict[str, Program]:
+) -> Prepared:
     """Runs the preflight and builds each task's program.
 
     Args:
-        distiller: the distiller.
+        job: the job.
         batches: task → its first batch.
-        optimizer: see `trainable.Trainable.train`.
-        args: further keyword arguments for the models.
+        optimizer: see `distillers.base.Trainable.train`.
         max_grad_norm: see `optimizer.build`.
         accumulation: the same; the config's unless given.
         device: see `precision.resolve`.
@@ -53,65 +60,62 @@ def prepare(
         PrecisionError: the device lacks the half type.
         PreflightError: all that is wrong, in all tasks.
     """
-    precision = resolve(distiller.t_config, device)
-    found = Findings()
-    found.problems.extend(distiller._resolve())
+    precision = resolve(job.config, device)
+    found = Findings(problems=list(job.objective.missing))
     traced = {}
-    for task, batch in batches.items():
+    for name, batch in batches.items():
         mine = Findings()
-        traced[task] = _trace(distiller, task, batch, args, precision, mine)
-        prefix = f"task {task!r}: " if task else ""
-        found.problems.extend(prefix + problem for problem in mine.problems)
-        found.warnings.extend(prefix + warning for warning in mine.warnings)
+        job, traced[name] = _trace(job, name, batch, precision, mine)
+        found.extend(mine, f"task {name!r}: " if name else "")
+    transformation = _optimizer(job, optimizer, max_grad_norm, accumulation, precision, found)
+    _tell(found)
+    programs = {
+        name: _with_names(
+            Program(
+                one.task.student,
+                one.task.teacher,
+                {k: at_level(p, precision) for k, p in job.projections.models().items()},
+                job.objective,
+                transformation,
+                (),
+                job.train_mode,
+                precision,
+            ),
+            one,
+        )
+        for name, one in traced.items()
+    }
+    for name, program in programs.items():
+        _trace_step(program, batches[name])
+    return Prepared(job, programs)
+
+
+def _optimizer(
+    job: Job,
+    optimizer: Optimizer,
+    max_grad_norm: float,
+    accumulation: int | None,
+    precision: Precision,
+    found: Findings,
+) -> Any:
     try:
-        transformation = optimizers.build(
+        return optimizers.build(
             optimizer,
-            distiller._projection_options(),
+            job.projections.groups(),
             max_grad_norm=max_grad_norm,
-            accumulation=accumulation or distiller.t_config.gradient_accumulation_steps,
+            accumulation=accumulation or job.config.gradient_accumulation_steps,
             clips_projections=precision.level != "O0",  # as TextBrewer does under Apex
         )
     except TypeError as error:
         found.problems.append(str(error))
+
+
+def _tell(found: Findings) -> None:
+    """Warns, and raises all problems at once."""
     for message in dict.fromkeys(found.warnings):
-        warnings.warn(message, PreflightWarning, stacklevel=5)
+        warn(message, PreflightWarning)
     if found.problems:
         raise PreflightError(list(dict.fromkeys(found.problems)))
-
-    def compute_loss(
-        results_S: Results, results_T: Results, project: Any, weights: Weights
-    ) -> Loss:
-        loss = distiller.compute_loss(results_S, results_T, project, weights)
-        if isinstance(loss, Loss):
-            return loss
-        if not (isinstance(loss, tuple) and len(loss) == 2 and isinstance(loss[1], Mapping)):
-            raise TypeError(
-                f"compute_loss returned a {type(loss).__name__}; return the pair (total, {{name: "
-                "term}}) or a jaxbrewer.Loss"
-            )
-        return Loss(loss[0], dict(loss[1]), 0)
-
-    projections = {k: at_level(p, precision) for k, p in distiller._projections().items()}
-    programs = {
-        task: _with_names(
-            Program(
-                one.student,
-                one.teacher,
-                projections,
-                compute_loss,
-                transformation,
-                (),
-                distiller._in_context,
-                precision,
-            ),
-            one.results_S,
-            one.results_T,
-        )
-        for task, one in traced.items()
-    }
-    for task, program in programs.items():
-        _trace_step(program, batches[task])
-    return programs
 
 
 def _trace_step(program: Program, batch: Batch) -> None:
@@ -131,73 +135,106 @@ def _trace_step(program: Program, batch: Batch) -> None:
         ) from error
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Traced:
-    """What tracing a task by shape gave."""
+    """What tracing a task by shape gave: its sides at their level, and their results."""
 
-    student: Side
-    teacher: Teacher
+    task: Task
     results_S: Any
     results_T: Any
 
 
 def _trace(
-    distiller: "Trainable",
-    task: str,
-    batch: Batch,
-    args: Mapping[str, Any],
-    precision: Precision,
-    found: Findings,
-) -> _Traced:
+    job: Job, name: str, batch: Batch, precision: Precision, found: Findings
+) -> tuple[Job, _Traced]:
     """Traces every model of a task by shape, then checks the objective on what they gave."""
-    keywords = tuple(inspect.signature(type(distiller).train).parameters)[1:-1]
-    train = distiller._in_context
-    student, teacher = distiller._sides(task, args)
-    student = replace(student, model=at_level(student.model, precision))
-    teacher = teacher.with_sides(
-        [replace(s, model=at_level(s.model, precision, frozen=True)) for s in teacher.sides]
-    )
+    task = _at_level(job.tasks[name], precision)
     teacher_batch, student_batch, cache = sides(batch)
-    results_S = inspect_side(student, student_batch, train, found, keywords)
+    results_S = inspect_side(task.student, student_batch, job.train_mode, found, job.keywords)
     results_T: Any = None
     before = len(found.problems)
     if cache is None:
-        for side in teacher.sides:
-            inspect_side(side, teacher_batch, False, found, keywords)
+        for side in task.teacher.sides:
+            inspect_side(side, teacher_batch, False, found, job.keywords)
     if len(found.problems) == before and results_S is not None:
-        student, teacher = distiller._resolve_modules(student, teacher, batch, found)
-        if student.capture:
-            results_S = inspect_side(student, student_batch, train, found, keywords)
-        try:
-            results_T = jax.eval_shape(teacher.__call__, teacher.variables, teacher_batch, cache)
-        except Exception as error:  # noqa: BLE001  an adaptor of outputs computed before
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            what = "teacher_cache: " if cache is not None else ""
-            found.problems.append(f"{what}{kind}{error}")
+        if job.custom_matches:
+            job, task = _with_submodules(job, name, task, batch, found)
+            results_S = inspect_side(
+                task.student, student_batch, job.train_mode, found, job.keywords
+            )
+        results_T = _teacher_results(task, teacher_batch, cache, found)
     if results_S is not None and results_T is not None:
-        distiller._check(results_S, results_T, student_batch, found)
-    return _Traced(student, teacher, results_S, results_T)
+        projections = job.projections.models()
+        job.objective.check(results_S, results_T, student_batch, projections, found)
+    return job, _Traced(task, results_S, results_T)
 
 
-def _with_names(program: Program, results_S: Results, results_T: Results) -> Program:
-    """Finds the names of the loss's terms, by tracing it once more as a whole."""
+def _at_level(task: Task, precision: Precision) -> Task:
+    student = replace(task.student, model=at_level(task.student.model, precision))
+    teacher_sides = tuple(
+        replace(side, model=at_level(side.model, precision, frozen=True))
+        for side in task.teacher.sides
+    )
+    return Task(student, replace(task.teacher, sides=teacher_sides))
+
+
+def _with_submodules(
+    job: Job, name: str, task: Task, batch: Batch, found: Findings
+) -> tuple[Job, Task]:
+    """Finds the submodules that are matched, and makes their projections.
+
+    Projections that an earlier training made are kept: later ones go on with the same.
+    """
+    parts = sides(plain(batch))
+    (side_T,) = task.teacher.sides
+    matches, asked, options = resolve_custom(
+        job.custom_matches,
+        (side_T.model, *as_call(parts[0], side_T.args)),
+        (task.student.model, *as_call(parts[1], task.student.args)),
+        job.first_custom,
+        found.problems,
+    )
+    projections = job.projections
+    if len(projections) == job.first_custom:
+        for proj, group in zip(asked, options, strict=True):
+            projections = projections.plus(proj, group, job.config.seed)
+    paths_T, paths_S = (
+        tuple(dict.fromkeys(str(getattr(m, layer)) for m in matches))
+        for layer in ("layer_T", "layer_S")
+    )
+    job = replace(
+        job,
+        tasks={**job.tasks, name: job.tasks[name].capturing(paths_S, paths_T)},
+        objective=job.objective.with_matches(matches),
+        projections=projections,
+    )
+    return job, task.capturing(paths_S, paths_T)
+
+
+def _teacher_results(task: Task, batch: Batch, cache: Any, found: Findings) -> Any:
+    teacher = task.teacher
+    try:
+        return jax.eval_shape(teacher.__call__, teacher.variables, batch, cache)
+    except Exception as error:  # noqa: BLE001  an adaptor of outputs computed before
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        what = "teacher_cache: " if cache is not None else ""
+        found.problems.append(f"{what}{kind}{error}")
+    return None
+
+
+def _with_names(program: Program, traced: _Traced) -> Program:
+    """Traces the loss as a whole: finds the names of its terms, and what it reads of the teacher."""
     names: list[str] = []
+    project = project_by_shape(program.projections)
 
-    def whole(results_S: Results, results_T: Results) -> Any:
-        def project(name: str, feature: jax.Array) -> jax.Array:
-            model = program.projections[name]
-            return model.apply(model.params, model.state, jax.random.key(0), (feature,), {}, False)[
-                0
-            ]
-
-        loss = program.compute_loss(
-            results_S, results_T, project, Weights(jnp.ones(()), jnp.ones(()))
-        )
+    def whole(results_T: Results, results_S: Results) -> Any:
+        loss = program.objective(results_S, results_T, project, full_weights())
         names.extend(loss.terms)
         return jnp.asarray(loss.total), {k: jnp.asarray(v) for k, v in loss.terms.items()}
 
     try:
-        total, terms = jax.eval_shape(whole, results_S, results_T)
+        trace = jax.make_jaxpr(whole, return_shape=True)
+        closed, (total, terms) = trace(traced.results_T, traced.results_S)
     except Exception as error:
         raise PreflightError([f"compute_loss failed: {type(error).__name__}: {error}"]) from error
     wrong = [
@@ -207,4 +244,17 @@ def _with_names(program: Program, results_S: Results, results_T: Results) -> Pro
     ]
     if wrong:
         raise PreflightError(wrong)
-    return replace(program, names=tuple(names))
+    reads = _read_leaves(closed.jaxpr, traced.results_T)
+    return replace(program, names=tuple(names), reads=reads)
+
+
+def _read_leaves(jaxpr: Any, results_T: Results) -> frozenset[str]:
+    """The names of the leaves of the first argument that a trace does anything with."""
+    used = {id(x) for equation in jaxpr.eqns for x in equation.invars}
+    used |= {id(x) for x in jaxpr.outvars}
+    leaves = jax.tree_util.tree_leaves_with_path(results_T)
+    return frozenset(
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, _), variable in zip(leaves, jaxpr.invars, strict=False)
+        if id(variable) in used
+    )

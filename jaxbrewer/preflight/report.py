@@ -1,6 +1,6 @@
 """What `distiller.check` prints: what is matched with what, how large, at what cost."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,13 +8,8 @@ import numpy as np
 from ..data.batches import Batch, signature_of
 from ..step.program import Program
 
-if TYPE_CHECKING:
-    from ..distillers.base import Trainable
 
-
-def describe(
-    distiller: "Trainable", program: Program, batch: Batch, *, with_optimizer: bool
-) -> str:
+def describe(program: Program, batch: Batch, *, with_optimizer: bool) -> str:
     """Describes a program in plain text; compiles the step to know its cost."""
     lines = [f"batch       {signature_of(batch)}"]
     student = _count(program.student.model.params)
@@ -29,21 +24,9 @@ def describe(
     if program.precision.level != "O0":
         lines.append(f"precision   {program.precision}")
     lines += ["", "loss ="]
-    lines += _objective(distiller, program)
+    lines += [f"  + {term}" for term in program.objective.terms(program.names)]
     lines += ["", *_cost(program, batch, with_optimizer)]
     return "\n".join(lines)
-
-
-def _objective(distiller: "Trainable", program: Program) -> list[str]:
-    """The objective's lines; a plan's KD and hard-label terms only where they are computed."""
-    terms = distiller._terms()
-    if terms is None:
-        return [f"  + {name}" for name in program.names]
-    if len(terms) > 1:
-        computed = ("unweighted_kd_loss", "unweighted_hard_label_loss")
-        absent = [i for i, name in enumerate(computed) if name not in program.names]
-        terms = [term for i, term in enumerate(terms) if i not in absent]
-    return [f"  + {term}" for term in terms]
 
 
 def _cost(program: Program, batch: Batch, with_optimizer: bool) -> list[str]:

@@ -1,7 +1,7 @@
 """The train step: teacher, student, loss, gradient, update, metrics, in one compiled program."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +15,10 @@ from ..models.adaptors import Results, Side
 from ..models.handle import Model
 from ..models.precision import FLOAT32, Precision
 from ..models.teachers import Teacher
-from ..objective.loss import Loss, Project, Weights
+from ..objective.loss import Loss, Weights
+from ..objective.objectives import Objective
 from . import loss_scale
 from .optimizer import closes_window, without_update
-
-ComputeLoss = Callable[[Results, Results, Project, Weights], Loss]
 
 
 @jax.tree_util.register_dataclass
@@ -52,9 +51,10 @@ class Program:
         student: the student's side.
         teacher: the teacher.
         projections: name → projection.
-        compute_loss: both sides' results, projections and weights → loss.
+        objective: both sides' results, projections and weights → loss.
         optimizer: see `optimizer.build`.
         names: the terms of the loss in the order of the metrics.
+        reads: the teacher's results that the objective reads, by path (``'hidden/3'``).
         train: whether the student runs in train mode.
         precision: the level; the models are at it already.
         axis: the mapped axis over which devices average what each computed on its own rows; None
@@ -64,12 +64,13 @@ class Program:
     student: Side
     teacher: Teacher
     projections: Mapping[str, Model]
-    compute_loss: ComputeLoss
+    objective: Objective
     optimizer: optax.GradientTransformationExtraArgs
     names: tuple[str, ...]
     train: bool
     precision: Precision = FLOAT32
     axis: str | None = None
+    reads: frozenset[str] = frozenset()
 
     @property
     def variables(self) -> tuple[Any, Any]:
@@ -121,7 +122,7 @@ class Program:
             )
             return feature
 
-        loss = self.compute_loss(results_S, results_T, project, weights)
+        loss = self.objective(results_S, results_T, project, weights)
         return loss.total, (loss, {"student": student_state, "projections": projection_states})
 
     def step(

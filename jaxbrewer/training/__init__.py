@@ -3,5 +3,14 @@
 from .checkpoints import export_hf, load_student
 from .loop import CallbackResult
 from .metrics import read_scalars
+from .run import Outcome, report, train
 
-__all__ = ["CallbackResult", "export_hf", "load_student", "read_scalars"]
+__all__ = [
+    "CallbackResult",
+    "Outcome",
+    "export_hf",
+    "load_student",
+    "read_scalars",
+    "report",
+    "train",
+]

@@ -301,6 +301,43 @@ def checkpoint_path(path: Folder) -> Path:
     return path / f"gs{steps[-1]}"
 
 
+def read_variables(
+    path: Path, student: Model, projections: Mapping[str, Model]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads the trained arrays of a checkpoint, as `step.Program.variables` has them.
+
+    Args:
+        path: the checkpoint.
+        student: the student, of the shape that was trained.
+        projections: name → projection: all that the checkpoint holds.
+
+    Raises:
+        CheckpointError: it holds another student or other projections; every name that differs is
+            listed.
+    """
+    with _reader(path) as checkpointer:
+        holds = checkpointer.metadata(path).item_metadata["projections"] is not None
+    read = {
+        "student": _read_item(path, "student", {"params": student.params, "state": student.state}),
+        "projections": {"params": {}, "state": {}},
+    }
+    if projections or holds:
+        target = {
+            "params": {name: model.params for name, model in projections.items()},
+            "state": {name: model.state for name, model in projections.items()},
+        }
+        read["projections"] = _read_item(path, "projections", target)
+    params, state = (
+        {name: item[part] for name, item in read.items()} for part in ("params", "state")
+    )
+    return params, state
+
+
+def _read_item(path: Path, name: str, target: Any) -> Any:
+    _check_fits(path, name, target)
+    return _read(path, **{name: ocp.args.StandardRestore(target)})[name]
+
+
 def load_student(path: Folder, model: Any) -> Any:
     """Loads a checkpoint's student weights into a model.
 
@@ -318,9 +355,7 @@ def load_student(path: Folder, model: Any) -> Any:
     """
     folder = checkpoint_path(path)
     handle: Model = as_model(model)
-    target = {"params": handle.params, "state": handle.state}
-    _check_fits(folder, "student", target)
-    student = _read(folder, student=ocp.args.StandardRestore(target))["student"]
+    student = _read_item(folder, "student", {"params": handle.params, "state": handle.state})
     handle.write(student["params"], student["state"])
     return model
 

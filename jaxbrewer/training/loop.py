@@ -7,7 +7,7 @@ started: metrics are read `LOOK_BACK` micro-batches later, and all of them befor
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -48,7 +48,7 @@ class CallbackResult:
 
 
 @dataclass(frozen=True)
-class Task:
+class CompiledTask:
     """What differs between tasks; a run of one task has one, named ''.
 
     Attributes:
@@ -78,13 +78,14 @@ class Loop:
         position: where the run starts; kept up to date.
         after_save: called after each checkpoint with the saved state and the global step; true:
             stop.
-        describe: what is written into a checkpoint beside the position.
+        about: what is written into a checkpoint beside the position.
+        batches_per_epoch: for the progress bar, where it is known.
         placement: where arrays lie; `state` is as the step takes it.
         processes: this process and the others.
         print_freq: log lines in an epoch, or between two checkpoints of a run by steps.
     """
 
-    tasks: Mapping[str, Task]
+    tasks: Mapping[str, CompiledTask]
     state: TrainState
     rows: np.ndarray
     timeline: Timeline
@@ -92,10 +93,14 @@ class Loop:
     metrics: MetricsWriter
     position: Position
     after_save: Callable[["Loop", TrainState, int], bool]
-    describe: dict[str, Any]
+    about: dict[str, Any]
+    batches_per_epoch: int | None
     placement: Placement
     processes: Processes
     print_freq: int = 20
+    _pending: deque[tuple[CompiledTask, int, int, jax.Array]] = field(default_factory=deque)
+    _opened: int = 0  # micro-batches in the current accumulation window
+    _drawn: Any = None  # the host's random state after the last batch, if later ones are drawn
 
     def run(self, events: Iterator[Event], after_step: Callable[[], None]) -> None:
         """Trains until the stream or the timeline ends, or a callback stops it.
@@ -108,11 +113,6 @@ class Loop:
             FloatingPointError: the loss is not finite; names the terms and the step.
             BatchError: a batch the models cannot take.
         """
-        self._pending: deque[tuple[Task, int, int, jax.Array]] = deque()
-        self._opened = 0  # micro-batches in the current accumulation window
-        self._drawn: Any = (
-            None  # the host's random state after the last batch, if later ones are drawn
-        )
         self._log_start()
         bar = tqdm(
             total=self._expected_micro_steps(),
@@ -141,7 +141,7 @@ class Loop:
             self.metrics.flush()
             self.checkpoints.wait()
 
-    def _micro_step(self, task: Task, batch: Batch) -> None:
+    def _micro_step(self, task: CompiledTask, batch: Batch) -> None:
         row = self.rows[min(self.position.global_step, len(self.rows) - 1)]
         self.state, metrics = task.step(self.state, task.teacher_variables, batch, row)
         if self.placement.devices[0].platform != "cpu":  # there they are on the host already
@@ -183,7 +183,7 @@ class Loop:
             "global_step": p.global_step,
             "micro_step": p.micro_step,
             "processes": self.processes.objects(mine | {"host_random": random}),
-            **self.describe,
+            **self.about,
         }
 
     def _end_epoch(self, event: EpochEnd) -> None:
@@ -246,8 +246,7 @@ class Loop:
     def _expected_micro_steps(self) -> int | None:
         if self.timeline.epochs is None:
             return self.timeline.total_steps * self.timeline.accumulation
-        batches = self.describe.get("batches_per_epoch")
-        return batches and batches * self.timeline.epochs
+        return self.batches_per_epoch and self.batches_per_epoch * self.timeline.epochs
 
     def _log_start(self) -> None:
         checkpoints = self.timeline.checkpoints()

@@ -2,12 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 
 from ..configurations.configs import TrainingConfig
+from ..machine.processes import Processes
 from ..objective.tables import looks_absolute
 from ..step.optimizer import Optimizer
 from .timeline import Timeline
@@ -55,8 +56,15 @@ class Request:
     scheduler: None
     max_grad_norm: float
     callback: Callable[..., Any] | None
-    args: Mapping[str, Any]
     tau: float = 1.0
+
+    def of_all(self, processes: Processes) -> Self:
+        """With the loaders' lengths that all processes agree on: the longest of each."""
+        feeds = {}
+        for task, feed in self.feeds.items():
+            lengths = processes.numbers(-1 if feed.length is None else feed.length)
+            feeds[task] = replace(feed, length=int(lengths.max()) if lengths.min() >= 0 else None)
+        return replace(self, feeds=feeds)
 
 
 def make_timeline(config: TrainingConfig, request: Request) -> Timeline:

@@ -1,226 +1,293 @@
-"""From a distiller and the arguments of ``train`` to a running loop: each thing is built once."""
+"""One run: a job and the arguments of ``train`` go in, an outcome comes back."""
 
+import contextlib
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ..configurations.configs import TrainingConfig
 from ..data.batches import Batch, check_ids, sides
-from ..data.streams import (
-    Event,
-    Micro,
-    Position,
-    by_epochs,
-    by_steps,
-    by_tasks,
-    checked,
-    peek,
-    prepared,
-    restore_host_random,
-    task_order,
-)
-from ..errors import CheckpointError, PreflightWarning
+from ..data.streams import Event, Micro, Position, by_epochs, checked, taken
+from ..errors import PreflightWarning, afterwards, warn
+from ..machine.devices import resolve_device
 from ..machine.memory import kept_memory
 from ..machine.placement import Placement, placement_for, placement_to_cache
 from ..machine.processes import Processes, joined
 from ..machine.programs import keep_programs
 from ..models.adaptors import model_name
+from ..models.handle import Model
 from ..models.precision import FLOAT32
-from ..models.teachers import ServedTeacher
+from ..models.teachers import Teacher
 from ..objective.plan import Weight
 from ..objective.tables import tabulate
-from ..preflight.prepare import prepare
+from ..preflight.job import CacheOptions, Job
+from ..preflight.prepare import Prepared, prepare
 from ..preflight.report import describe
 from ..step.optimizer import Optimizer
 from ..step.program import Program, TrainState
-from . import teacher_cache as caching
-from .checkpoints import Checkpoints, latest_position, load_student
-from .loop import CallbackResult, Loop, Task
+from . import teacher_cache
+from .checkpoints import Checkpoints, read_variables
+from .loop import CallbackResult, CompiledTask, Loop
 from .metrics import MetricsWriter
 from .request import Request, make_factor, make_timeline
+from .resume import open_streams, position_to_resume
 from .timeline import Timeline
-
-if TYPE_CHECKING:
-    from ..distillers.base import Trainable
 
 logger = logging.getLogger(__name__)
 
 
-def train(distiller: "Trainable", request: Request) -> None:
-    """Runs one training. See `trainable.Trainable.train`."""
-    config = distiller.t_config
-    keep_programs()
-    placement = placement_for(config)
-    processes = Processes(placement.devices)
-    distiller.rank = processes.rank
-    with processes.together("reading the arguments of train"):
-        request = _of_all(request, processes)
-        timeline = make_timeline(config, request)
-        factor = make_factor(request, timeline.total_steps)
-    if not distiller._in_context:
-        warnings.warn(
-            "train() outside `with distiller:` runs the student in evaluation mode: dropout is off "
-            "and batch statistics stand still. Write `with distiller: distiller.train(…)`",
-            PreflightWarning,
-            stacklevel=3,
-        )
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has come to, at a checkpoint or at its end, however it ended.
 
-    # Looking at the first batches comes before anything is touched on disk, and loses none of them.
-    # A resumed run skips to its position, which only its checkpoint knows.
-    latest = _latest_position(config, processes) if config.resume else None
-    start = latest or Position()
-    if latest is not None and start.global_step >= timeline.total_steps:
-        logger.info("gs%d is the end of this run; nothing is left to train", start.global_step)
-        load_student(config.output_dir, distiller.model_S)
+    Attributes:
+        job: the job, resolved once preflight has passed.
+        rank: this process; 0 is the one that logs.
+        steps: optimizer steps done.
+        best_checkpoint: the folder of the best-scored checkpoint, or None.
+        variables: the trained arrays as `step.Program.variables` has them, copies for this process
+            alone; None where nothing was trained or the run failed.
+        student: the handle of the student that they are written to.
+        projections: those of the projections.
+        error: what ended the run, or None.
+    """
+
+    job: Job
+    rank: int = 0
+    steps: int = 0
+    best_checkpoint: Path | None = None
+    variables: Any = None
+    student: Model | None = None
+    projections: Mapping[str, Model] = field(default_factory=dict)
+    error: BaseException | None = None
+
+    def write(self) -> None:
+        """Puts the trained arrays, if there are some, into the objects the user holds."""
+        if self.variables is None or self.student is None:
+            return
+        params, state = self.variables
+        self.student.write(params["student"], state["student"])
+        for name, projection in self.projections.items():
+            projection.write(params["projections"][name], state["projections"][name])
+
+
+OnCheckpoint = Callable[[Outcome], Any]
+
+
+class _Progress:
+    """What a run has come to so far."""
+
+    def __init__(self, job: Job):
+        self.outcome = Outcome(job)
+
+    def note(self, **changes: Any) -> Outcome:
+        self.outcome = replace(self.outcome, **changes)
+        return self.outcome
+
+
+def train(job: Job, request: Request, on_checkpoint: OnCheckpoint) -> Outcome:
+    """Runs one training.
+
+    Args:
+        job: what to train.
+        request: how long, on what data, by which optimizer.
+        on_checkpoint: given what the run has come to, before each of the user's callbacks; returns
+            the student as callbacks get it.
+
+    Returns:
+        The outcome, with the error if one ended the run: nothing is raised.
+    """
+    progress = _Progress(job)
+    try:
+        _run(progress, request, on_checkpoint)
+    except BaseException as error:  # noqa: BLE001  the caller raises it, once it has the outcome
+        return progress.note(variables=None, error=error)
+    return progress.outcome
+
+
+def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> None:
+    job = progress.outcome.job
+    keep_programs()
+    placement = placement_for(job.config)
+    processes = Processes(placement.devices)
+    progress.note(rank=processes.rank)
+    with processes.together("reading the arguments of train"):
+        request = request.of_all(processes)
+        timeline = make_timeline(job.config, request)
+        factor = make_factor(request, timeline.total_steps)
+    _warn_of_evaluation(job)
+    latest = position_to_resume(job.config, processes)
+    if latest is not None and latest.global_step >= timeline.total_steps:
+        _bring_back(progress, request, timeline, latest, placement, processes)
         return
+    # Looking at the first batches comes before anything is touched on disk. A resumed run skips to
+    # its position, which only its checkpoint knows.
+    start = latest or Position()
     with processes.together("checking the models and the first batch"):
-        first, events = _open(distiller, request, timeline, start)
-        programs = prepare(
-            distiller,
-            first,
-            request.optimizer,
-            request.args,
-            max_grad_norm=request.max_grad_norm,
-            device=placement.devices[0],
-        )
-        for batch in first.values():
-            placement.check(batch)
-        if config.sharding == "teacher" and not any(p.teacher.sides for p in programs.values()):
-            raise ValueError(
-                f"sharding='teacher', but {type(distiller).__name__} has no teacher; use sharding='all' "
-                "to cut the model itself, or None"
-            )
-        checks = {name: _batch_check(program) for name, program in programs.items()}
-        cache = distiller._cache()
-        if cache is not None:
-            programs, events = _cached(
-                programs, cache, request, timeline, start, placement, processes
-            )
-            checks = {name: _nothing_to_check for name in programs}
-    events = checked(events, checks)
+        first, events = open_streams(request, timeline, start, job.config.seed)
+        prepared = _prepared(progress, first, request, placement)
+        programs, events = _fed(prepared, events, request, timeline, start, placement, processes)
     if processes.count > 1:
         like = next(iter(first.values()))
         share = len(placement.devices) // processes.count
         events = joined(events, processes, share=share, start=start, like=like)
+    with _checkpoints(progress, processes) as checkpoints, _metrics(job, processes) as metrics:
+        program = next(iter(programs.values()))
+        state = placement.start(program, job.config.seed)
+        if latest is not None:
+            state = checkpoints.restore(latest.global_step, state)
+            logger.info("Resuming from gs%d", latest.global_step)
+        loop = Loop(
+            tasks={name: _compiled(program, placement) for name, program in programs.items()},
+            state=placement.enter(state),
+            rows=_rows(prepared.job, factor, timeline.total_steps),
+            timeline=timeline,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            position=start,
+            after_save=partial(_after_save, progress, request, on_checkpoint),
+            about=dict(job.about),
+            batches_per_epoch=next(iter(request.feeds.values())).length,
+            placement=placement,
+            processes=processes,
+            print_freq=job.print_freq,
+        )
+        del state  # the loop's steps own it
+        try:
+            with kept_memory(placement.devices[0].platform) as bound_memory:
+                loop.run(events, bound_memory)
+        finally:
+            progress.note(steps=loop.position.global_step)
+        progress.note(variables=_copies(placement, loop.state))
 
-    checkpoints = Checkpoints(
-        config.output_dir,
-        resume=config.resume,
-        max_to_keep=config.max_to_keep,
-        is_chief=processes.rank == 0,
+
+def _warn_of_evaluation(job: Job) -> None:
+    if not job.train_mode:
+        warn(
+            "train() outside `with distiller:` runs the student in evaluation mode: dropout is off "
+            "and batch statistics stand still. Write `with distiller: distiller.train(…)`",
+            PreflightWarning,
+        )
+
+
+def _prepared(
+    progress: _Progress, first: Mapping[str, Batch], request: Request, placement: Placement
+) -> Prepared:
+    """Runs the preflight."""
+    job = progress.outcome.job
+    prepared = prepare(
+        job,
+        first,
+        request.optimizer,
+        max_grad_norm=request.max_grad_norm,
+        device=placement.devices[0],
     )
-    any_program = next(iter(programs.values()))
-    state = placement.start(any_program, config.seed)
-    if latest is not None:
-        state = checkpoints.restore(latest.global_step, state)
-        logger.info("Resuming from gs%d", latest.global_step)
-    metrics = MetricsWriter(distiller.tb_writer if processes.rank == 0 else None)
-    lengths = [feed.length for feed in request.feeds.values()]
-    loop = Loop(
-        tasks={name: _task(program, placement) for name, program in programs.items()},
-        state=placement.enter(state),
-        rows=_rows(distiller, factor, timeline.total_steps),
-        timeline=timeline,
-        checkpoints=checkpoints,
-        metrics=metrics,
-        position=start,
-        after_save=_after_save(distiller, any_program, request),
-        describe=distiller._describe() | {"batches_per_epoch": lengths[0]},
-        placement=placement,
-        processes=processes,
-        print_freq=distiller.print_freq,
-    )
-    del state  # the loop's steps own it
-    try:
-        with kept_memory(placement.devices[0].platform) as bound_memory:
-            loop.run(events, bound_memory)
-        hand_over(any_program, placement, placement.leave(loop.state))
-        distiller.best_checkpoint = checkpoints.best()
-    finally:
-        metrics.close()
-        checkpoints.close()
+    program = next(iter(prepared.programs.values()))
+    progress.note(job=prepared.job, student=program.student.model, projections=program.projections)
+    for batch in first.values():
+        placement.check(batch)
+    if job.config.sharding == "teacher" and not any(
+        p.teacher.sides for p in prepared.programs.values()
+    ):
+        raise ValueError(
+            f"sharding='teacher', but {job.name} has no teacher; use sharding='all' to cut the model "
+            "itself, or None"
+        )
+    return prepared
 
 
-def _of_all(request: Request, processes: Processes) -> Request:
-    """The request with the loaders' lengths that all processes agree on: the longest of each."""
-    feeds = {}
-    for task, feed in request.feeds.items():
-        lengths = processes.numbers(-1 if feed.length is None else feed.length)
-        feeds[task] = replace(feed, length=int(lengths.max()) if lengths.min() >= 0 else None)
-    return replace(request, feeds=feeds)
-
-
-def _open(
-    distiller: "Trainable", request: Request, timeline: Timeline, start: Position
-) -> tuple[dict[str, Batch], Iterator[Event]]:
-    """Opens the streams; returns each task's first batch, and the stream of all from `start` on."""
-    if list(request.feeds) == [""]:
-        (feed,) = request.feeds.values()
-        if timeline.epochs is not None:
-            stream = by_epochs(feed.loader, timeline.epochs, start)
-        else:
-            stream = by_steps(feed.loader, start)
-        first, events = peek(prepared(stream, feed.postprocess))
-        if first is None and start.micro_step:  # this process's last epoch is over already
-            first, _ = peek(prepared(by_epochs(feed.loader, 1, Position()), feed.postprocess))
-            restore_host_random(start)
-        if first is None:
-            raise ValueError("the loader gave no batch: it is empty")
-        return {"": first}, events
-    sizes = {task: feed.length for task, feed in request.feeds.items()}
-    order = task_order(sizes, request.tau, distiller.t_config.seed)
-    done = list(islice(order, start.micro_step))  # the draws tell how far each loader had come
-    firsts, streams = {}, {}
-    for task, feed in request.feeds.items():
-        stream = islice(by_steps(feed.loader, Position()), done.count(task), None)
-        firsts[task], streams[task] = peek(prepared(stream, feed.postprocess))
-    restore_host_random(start)
-    return firsts, by_tasks(streams, order)
-
-
-def _cached(
-    programs: Mapping[str, Program],
-    cache: dict[str, Any],
+def _fed(
+    prepared: Prepared,
+    events: Iterator[Event],
     request: Request,
     timeline: Timeline,
     start: Position,
     placement: Placement,
     processes: Processes,
 ) -> tuple[dict[str, Program], Iterator[Event]]:
-    """Runs the teacher once; returns the program that is served its results, and their stream."""
+    """The programs, and the stream of their batches: the teacher's results cached if asked for."""
+    programs = prepared.programs
+    if prepared.job.cache is None:
+        return programs, checked(events, {name: _batch_check(p) for name, p in programs.items()})
     if timeline.epochs is None:
         raise ValueError(
             "is_caching_logits goes with num_epochs, not with num_steps: the cache is one pass over "
             "the loader"
         )
     (program,), (feed,) = programs.values(), request.feeds.values()
-    stream = prepared(by_epochs(feed.loader, 1, Position()), feed.postprocess)
-    check = _batch_check(program)
+    stream = taken(by_epochs(feed.loader, 1, Position()), feed.postprocess)
+    stream = checked(stream, {"": _batch_check(program)})
     batches = [event.inputs for event in stream if isinstance(event, Micro)]
-    for batch in batches:
-        check(batch)
-    place = placement_to_cache(placement)
-    if processes.count > 1 and cache["folder"] is not None:
-        cache = cache | {"folder": Path(cache["folder"]) / f"process-{processes.rank}"}
-    cache = cache | {"level": "" if program.precision == FLOAT32 else str(program.precision)}
-    variables = place.teacher(program.teacher.variables)
-    loader = caching.build(program.teacher, variables, batches, place=place.batch, **cache)
-    served = replace(program, teacher=ServedTeacher())
+    loader = _cached(prepared.job, program, batches, placement, processes)
+    served = replace(program, teacher=Teacher())
     return {"": served}, by_epochs(loader, timeline.epochs, start)
 
 
-def _task(program: Program, placement: Placement) -> Task:
+def _cached(
+    job: Job,
+    program: Program,
+    batches: list[Batch],
+    placement: Placement,
+    processes: Processes,
+) -> teacher_cache.CachedLoader:
+    """Runs the teacher once; returns the loader that serves its results with the batches."""
+    cache = job.cache or CacheOptions(None, "float32")
+    folder = cache.folder
+    if processes.count > 1 and folder is not None:
+        folder = str(Path(folder) / f"process-{processes.rank}")
+    place = placement_to_cache(placement)
+    return teacher_cache.build(
+        program.teacher,
+        place.teacher(program.teacher.variables),
+        batches,
+        program.reads,
+        folder=folder,
+        dtype=cache.dtype,
+        seed=job.config.seed,
+        place=place.batch,
+        level="" if program.precision == FLOAT32 else str(program.precision),
+    )
+
+
+@contextlib.contextmanager
+def _checkpoints(progress: _Progress, processes: Processes) -> Iterator[Checkpoints]:
+    """The run's checkpoints; closed at the end, when it is known which of them is the best."""
+    config = progress.outcome.job.config
+    checkpoints = Checkpoints(
+        config.output_dir,
+        resume=config.resume,
+        max_to_keep=config.max_to_keep,
+        is_chief=processes.rank == 0,
+    )
+
+    def close() -> None:
+        try:
+            checkpoints.close()
+        finally:
+            progress.note(best_checkpoint=checkpoints.best())
+
+    with afterwards("closing the checkpoints", close):
+        yield checkpoints
+
+
+@contextlib.contextmanager
+def _metrics(job: Job, processes: Processes) -> Iterator[MetricsWriter]:
+    """Where the numbers go; closed at the end."""
+    metrics = MetricsWriter(job.open_writer() if processes.rank == 0 else None)
+    with afterwards("writing the metrics", metrics.close):
+        yield metrics
+
+
+def _compiled(program: Program, placement: Placement) -> CompiledTask:
     scaled = program.precision.is_scaled
     names = (*program.names, *(("loss_scale", "skipped_windows") if scaled else ()))
-    return Task(
+    return CompiledTask(
         step=placement.compile(program),
         teacher_variables=placement.teacher(program.teacher.variables),
         tags=("scalar/total_loss", *(f"scalar/{name}" for name in names)),
@@ -228,38 +295,41 @@ def _task(program: Program, placement: Placement) -> Task:
     )
 
 
-def hand_over(program: Program, placement: Placement, state: TrainState) -> None:
-    """Puts copies of the trained arrays into the objects the user holds."""
-    params, model_state = placement.local((state.params, state.model_state))
-    program.student.model.write(params["student"], model_state["student"])
-    for name, projection in program.projections.items():
-        projection.write(params["projections"][name], model_state["projections"][name])
+def _copies(placement: Placement, state: TrainState) -> Any:
+    """The trained arrays of a state as the step has it, for `Outcome.variables`."""
+    state = placement.leave(state)
+    return placement.local((state.params, state.model_state))
 
 
 def _after_save(
-    distiller: "Trainable", program: Program, request: Request
-) -> Callable[[Loop, TrainState, int], bool]:
-    def after_save(loop: Loop, saved: TrainState, step: int) -> bool:
-        if request.callback is None:
-            return False
-        hand_over(program, loop.placement, saved)
-        if loop.is_chief:
-            logger.info("Running the callback at step %d", step)
-        result = request.callback(model=distiller.model_S, step=step)
-        if not isinstance(result, CallbackResult):
-            return False
-        if result.score is not None:
-            loop.checkpoints.score(step, result.score)
-            distiller.best_checkpoint = loop.checkpoints.best()
-        return result.stop
+    progress: _Progress,
+    request: Request,
+    on_checkpoint: OnCheckpoint,
+    loop: Loop,
+    saved: TrainState,
+    step: int,
+) -> bool:
+    """Runs the user's callback; returns whether it stops training."""
+    if request.callback is None:
+        return False
+    variables = loop.placement.local((saved.params, saved.model_state))
+    best = loop.checkpoints.best()
+    model = on_checkpoint(progress.note(steps=step, best_checkpoint=best, variables=variables))
+    progress.note(variables=None)
+    if loop.is_chief:
+        logger.info("Running the callback at step %d", step)
+    result = request.callback(model=model, step=step)
+    if not isinstance(result, CallbackResult):
+        return False
+    if result.score is not None:
+        loop.checkpoints.score(step, result.score)
+    return result.stop
 
-    return after_save
 
-
-def _rows(distiller: "Trainable", factor: Callable | None, total: int) -> np.ndarray:
+def _rows(job: Job, factor: Callable | None, total: int) -> np.ndarray:
     """What the schedule gives each optimizer step: ``[total, 3]``."""
     rows = np.ones((max(total, 1), 3), np.float64)
-    for column, weight in enumerate(distiller._weights()):
+    for column, weight in enumerate(job.objective.scheduled):
         if isinstance(weight, Weight):
             rows[:, column] = weight.table(total)
     if factor is not None:
@@ -267,37 +337,33 @@ def _rows(distiller: "Trainable", factor: Callable | None, total: int) -> np.nda
     return rows.astype(jnp.result_type(float))
 
 
-def _latest_position(config: TrainingConfig, processes: Processes) -> Position | None:
-    saved = latest_position(config.output_dir)
-    if saved is None:
-        return None
-    step = saved["global_step"]
-    accumulation = saved["train_config"]["gradient_accumulation_steps"]
-    if accumulation != config.gradient_accumulation_steps:
-        raise CheckpointError(
-            f"gs{step} was trained with gradient_accumulation_steps={accumulation}, not "
-            f"{config.gradient_accumulation_steps}; its position in the data would be wrong. Use the "
-            "same, or start anew with another output_dir"
-        )
-    each = saved["processes"]
-    if len(each) == processes.count:
-        mine = each[processes.rank]
-    else:
-        mine = each[0] | {"host_random": None}
-        logger.warning(
-            "gs%d was saved by %d processes and goes on in %d: each starts %d batches into epoch %d of "
-            "its own data, which is right only if a step still takes the same number of examples",
-            step,
-            len(each),
-            processes.count,
-            mine["batch"],
-            mine["epoch"] + 1,
-        )
-    return Position(global_step=step, micro_step=saved["micro_step"], **mine)
-
-
-def _nothing_to_check(batch: Batch) -> None:
-    """For batches that were checked when the cache was built."""
+def _bring_back(
+    progress: _Progress,
+    request: Request,
+    timeline: Timeline,
+    end: Position,
+    placement: Placement,
+    processes: Processes,
+) -> None:
+    """Takes from its last checkpoint what a finished run has left."""
+    logger.info("gs%d is the end of this run; nothing is left to train", end.global_step)
+    job = progress.outcome.job
+    if job.custom_matches:  # their projections are made when the models are looked at
+        with processes.together("checking the models and the first batch"):
+            first, _ = open_streams(request, timeline, Position(), job.config.seed)
+            job = prepare(job, first, request.optimizer, device=placement.devices[0]).job
+    student = next(iter(job.tasks.values())).student.model
+    projections = job.projections.models()
+    with _checkpoints(progress, processes) as checkpoints:
+        path = checkpoints.folder / f"gs{end.global_step}"
+        variables = read_variables(path, student, projections)
+    progress.note(
+        job=job,
+        steps=end.global_step,
+        variables=variables,
+        student=student,
+        projections=projections,
+    )
 
 
 def _batch_check(program: Program) -> Callable[[Batch], None]:
@@ -317,17 +383,17 @@ def _batch_check(program: Program) -> Callable[[Batch], None]:
     return check
 
 
-def report(
-    distiller: "Trainable",
-    batches: Mapping[str, Batch],
-    optimizer: Optimizer | None,
-    args: Mapping[str, Any],
-) -> str:
+def report(job: Job, batches: Mapping[str, Batch], optimizer: Optimizer | None) -> str:
     """Checks as `train` would, and describes what would be trained and at what cost."""
-    programs = prepare(distiller, batches, optimizer or (lambda **options: optax.sgd(1.0)), args)
-    lines = [f"{type(distiller).__name__}: nothing wrong was found"]
-    for task, program in programs.items():
+    halves = job.config.fp16 and job.config.fp16_opt_level != "O0"
+    prepared = prepare(
+        job,
+        batches,
+        optimizer or (lambda **options: optax.sgd(1.0)),
+        device=resolve_device(job.config.device) if halves else None,
+    )
+    lines = [f"{job.name}: nothing wrong was found"]
+    for task, program in prepared.programs.items():
         lines += ["", f"task {task!r}"] if task else [""]
-        with_optimizer = optimizer is not None
-        lines.append(describe(distiller, program, batches[task], with_optimizer=with_optimizer))
+        lines.append(describe(program, batches[task], with_optimizer=optimizer is not None))
     return "\n".join(lines)

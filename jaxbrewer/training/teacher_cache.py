@@ -74,7 +74,7 @@ def build(
     teacher: Teacher,
     variables: Any,
     batches: Iterable[Batch],
-    used: Mapping[str, set[int | str]],
+    reads: frozenset[str],
     *,
     folder: str | os.PathLike[str] | None,
     dtype: str,
@@ -88,7 +88,7 @@ def build(
         teacher: the teacher.
         variables: its arrays, on their devices.
         batches: all batches of an epoch, as `batches.own` gives them.
-        used: feature → the layers the objective uses.
+        reads: the results that the objective reads; see `step.Program`.
         folder: where the cache lies; None keeps it in host memory.
         dtype: the type floats are kept in: ``'float32'`` (as they are), ``'float16'`` or
             ``'bfloat16'``.
@@ -106,7 +106,7 @@ def build(
 
     def run(variables: Any, batch: Batch) -> Results:
         teacher_batch, _, cache = sides(batch)
-        results = _prune(teacher(variables, teacher_batch, cache), used)
+        results = _prune(teacher(variables, teacher_batch, cache), reads)
         return results if dtype == "float32" else jax.tree.map(lambda x: _as(x, dtype), results)
 
     compiled = jax.jit(run)
@@ -133,16 +133,20 @@ def _bar(batches: list[Batch]) -> Any:
     return tqdm(batches, desc="Caching", unit="batch", disable=None)
 
 
-def _prune(results: Results, used: Mapping[str, set[int | str]]) -> Results:
-    """Keeps logits, their mask, and of each feature the layers in use."""
-    kept = {k: v for k, v in results.items() if k in ("logits", "logits_mask")}
-    for feature, layers in used.items():
-        value = results.get(feature)
-        if isinstance(value, dict):
-            kept[feature] = value
-        elif value is not None:
-            wanted = {layer % len(value) for layer in layers if isinstance(layer, int)}
-            kept[feature] = tuple(x if i in wanted else None for i, x in enumerate(value))
+def _prune(results: Results, reads: frozenset[str]) -> Results:
+    """Keeps logits, their mask, and what else is read."""
+    kept: Results = {}
+    for name, value in results.items():
+        if name in ("logits", "logits_mask"):
+            kept[name] = value
+        elif isinstance(value, tuple):
+            layers = tuple(x if f"{name}/{i}" in reads else None for i, x in enumerate(value))
+            if any(x is not None for x in layers):
+                kept[name] = layers
+        elif isinstance(value, dict):
+            kept[name] = {path: x for path, x in value.items() if f"{name}/{path}" in reads}
+        elif name in reads:
+            kept[name] = value
     return kept
 
 

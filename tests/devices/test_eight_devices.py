@@ -12,7 +12,7 @@ import jaxbrewer
 from jaxbrewer.data import streams
 from jaxbrewer.data.batches import own, sides
 from jaxbrewer.objective.loss import Weights
-from jaxbrewer.training import run as training
+from jaxbrewer.preflight import prepare
 from jaxbrewer.training.metrics import read_scalars
 
 from .. import tiny
@@ -68,7 +68,7 @@ def test_pmap_equals_the_average_of_the_devices(name, tmp_path):
     feeds = {task: iter(loader[i :: len(tasks)] * 2) for i, task in enumerate(tasks)}
     with by_hand:
         first = {task: own(loader[i]) for i, task in enumerate(tasks)}
-        programs = training.prepare(by_hand, first, tiny.SGD, {})
+        programs = prepare(by_hand.job(), first, tiny.SGD).programs
     order = streams.task_order(dict.fromkeys(tasks, STEPS // len(tasks)), 1.0, seed=0)
     state = programs[tasks[0]].init(0)
     step = {task: jax.jit(average_step(program)) for task, program in programs.items()}

@@ -1,0 +1,277 @@
+"""Objectives: what a step minimises, each a value with a call and all that preflight asks of it."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+import jax
+
+from ..configurations.configs import DistillationConfig
+from ..data.batches import Batch
+from ..errors import Findings
+from ..models.adaptors import Results
+from ..models.handle import Model
+from .loss import (
+    Loss,
+    Project,
+    Weights,
+    distillation_loss,
+    full_weights,
+    hard_label_term,
+    project_by_shape,
+)
+from .plan import Match, Plan, Weight, plan_terms, resolve
+from .terms import check_plan
+
+Scheduled = tuple[Weight | None, Weight | None]
+
+
+class Objective(Protocol):
+    """What is minimised.
+
+    Attributes:
+        missing: the names it looked up and did not find, each with its fix.
+        scheduled: the weights of the KD loss and of the hard labels, None where it has none.
+    """
+
+    @property
+    def missing(self) -> Sequence[str]: ...  # noqa: D102
+
+    @property
+    def scheduled(self) -> Scheduled: ...  # noqa: D102
+
+    def __call__(
+        self, results_S: Results, results_T: Results, project: Project, weights: Weights
+    ) -> Loss:
+        """The loss of a batch: a pure function of its arguments.
+
+        Args:
+            results_S: the student's results, as `adaptors.freeze` gives them.
+            results_T: the teacher's.
+            project: ``(name, feature_S) -> feature`` applies a projection.
+            weights: the scheduled weights at this update.
+        """
+        ...
+
+    def check(
+        self,
+        results_S: Results,
+        results_T: Results,
+        batch: Batch,
+        projections: Mapping[str, Model],
+        found: Findings,
+    ) -> None:
+        """Checks both sides' results by shape; what is wrong goes into `found`."""
+        ...
+
+    def with_matches(self, matches: Sequence[Match]) -> "Objective":
+        """The same objective with further matches, those of submodules."""
+        ...
+
+    def terms(self, names: Sequence[str]) -> list[str]:
+        """The objective in words, a line a term; `names` are the terms that its loss has."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlanObjective:
+    """What a `DistillationConfig` asks for.
+
+    Attributes:
+        plan: the config, resolved.
+        missing: see `Objective`.
+    """
+
+    plan: Plan
+    missing: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, config: DistillationConfig, *, logits_required: bool, losses_required: bool = True
+    ) -> Self:
+        """Resolves a config; see `plan.resolve`."""
+        plan, missing = resolve(
+            config, logits_required=logits_required, losses_required=losses_required
+        )
+        return cls(plan, tuple(missing))
+
+    @property
+    def scheduled(self) -> Scheduled:
+        """See `Objective`."""
+        return self.plan.kd_weight, self.plan.hard_label_weight
+
+    def __call__(
+        self, results_S: Results, results_T: Results, project: Project, weights: Weights
+    ) -> Loss:
+        """See `Objective`."""
+        return distillation_loss(self.plan, results_S, results_T, project, weights)
+
+    def check(
+        self,
+        results_S: Results,
+        results_T: Results,
+        batch: Batch,
+        projections: Mapping[str, Model],
+        found: Findings,
+    ) -> None:
+        """See `Objective`."""
+        check_plan(self.plan, results_S, results_T, batch, projections, found)
+
+    def with_matches(self, matches: Sequence[Match]) -> Self:
+        """See `Objective`."""
+        plan = replace(self.plan, matches=(*self.plan.matches, *matches))
+        return replace(self, plan=plan)
+
+    def terms(self, names: Sequence[str]) -> list[str]:
+        """See `Objective`; the KD and hard-label terms only where they are computed."""
+        first_two = ("unweighted_kd_loss", "unweighted_hard_label_loss")
+        lines = plan_terms(self.plan)
+        computed = [name in names for name in first_two]
+        kept = [line for line, is_there in zip(lines, computed, strict=False) if is_there]
+        return kept + lines[len(first_two) :]
+
+
+@dataclass(frozen=True)
+class HardLabels:
+    """The model's own losses: supervised training."""
+
+    missing: tuple[str, ...] = ()
+    scheduled: Scheduled = (None, None)
+
+    def __call__(
+        self, results_S: Results, results_T: Results, project: Project, weights: Weights
+    ) -> Loss:
+        """The sum of the means of the model's losses."""
+        return Loss(hard_label_term(results_S), {}, 0)
+
+    def check(
+        self,
+        results_S: Results,
+        results_T: Results,
+        batch: Batch,
+        projections: Mapping[str, Model],
+        found: Findings,
+    ) -> None:
+        """See `Objective`."""
+        if "losses" not in results_S:
+            returned = ", ".join(map(repr, results_S)) or "nothing"
+            found.problems.append(
+                f"the adaptor returns {returned}, but no 'losses' to minimise. Return the model's "
+                "loss under 'losses' (does the batch hold the labels?)"
+            )
+
+    def with_matches(self, matches: Sequence[Match]) -> Self:
+        """The same: nothing is matched without a teacher."""
+        return self
+
+    def terms(self, names: Sequence[str]) -> list[str]:
+        """See `Objective`."""
+        return ["the sum of the losses the adaptor returns"]
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What objectives share that extend another, `base`."""
+
+    base: Objective
+
+    @property
+    def missing(self) -> Sequence[str]:
+        """See `Objective`."""
+        return self.base.missing
+
+    @property
+    def scheduled(self) -> Scheduled:
+        """See `Objective`."""
+        return self.base.scheduled
+
+    def with_matches(self, matches: Sequence[Match]) -> Self:
+        """See `Objective`."""
+        return replace(self, base=self.base.with_matches(matches))
+
+    def terms(self, names: Sequence[str]) -> list[str]:
+        """The names of its terms: how it weighs them, only its code says."""
+        return list(names)
+
+
+_base: ContextVar[Callable[..., Loss] | None] = ContextVar("base", default=None)
+
+
+@dataclass(frozen=True)
+class Overridden(Extension):
+    """A user's ``compute_loss`` over the objective that it overrides.
+
+    The schedule's rows and the names come from `base`. So do the checks by shape, where the method
+    evaluates it by ``super().compute_loss(…)``; what it does beside that is checked by running it.
+
+    Attributes:
+        base: the distiller's own objective.
+        method: ``(results_S, results_T, project, weights) -> Loss``, or the pair
+            ``(total, {name: term})``.
+    """
+
+    method: Callable[..., Any]
+
+    def __call__(
+        self, results_S: Results, results_T: Results, project: Project, weights: Weights
+    ) -> Loss:
+        """See `Objective`.
+
+        Raises:
+            TypeError: the method returned something else.
+        """
+        return self._run(self.base, results_S, results_T, project, weights)
+
+    def _run(self, base: Callable[..., Loss], *arguments: Any) -> Loss:
+        token = _base.set(base)
+        try:
+            loss = self.method(*arguments)
+        finally:
+            _base.reset(token)
+        if isinstance(loss, Loss):
+            return loss
+        if not (isinstance(loss, tuple) and len(loss) == 2 and isinstance(loss[1], Mapping)):
+            raise TypeError(
+                f"compute_loss returned a {type(loss).__name__}; return the pair (total, {{name: "
+                "term}}) or a jaxbrewer.Loss"
+            )
+        return Loss(loss[0], dict(loss[1]), 0)
+
+    def check(
+        self,
+        results_S: Results,
+        results_T: Results,
+        batch: Batch,
+        projections: Mapping[str, Model],
+        found: Findings,
+    ) -> None:
+        """See `Objective`."""
+        calls: list[bool] = []
+
+        def base(*arguments: Any) -> Loss:
+            calls.append(True)
+            return self.base(*arguments)
+
+        def run(results_S: Results, results_T: Results) -> Any:
+            project = project_by_shape(projections)
+            return self._run(base, results_S, results_T, project, full_weights()).total
+
+        # What fails here fails again, and is told, when the whole loss is traced.
+        with contextlib.suppress(Exception):
+            jax.eval_shape(run, results_S, results_T)
+        if calls:
+            self.base.check(results_S, results_T, batch, projections, found)
+
+
+def base_loss(results_S: Results, results_T: Results, project: Project, weights: Weights) -> Loss:
+    """What ``super().compute_loss(…)`` gives: the objective that is overridden, while it is traced.
+
+    Raises:
+        ValueError: when called outside.
+    """
+    evaluate = _base.get()
+    if evaluate is None:
+        raise ValueError("compute_loss runs inside train() or check(), which read the config")
+    return evaluate(results_S, results_T, project, weights)
