@@ -1,7 +1,8 @@
 """The errors that say what was given, what was expected, and how to mend it."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 class ConfigError(ValueError):
@@ -87,3 +88,33 @@ def suggest(name: object, choices: Iterable[object]) -> str:
     if near:
         return f"did you mean {by_folded[near[0]]!r}?"
     return "choose from " + ", ".join(repr(choice) for choice in known)
+
+
+@contextlib.contextmanager
+def afterwards(doing: str, step: Callable[[], object]) -> Iterator[None]:
+    """Runs a step after the block, also where the block failed.
+
+    An error of the block stays the one that is raised, and one of the step as well is told in a
+    note on it; an error of the step alone is raised as it is.
+
+    Args:
+        doing: the step in words, for the note.
+        step: called once.
+    """
+    try:
+        yield
+    except BaseException as error:
+        despite(error, doing, step)
+        raise
+    step()
+
+
+def despite(error: BaseException, doing: str, step: Callable[[], object]) -> None:
+    """Runs a step although there is an error already; one of the step becomes a note on it."""
+    try:
+        step()
+    except Exception as other:  # noqa: BLE001  whatever it is, it is told with the first
+        note = f"{doing} failed too: {type(other).__name__}: {other}"
+        # What cannot be written cannot be flushed and closed either: that is told once.
+        if repr(other) != repr(error) and note not in getattr(error, "__notes__", ()):
+            error.add_note(note)

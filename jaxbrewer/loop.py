@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from . import loss_scale
 from .batches import Batch
 from .checkpoints import Checkpoints
-from .errors import BatchError
+from .errors import BatchError, afterwards, despite
 from .metrics import MetricsWriter
 from .optimizer import drop_window
 from .placement import Placement
@@ -114,14 +114,11 @@ class Loop:
             None  # the host's random state after the last batch, if later ones are drawn
         )
         self._log_start()
-        bar = tqdm(
-            total=self._expected_micro_steps(),
-            initial=self.position.micro_step,
-            desc="Training",
-            unit="batch",
-            disable=None if self.is_chief else True,
-        )
-        try:
+        with (  # ended from the last to the first: the checkpoint is on disk whatever else fails
+            afterwards("writing the metrics", self.metrics.flush),
+            afterwards("writing the checkpoint", self.checkpoints.wait),
+            self._bar() as bar,
+        ):
             for event in events:
                 if isinstance(event, EpochEnd):
                     self._end_epoch(event)
@@ -136,10 +133,15 @@ class Loop:
                     break
             self._look(0)
             self._say("Training finished at step %d", self.position.global_step)
-        finally:
-            bar.close()
-            self.metrics.flush()
-            self.checkpoints.wait()
+
+    def _bar(self) -> tqdm:
+        return tqdm(
+            total=self._expected_micro_steps(),
+            initial=self.position.micro_step,
+            desc="Training",
+            unit="batch",
+            disable=None if self.is_chief else True,
+        )
 
     def _micro_step(self, task: Task, batch: Batch) -> None:
         row = self.rows[min(self.position.global_step, len(self.rows) - 1)]
@@ -217,17 +219,18 @@ class Loop:
             if task.is_scaled:
                 loss_scale.check(values[-2], total, global_step, micro_step)
             elif not np.isfinite(total):
-                raise FloatingPointError(self._not_finite(total, named, global_step, micro_step))
+                raise self._not_finite(total, named, global_step, micro_step)
             self.metrics.write(micro_step, task.tags, np.concatenate([values[:1], terms]))
 
     def _not_finite(
         self, total: Any, terms: Mapping[str, Any], global_step: int, micro_step: int
-    ) -> str:
+    ) -> FloatingPointError:
         bad = [f"{tag.split('/', 1)[1]} = {v}" for tag, v in terms.items() if not np.isfinite(v)]
         what = ", ".join(bad) if bad else "none of its terms, so a weight or their sum"
-        self.checkpoints.wait()  # one may still be in writing
+        error = FloatingPointError()
+        despite(error, "writing the checkpoint", self.checkpoints.wait)  # one may be under way
         saved = self.checkpoints.latest()
-        return (
+        message = (
             f"the loss is {total} at global step {global_step + 1} (micro-batch {micro_step}): "
             f"{what}. Look at that batch (labels in range? an empty mask?) and the learning rate. "
             + (
@@ -236,6 +239,8 @@ class Loop:
                 else "Nothing was saved yet"
             )
         )
+        error.args = (message,)
+        return error
 
     def _print_every(self) -> int:
         span = (

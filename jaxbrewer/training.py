@@ -1,9 +1,11 @@
 """From a distiller and the arguments of ``train`` to a running loop: each thing is built once."""
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ from .batches import Batch, check_ids, sides
 from .checkpoints import Checkpoints, latest_position, load_student
 from .compilation import keep_programs
 from .configurations import TrainingConfig
-from .errors import CheckpointError, PreflightWarning
+from .errors import CheckpointError, PreflightWarning, afterwards
 from .loop import CallbackResult, Loop, Task
 from .metrics import MetricsWriter
 from .optimizer import Optimizer
@@ -115,36 +117,50 @@ def train(distiller: "Trainable", request: Request) -> None:
         max_to_keep=config.max_to_keep,
         is_chief=processes.rank == 0,
     )
-    any_program = next(iter(programs.values()))
-    state = placement.start(any_program, config.seed)
-    if latest is not None:
-        state = checkpoints.restore(latest.global_step, state)
-        logger.info("Resuming from gs%d", latest.global_step)
-    metrics = MetricsWriter(distiller.tb_writer if processes.rank == 0 else None)
-    lengths = [feed.length for feed in request.feeds.values()]
-    loop = Loop(
-        tasks={name: _task(program, placement) for name, program in programs.items()},
-        state=placement.enter(state),
-        rows=_rows(distiller, factor, schedule.total_steps),
-        schedule=schedule,
-        checkpoints=checkpoints,
-        metrics=metrics,
-        position=start,
-        after_save=_after_save(distiller, any_program, request),
-        describe=distiller._describe() | {"batches_per_epoch": lengths[0]},
-        placement=placement,
-        processes=processes,
-        print_freq=distiller.print_freq,
-    )
-    del state  # the loop's steps own it
-    try:
+    with (  # the loop itself has waited for the checkpoints before the metrics are closed
+        afterwards("closing the checkpoints", partial(_close, checkpoints, distiller)),
+        _metrics(distiller, processes) as metrics,
+    ):
+        any_program = next(iter(programs.values()))
+        state = placement.start(any_program, config.seed)
+        if latest is not None:
+            state = checkpoints.restore(latest.global_step, state)
+            logger.info("Resuming from gs%d", latest.global_step)
+        lengths = [feed.length for feed in request.feeds.values()]
+        loop = Loop(
+            tasks={name: _task(program, placement) for name, program in programs.items()},
+            state=placement.enter(state),
+            rows=_rows(distiller, factor, schedule.total_steps),
+            schedule=schedule,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            position=start,
+            after_save=_after_save(distiller, any_program, request),
+            describe=distiller._describe() | {"batches_per_epoch": lengths[0]},
+            placement=placement,
+            processes=processes,
+            print_freq=distiller.print_freq,
+        )
+        del state  # the loop's steps own it
         with kept_memory(placement.devices[0].platform) as bound_memory:
             loop.run(events, bound_memory)
         hand_over(any_program, placement, placement.leave(loop.state))
-        distiller.best_checkpoint = checkpoints.best()
-    finally:
-        metrics.close()
+
+
+@contextlib.contextmanager
+def _metrics(distiller: "Trainable", processes: Processes) -> Iterator[MetricsWriter]:
+    """Where the numbers go; closed at the end."""
+    metrics = MetricsWriter(distiller.tb_writer if processes.rank == 0 else None)
+    with afterwards("writing the metrics", metrics.close):
+        yield metrics
+
+
+def _close(checkpoints: Checkpoints, distiller: "Trainable") -> None:
+    """Ends the checkpoints; the distiller learns which of those that are kept is the best."""
+    try:
         checkpoints.close()
+    finally:
+        distiller.best_checkpoint = checkpoints.best()
 
 
 def _of_all(request: Request, processes: Processes) -> Request:
