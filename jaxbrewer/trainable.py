@@ -1,8 +1,9 @@
 """What every trainer and distiller shares: ``train``, ``check``, and the ``with`` block."""
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -14,7 +15,9 @@ from .adaptors import Adaptor, Results, Side, check_adaptor
 from .arguments import Feed, Request
 from .batches import Batch, own
 from .configurations import TrainingConfig
+from .errors import afterwards
 from .inspection import Findings
+from .metrics import EventWriter
 from .models import Model, as_model
 from .objective import Loss, Project, Weights
 from .optimizer import Optimizer
@@ -99,9 +102,13 @@ class Trainable:
 
     @property
     def tb_writer(self) -> SummaryWriter | None:
-        """The tensorboard writer, opened when first asked for; None without ``log_dir``."""
+        """The tensorboard writer, opened when asked for; None without ``log_dir``.
+
+        A training closes it at its end if it was opened there, by it or by a callback. One that
+        was opened outside serves the trainings that follow, and is its user's to close.
+        """
         if self._tb_writer is None and self.t_config.log_dir is not None:
-            self._tb_writer = SummaryWriter(str(self.t_config.log_dir))
+            self._tb_writer = EventWriter(str(self.t_config.log_dir))
         return self._tb_writer
 
     # What subclasses fill in ------------------------------------------------------------------
@@ -225,6 +232,20 @@ class Trainable:
         return report
 
     # For the training module --------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _own_writer(self) -> Iterator[None]:
+        """Closes, at the end of a block, the tensorboard writer that was opened in it."""
+        if self._tb_writer is not None and self._tb_writer.file_writer is not None:
+            yield
+            return
+        with afterwards("closing the tensorboard file", self._close_writer):
+            yield
+
+    def _close_writer(self) -> None:
+        writer, self._tb_writer = self._tb_writer, None
+        if writer is not None:
+            writer.close()
 
     def _projections(self) -> dict[str, Model]:
         return {str(i): as_model(p) for i, p in enumerate(self.projs) if p is not None}

@@ -150,9 +150,10 @@ def train(distiller: "Trainable", request: Request) -> None:
 @contextlib.contextmanager
 def _metrics(distiller: "Trainable", processes: Processes) -> Iterator[MetricsWriter]:
     """Where the numbers go; closed at the end."""
-    metrics = MetricsWriter(distiller.tb_writer if processes.rank == 0 else None)
-    with afterwards("writing the metrics", metrics.close):
-        yield metrics
+    with distiller._own_writer():
+        metrics = MetricsWriter(distiller.tb_writer if processes.rank == 0 else None)
+        with afterwards("writing the metrics", metrics.close):
+            yield metrics
 
 
 def _close(checkpoints: Checkpoints, distiller: "Trainable") -> None:
