@@ -350,6 +350,32 @@ def load_student(path: Folder, model: Any) -> Any:
     return model
 
 
+def projections_in(path: Folder) -> set[str]:
+    """The names of the projections that a checkpoint holds."""
+    with _reader(Path(path).absolute()) as checkpointer:
+        saved = checkpointer.metadata(Path(path).absolute()).item_metadata["projections"]
+    return set() if saved is None else set(saved.tree["params"])
+
+
+def load_projections(path: Folder, projections: Mapping[str, Model]) -> None:
+    """Loads a checkpoint's projections into those of these names, which must be all it holds.
+
+    Raises:
+        CheckpointError: if the checkpoint holds others; every name that differs is listed.
+    """
+    folder = checkpoint_path(path)
+    if not projections and not projections_in(folder):
+        return
+    target = {
+        "params": {name: model.params for name, model in projections.items()},
+        "state": {name: model.state for name, model in projections.items()},
+    }
+    _check_fits(folder, "projections", target)
+    read = _read(folder, projections=ocp.args.StandardRestore(target))["projections"]
+    for name, model in projections.items():
+        model.write(read["params"][name], read["state"][name])
+
+
 def export_hf(path: Folder, model: Any, folder: Folder) -> None:
     """Writes a checkpoint's student as a Hugging Face folder (safetensors and config.json).
 

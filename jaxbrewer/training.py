@@ -19,7 +19,13 @@ from .adaptors import model_name
 from .allocation import kept_memory
 from .arguments import Request, make_factor, make_schedule
 from .batches import Batch, check_ids, sides
-from .checkpoints import Checkpoints, latest_position, load_student
+from .checkpoints import (
+    Checkpoints,
+    latest_position,
+    load_projections,
+    load_student,
+    projections_in,
+)
 from .compilation import keep_programs
 from .configurations import TrainingConfig
 from .errors import CheckpointError, PreflightWarning, afterwards
@@ -79,7 +85,7 @@ def train(distiller: "Trainable", request: Request) -> None:
     start = latest or Position()
     if latest is not None and start.global_step >= schedule.total_steps:
         logger.info("gs%d is the end of this run; nothing is left to train", start.global_step)
-        load_student(config.output_dir, distiller.model_S)
+        _bring_back(distiller, request, schedule, latest, placement, processes)
         return
     with processes.together("checking the models and the first batch"):
         first, events = _open(distiller, request, schedule, start)
@@ -111,12 +117,7 @@ def train(distiller: "Trainable", request: Request) -> None:
         share = len(placement.devices) // processes.count
         events = joined(events, processes, share=share, start=start, like=like)
 
-    checkpoints = Checkpoints(
-        config.output_dir,
-        resume=config.resume,
-        max_to_keep=config.max_to_keep,
-        is_chief=processes.rank == 0,
-    )
+    checkpoints = _checkpoints(config, processes)
     with (  # the loop itself has waited for the checkpoints before the metrics are closed
         afterwards("closing the checkpoints", partial(_close, checkpoints, distiller)),
         _metrics(distiller, processes) as metrics,
@@ -162,6 +163,36 @@ def _close(checkpoints: Checkpoints, distiller: "Trainable") -> None:
         checkpoints.close()
     finally:
         distiller.best_checkpoint = checkpoints.best()
+
+
+def _bring_back(
+    distiller: "Trainable",
+    request: Request,
+    schedule: Schedule,
+    end: Position,
+    placement: Placement,
+    processes: Processes,
+) -> None:
+    """Puts what a finished run has left into the objects the user holds."""
+    path = Path(distiller.t_config.output_dir) / f"gs{end.global_step}"
+    if not projections_in(path) <= distiller._projections().keys():
+        # Those of custom matches are made when the models are looked at.
+        with processes.together("checking the models and the first batch"):
+            first, _ = _open(distiller, request, schedule, Position())
+            prepare(distiller, first, request.optimizer, request.args, device=placement.devices[0])
+    checkpoints = _checkpoints(distiller.t_config, processes)
+    with afterwards("closing the checkpoints", partial(_close, checkpoints, distiller)):
+        load_projections(path, distiller._projections())
+        load_student(path, distiller.model_S)
+
+
+def _checkpoints(config: TrainingConfig, processes: Processes) -> Checkpoints:
+    return Checkpoints(
+        config.output_dir,
+        resume=config.resume,
+        max_to_keep=config.max_to_keep,
+        is_chief=processes.rank == 0,
+    )
 
 
 def _of_all(request: Request, processes: Processes) -> Request:

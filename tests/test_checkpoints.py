@@ -127,6 +127,46 @@ def test_resume_after_the_end_gives_the_trained_student(whole):
         np.testing.assert_array_equal(value, expected[name])
 
 
+CUSTOM = {"module_T": "layers.0", "module_S": "layers.0", "weight": 1.0, "loss": "hidden_mse"} | {
+    "proj_func": ["linear", 4, 6]
+}
+
+
+@pytest.mark.parametrize("custom", [[], [CUSTOM]])
+def test_resume_after_the_end_gives_all_the_run_would_have_left(tmp_path, custom):
+    """The student, the projections, those of custom matches too, the best checkpoint and the rank."""
+
+    def run(resume):
+        made = make(tmp_path, resume=resume, max_to_keep=2)
+        distiller = jaxbrewer.GeneralDistiller(
+            made.t_config,
+            made.d_config,
+            made.model_T,
+            made.model_S,
+            tiny.adaptor,
+            tiny.adaptor,
+            custom_matches=custom,
+        )
+        train(
+            distiller,
+            callback=lambda model, step: jaxbrewer.CallbackResult(score=-step),
+            num_epochs=1,
+        )
+        return distiller
+
+    whole, resumed = run(False), run(True)
+    assert len(whole.projs) == len(resumed.projs) == 2 + len(custom)
+    held = [(whole.model_S, resumed.model_S), *zip(whole.projs, resumed.projs, strict=True)]
+    for expected, found in held:
+        if expected is None:
+            assert found is None
+            continue
+        for name, value in tiny.weights(expected).items():
+            np.testing.assert_array_equal(tiny.weights(found)[name], value, err_msg=name)
+    assert resumed.best_checkpoint == whole.best_checkpoint == tmp_path / "out" / "gs1"
+    assert resumed.rank == whole.rank == 0
+
+
 def test_resume_with_nothing_saved_starts_anew(tmp_path, whole):
     fresh = make(tmp_path, resume=True)
     train(fresh)
