@@ -71,7 +71,8 @@ class Loop:
     Attributes:
         tasks: name → task.
         state: the state, replaced after every step.
-        rows: ``[total_steps, 3]``: what the schedule gives each optimizer step; see `step.Program`.
+        rows: ``[total_steps + 1, 3]``: what the schedule gives a batch by the updates before it; see
+            `step.Program`.
         schedule: when to save.
         checkpoints: where to save.
         metrics: where numbers go.

@@ -177,7 +177,7 @@ def test_a_projection_must_be_a_module(tmp_path, monkeypatch):
 
 
 def rows(distiller, *, epochs=2, **request):
-    """The table that a training would use, one row for each update."""
+    """The table that a training would use, one row for each number of updates done."""
     every = dict.fromkeys(training.Request.__dataclass_fields__) | request
     distiller._resolve()
     made = training.Request(**every)
@@ -193,14 +193,15 @@ def test_rows_hold_weights_and_the_factor(tmp_path):
     }
     distiller = small.distiller(tmp_path, config=config)
     table = rows(distiller)
-    np.testing.assert_allclose(table[:, 0], [0.3, *(1 - np.arange(1, 8) / 8)], rtol=1e-6)
-    np.testing.assert_allclose(table[:, 1:], [[2, 1]] * 8)
+    np.testing.assert_allclose(table[:, 0], [0.3, *(1 - np.arange(1, 9) / 8)], rtol=1e-6)
+    np.testing.assert_allclose(table[:, 1:], [[2, 1]] * 9)
     table = rows(
         distiller,
         scheduler_class=schedulers.get_linear_schedule_with_warmup,
         scheduler_args={"num_warmup_steps": 2, "num_training_steps": 8},
     )
-    np.testing.assert_allclose(table[:, 2], [0, 0.5, 1, *(np.arange(5, 0, -1) / 6)], rtol=1e-6)
+    factors = [0, 0.5, 1, *(np.arange(5, 0, -1) / 6)]  # the last stands where no update follows
+    np.testing.assert_allclose(table[:, 2], [*factors, factors[-1]], rtol=1e-6)
 
 
 def test_small_factors_that_rise_later_are_factors(tmp_path):
@@ -210,7 +211,35 @@ def test_small_factors_that_rise_later_are_factors(tmp_path):
         scheduler_class=schedulers.get_constant_schedule_with_warmup,
         scheduler_args={"num_warmup_steps": 1000},
     )
-    np.testing.assert_allclose(table[:, 2], np.arange(8) / 1000, rtol=1e-6)
+    np.testing.assert_allclose(table[:, 2], [*np.arange(8) / 1000, 7 / 1000], rtol=1e-6)
+
+
+def test_no_learning_rate_is_asked_for_after_the_last_update(tmp_path):
+    asked = []
+    distiller = small.distiller(tmp_path)
+    distiller._resolve()
+    table = training._rows(distiller, lambda step: asked.append(step) or 1 / (8 - step), 8)
+    assert max(asked) == 7
+    assert table.shape == (9, 3)
+
+
+def test_batches_after_the_last_update_train_nothing(tmp_path):
+    """The weights at the end are those of the last checkpoint, which is saved before them."""
+    saved = []
+    distiller = small.distiller(
+        tmp_path,
+        config={"kd_loss_weight_scheduler": "linear_growth"},
+        gradient_accumulation_steps=3,
+    )
+    with distiller:
+        distiller.train(
+            small.SGD,
+            LOADER,
+            num_epochs=2,
+            callback=lambda model, step: saved.append(jax.tree.map(np.array, model.params)),
+        )
+    assert len(LOADER) % 3 == 1
+    jax.tree.map(np.testing.assert_array_equal, distiller.model_S.params, saved[-1])
 
 
 # ----------------------------------------------------------------------------- inside and outside
