@@ -18,6 +18,7 @@ from jaxbrewer import (
     BasicDistiller,
     BasicTrainer,
     DistillationConfig,
+    FunctionModel,
     GeneralDistiller,
     TrainingConfig,
     schedulers,
@@ -240,6 +241,35 @@ def test_batches_after_the_last_update_train_nothing(tmp_path):
         )
     assert len(LOADER) % 3 == 1
     jax.tree.map(np.testing.assert_array_equal, distiller.model_S.params, saved[-1])
+
+
+# -------------------------------------------------------------------------------------- byte order
+
+
+def test_the_byte_order_of_batches_and_weights_does_not_matter(tmp_path):
+    """Also of batches after the first, whose shape is compiled by then."""
+
+    def foreign(tree):
+        return jax.tree.map(lambda x: np.asarray(x).astype(np.dtype(x.dtype).newbyteorder()), tree)
+
+    def train(folder, change, loader):
+        models = [FunctionModel(small.encode, change(small.encoder(i).params)) for i in (1, 2)]
+        distiller = small.distiller(
+            folder,
+            config={"hard_label_weight": 1},
+            keys=("logits", "losses"),
+            teacher=models[0],
+            student=models[1],
+            log_dir=folder / "log",
+        )
+        with distiller:
+            distiller.train(small.SGD, loader, num_epochs=1)
+        return read_events(folder / "log")
+
+    wanted = train(tmp_path / "native", lambda params: params, LOADER)
+    found = train(tmp_path / "foreign", foreign, [LOADER[0], *foreign(LOADER[1:])])
+    assert found == wanted
+    assert len(found["scalar/total_loss"]) == len(LOADER)
 
 
 # ----------------------------------------------------------------------------- inside and outside
