@@ -30,7 +30,21 @@ logger = logging.getLogger(__name__)
 
 LOOK_BACK = 8
 
-_drop_window = jax.jit(drop_window, donate_argnums=0)
+
+def _forget(opt_state: Any, scaling: Any) -> tuple[Any, Any]:
+    return drop_window(opt_state), loss_scale.forget_window(scaling)
+
+
+def _without_window(state: TrainState) -> TrainState:
+    """The state without its open accumulation window; the old one is donated.
+
+    Every array stays where it lies: zeros depend on nothing, so XLA would put them on every device.
+    """
+    window = state.opt_state, state.scaling
+    places = jax.tree.map(lambda x: x.sharding, window)
+    forget = jax.jit(_forget, donate_argnums=(0, 1), out_shardings=places)
+    opt_state, scaling = forget(*window)
+    return replace(state, opt_state=opt_state, scaling=scaling)
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,8 @@ class Loop:
     Attributes:
         tasks: name → task.
         state: the state, replaced after every step.
-        rows: ``[total_steps, 3]``: what the schedule gives each optimizer step; see `step.Program`.
+        rows: ``[total_steps + 1, 3]``: what the schedule gives a batch by the updates before it; see
+            `step.Program`.
         schedule: when to save.
         checkpoints: where to save.
         metrics: where numbers go.
@@ -200,11 +215,7 @@ class Loop:
                 expected,
             )
         if self._opened:
-            self.state = replace(
-                self.state,
-                opt_state=_drop_window(self.state.opt_state),
-                scaling=loss_scale.forget_window(self.state.scaling),
-            )
+            self.state = _without_window(self.state)
             self._opened = 0
 
     def _look(self, leave: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -60,6 +61,20 @@ def dotted(tree: Mapping) -> dict[str, Any]:
     return {".".join(map(str, path)): leaf for path, leaf in flatten_dict(dict(tree)).items()}
 
 
+def native(tree: PyTree) -> PyTree:
+    """A pytree with its numpy arrays in this machine's byte order, since JAX takes no other.
+
+    One that has them so already is handed back itself, its dictionaries in the order they have.
+    """
+
+    def is_foreign(x: Any) -> bool:
+        return isinstance(x, np.ndarray) and not x.dtype.isnative
+
+    if not any(map(is_foreign, jax.tree.leaves(tree))):
+        return tree
+    return jax.tree.map(lambda x: x.astype(x.dtype.newbyteorder("=")) if is_foreign(x) else x, tree)
+
+
 class NNXModel:
     """An `nnx.Module`; training and evaluation are two graph definitions over the same arrays.
 
@@ -77,7 +92,7 @@ class NNXModel:
         self._train_graph: Any = train_graph
         twin.eval()
         self._eval_graph: Any = nnx.split(twin, nnx.Param, nnx.RngState, ...)[0]
-        parts = [flatten_dict(nnx.to_pure_dict(part)) for part in states]
+        parts = [flatten_dict(native(nnx.to_pure_dict(part))) for part in states]
         self._paths = [{".".join(map(str, path)): path for path in part} for part in parts]
         self.params, rng_state, other = (
             {name: part[path] for name, path in paths.items()}
@@ -215,7 +230,7 @@ class LinenModel:
                 f"variables must be what module.init returned, a mapping with 'params'; got {given}"
             )
         self.module = module
-        self.variables = dict(variables)
+        self.variables = native(dict(variables))
         names = inspect.signature(type(module).__call__).parameters
         if train_argument is None:
             known = (*self._DIRECT, *self._INVERTED)
@@ -345,8 +360,8 @@ class FunctionModel:
         id_limits: Mapping[str, int] | None = None,
     ):
         self.function = apply
-        self.params = params
-        self.state = state
+        self.params = native(params)
+        self.state = native(state)
         self.id_limits: Mapping[str, int] = dict(id_limits or {})
         self._takes = {"key", "train"} & set(inspect.signature(apply).parameters)
 
