@@ -93,6 +93,27 @@ def test_numpy_views_and_bfloat16_are_copied():
     assert owned[1].dtype == ml_dtypes.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [d for d in NUMPY if np.dtype(d).itemsize > 1])
+def test_numpy_comes_in_this_machines_byte_order(dtype):
+    """A compiled function that has seen the shape would read the bytes as they lie."""
+    compiled = jax.jit(lambda batch: batch)
+    native = np.array(IDS).astype(dtype)
+    foreign = native.astype(native.dtype.newbyteorder())
+    nested = lambda x: ({"ids": x, "pair": Pair(x.T, [x[0, 1]])}, x[::-1], x.view(np.memmap))  # noqa: E731
+    compiled(batches.own(nested(native)))
+    owned = batches.own(nested(foreign))
+    for leaf in jax.tree.leaves(owned):
+        assert leaf.dtype == native.dtype
+        assert leaf.dtype.isnative
+    jax.tree.map(np.testing.assert_array_equal, compiled(owned), batches.own(nested(native)))
+
+
+def test_integers_in_the_other_byte_order_are_checked_too():
+    foreign = np.dtype(np.int64).newbyteorder()
+    with pytest.raises(BatchError, match="holds 4294967296"):
+        batches.own((np.array([2**32], foreign),))
+
+
 TORCH = {
     "bfloat16": ml_dtypes.bfloat16,
     "float16": np.float16,

@@ -1,16 +1,22 @@
 """Checkpoints: what is saved when, what a resume brings back, and what is refused."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import jaxbrewer
 from jaxbrewer.errors import BatchError, CheckpointError
 from jaxbrewer.training.checkpoints import Checkpoints, checkpoint_path, steps_in
-from tests import tiny
+from tests import small, tiny
 from tests.parity.reference import read_events
 
 ADAMW = optax.adamw(1e-2)
@@ -121,6 +127,46 @@ def test_resume_after_the_end_gives_the_trained_student(whole):
         np.testing.assert_array_equal(value, expected[name])
 
 
+CUSTOM = {"module_T": "layers.0", "module_S": "layers.0", "weight": 1.0, "loss": "hidden_mse"} | {
+    "proj_func": ["linear", 4, 6]
+}
+
+
+@pytest.mark.parametrize("custom", [[], [CUSTOM]])
+def test_resume_after_the_end_gives_all_the_run_would_have_left(tmp_path, custom):
+    """The student, the projections, those of custom matches too, the best checkpoint and the rank."""
+
+    def run(resume):
+        made = make(tmp_path, resume=resume, max_to_keep=2)
+        distiller = jaxbrewer.GeneralDistiller(
+            made.t_config,
+            made.d_config,
+            made.model_T,
+            made.model_S,
+            tiny.adaptor,
+            tiny.adaptor,
+            custom_matches=custom,
+        )
+        train(
+            distiller,
+            callback=lambda model, step: jaxbrewer.CallbackResult(score=-step),
+            num_epochs=1,
+        )
+        return distiller
+
+    whole, resumed = run(False), run(True)
+    assert len(whole.projs) == len(resumed.projs) == 2 + len(custom)
+    held = [(whole.model_S, resumed.model_S), *zip(whole.projs, resumed.projs, strict=True)]
+    for expected, found in held:
+        if expected is None:
+            assert found is None
+            continue
+        for name, value in tiny.weights(expected).items():
+            np.testing.assert_array_equal(tiny.weights(found)[name], value, err_msg=name)
+    assert resumed.best_checkpoint == whole.best_checkpoint == tmp_path / "out" / "gs1"
+    assert resumed.rank == whole.rank == 0
+
+
 def test_resume_with_nothing_saved_starts_anew(tmp_path, whole):
     fresh = make(tmp_path, resume=True)
     train(fresh)
@@ -164,6 +210,67 @@ def test_max_to_keep_keeps_the_best_and_the_newest(tmp_path):
     train(distiller, callback=callback, num_epochs=2)
     assert steps_in(tmp_path / "out") == [3, 6]
     assert distiller.best_checkpoint == tmp_path / "out" / "gs3"
+
+
+def fill_the_disk_at(step, monkeypatch):
+    """Lets the checkpoint of a step fail in the background."""
+    finalize = ocp.CompositeCheckpointHandler.finalize
+
+    def fails(self, directory):
+        if f"gs{step}." in str(directory):
+            raise OSError("no space left on the device")
+        finalize(self, directory)
+
+    monkeypatch.setattr(ocp.CompositeCheckpointHandler, "finalize", fails)
+
+
+def test_the_old_checkpoint_stays_until_the_new_one_is_finished(tmp_path, monkeypatch):
+    """One that fails in the background costs none of those before it."""
+    finished = []
+
+    def callback(model, step):
+        finished.append(steps_in(tmp_path / "out"))
+
+    def train():
+        distiller = small.distiller(tmp_path, max_to_keep=1)
+        with distiller:
+            distiller.train(small.SGD, small.batches(2), num_epochs=3, callback=callback)
+
+    train()
+    assert all(finished[1:])
+    assert [p.name for p in (tmp_path / "out").glob("gs*")] == ["gs6"]
+
+    fill_the_disk_at(4, monkeypatch)
+    with pytest.raises(OSError, match="no space left"):
+        train()
+    assert steps_in(tmp_path / "out") == [2]
+
+
+def test_a_deletion_that_was_killed_is_finished_by_the_next_run(tmp_path):
+    (tmp_path / "gs2" / "student").mkdir(parents=True)
+    for step in (4, 6):
+        (tmp_path / f"gs{step}").mkdir()
+        (tmp_path / f"gs{step}" / "_CHECKPOINT_METADATA").touch()
+    (tmp_path / "gs8").mkdir()  # newer than all that are finished
+    Checkpoints(tmp_path, resume=True, max_to_keep=1).close()
+    assert sorted(p.name for p in tmp_path.glob("gs*")) == ["gs6", "gs8"]
+
+
+def test_no_kill_leaves_the_folder_without_a_checkpoint(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.killed", tmp_path, "6", "0"],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "XLA_FLAGS": "", "NPROC": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert result.returncode == 0, result.stderr
+    said = re.search(
+        r"6 kills, 0 lost; the last ended with 0; left: \['gs(\d+)'\], after gs(\d+)", result.stdout
+    )
+    assert said, result.stdout + result.stderr
+    assert int(said[1]) > int(said[2]) >= 12
 
 
 def test_load_student_by_checkpoint_and_by_folder(whole):

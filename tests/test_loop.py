@@ -1,14 +1,17 @@
 """The loop: callbacks, stops, numbers that cannot be, logs, loaders of every kind."""
 
 import logging
+import time
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import jaxbrewer
 from jaxbrewer.errors import BatchError
 from jaxbrewer.training.checkpoints import steps_in
-from tests import tiny
+from jaxbrewer.training.metrics import MetricsWriter
+from tests import small, tiny
 from tests.parity.reference import read_events
 
 
@@ -171,3 +174,64 @@ def test_basic_trainer_trains_on_the_losses(tmp_path):
     assert list(curve) == ["scalar/total_loss"]
     assert curve["scalar/total_loss"][-1] < 0.9 * curve["scalar/total_loss"][0]
     assert trainer.model is model
+
+
+FULL = "OSError: no space left for"
+
+
+@pytest.mark.parametrize("fails", ["log", "checkpoint", "both", "callback and both"])
+def test_whatever_fails_the_checkpoint_is_waited_for_and_all_is_told(tmp_path, monkeypatch, fails):
+    finalize = ocp.CompositeCheckpointHandler.finalize
+
+    def slow(self, directory):
+        time.sleep(0.3)
+        if fails != "log":
+            raise OSError("no space left for a checkpoint")
+        finalize(self, directory)
+
+    def flush(self):
+        raise OSError("no space left for the log")
+
+    def callback(model, step):
+        if "callback" in fails:
+            raise RuntimeError("evaluation broke")
+
+    monkeypatch.setattr(ocp.CompositeCheckpointHandler, "finalize", slow)
+    if fails != "checkpoint":
+        monkeypatch.setattr(MetricsWriter, "flush", flush)
+    error, notes = {
+        "log": ("OSError('no space left for the log')", []),
+        "checkpoint": ("OSError('no space left for a checkpoint')", []),
+        "both": ("OSError('no space left for a checkpoint')", [f"{FULL} the log"]),
+        "callback and both": (
+            "RuntimeError('evaluation broke')",
+            [f"{FULL} a checkpoint", f"{FULL} the log"],
+        ),
+    }[fails]
+    distiller = small.distiller(tmp_path, log_dir=tmp_path / "log")
+    with distiller, pytest.raises((OSError, RuntimeError)) as caught:
+        distiller.train(small.SGD, small.batches(2), num_epochs=1, callback=callback)
+    assert repr(caught.value) == error
+    told = getattr(caught.value, "__notes__", [])
+    assert [note.split(" failed too: ")[1] for note in told] == notes
+    assert steps_in(tmp_path / "out") == ([2] if fails == "log" else [])
+
+
+def test_a_loss_that_is_not_finite_is_told_though_a_checkpoint_failed(tmp_path, monkeypatch):
+    def fails(self, directory):
+        raise OSError("no space left for a checkpoint")
+
+    monkeypatch.setattr(ocp.CompositeCheckpointHandler, "finalize", fails)
+    batches = [batch | {"scale": np.ones(3, np.float32)} for batch in small.batches(3)]
+    batches[2]["scale"][:] = np.nan
+    scaled = small.adaptor(logits=lambda b, o: o["logits"] * b["scale"][:, None])
+    student = small.encoder(2)
+    encode = student.function
+    student.function = lambda params, ids, mask, labels, scale: encode(params, ids, mask, labels)
+    distiller = small.distiller(tmp_path, student=student, keys_S=scaled, ckpt_steps=2)
+    plain = [
+        {"student": b, "teacher": {k: v for k, v in b.items() if k != "scale"}} for b in batches
+    ]
+    with distiller, pytest.raises(FloatingPointError, match="Nothing was saved yet") as caught:
+        distiller.train(small.SGD, plain, num_steps=3)
+    assert caught.value.__notes__ == [f"writing the checkpoint failed too: {FULL} a checkpoint"]

@@ -1,11 +1,19 @@
 """Tensorboard files: what is written, when it can be seen, and what happens when it cannot be."""
 
+import gc
+import os
+import sys
+import threading
+import time
+
 import numpy as np
 import pytest
 from tensorboardX import SummaryWriter
 
 from jaxbrewer.training import metrics
-from jaxbrewer.training.metrics import MetricsWriter, read_scalars
+from jaxbrewer.training.metrics import EventWriter, MetricsWriter, read_scalars
+
+from . import small
 
 
 @pytest.fixture
@@ -75,3 +83,71 @@ def test_without_a_writer_nothing_happens():
     points = MetricsWriter(None)
     points.write(0, ("a",), values(0))
     points.close()
+
+
+def test_writers_of_one_second_do_not_write_over_each_other(tmp_path):
+    for step in range(3):
+        writer = EventWriter(str(tmp_path))
+        writer.add_scalar("a", step, step)
+        writer.close()
+    writer.add_scalar("a", 3, 3)  # opens another file
+    writer.close()
+    assert read_scalars(tmp_path) == {"a": {step: step for step in range(4)}}
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def open_now():
+    """The threads, and the number of open files."""
+    gc.collect()
+    return {t.name for t in threading.enumerate()}, len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="open files are listed on Linux only")
+def test_trainings_leave_no_thread_and_no_open_file(tmp_path):
+    def train():
+        distiller = small.distiller(tmp_path, log_dir=tmp_path / "log")
+        with distiller:
+            distiller.train(small.SGD, small.batches(2), num_epochs=1)
+        return distiller
+
+    train()  # what JAX opens once
+    threads, files = open_now()
+    kept = [train() for _ in range(5)]  # distillers that are kept keep nothing open
+    deadline = time.time() + 10  # a queue's own thread ends a moment after it was closed
+    while time.time() < deadline and (open_now()[0] - threads or open_now()[1] > files):
+        time.sleep(0.05)
+    left, open_files = open_now()
+    assert left <= threads
+    assert open_files <= files
+    assert len(kept) == 5
+
+
+def test_the_distillers_writer_is_there_for_its_user_at_any_time(tmp_path):
+    distiller = small.distiller(tmp_path, log_dir=tmp_path / "log")
+    seen = []
+
+    def callback(model, step):
+        seen.append(distiller.tb_writer)
+        distiller.tb_writer.add_scalar("callback", step, step)
+        if len(seen) == 2:
+            distiller.tb_writer.close()  # the training goes on
+
+    def train():
+        with distiller:
+            distiller.train(small.SGD, small.batches(2), num_epochs=2, callback=callback)
+
+    train()
+    assert len(set(seen)) == 1
+    seen[0].add_scalar("kept", 1.0, 0)
+    seen[0].close()
+    own = distiller.tb_writer
+    assert own is not seen[0]
+    own.add_scalar("after", 2.0, 0)
+    train()
+    assert seen[-1] is own is distiller.tb_writer  # opened outside, so left open
+    own.add_scalar("after", 3.0, 1)
+    own.close()
+    read = read_scalars(tmp_path / "log")
+    assert read["callback"] == {2: 2, 4: 4}
+    assert (read["kept"], read["after"]) == ({0: 1}, {0: 2, 1: 3})
+    assert list(read["scalar/total_loss"]) == [0, 1, 2, 3]

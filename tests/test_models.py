@@ -390,6 +390,32 @@ def test_a_functions_state_is_carried_in_train_mode_only():
     assert (model.params, model.state) == (3, {"count": 5})
 
 
+def foreign(tree):
+    """The same numbers as numpy arrays in the other byte order, as a file may hold them."""
+    return jax.tree.map(lambda x: np.asarray(x).astype(np.dtype(x.dtype).newbyteorder()), tree)
+
+
+def test_weights_come_in_this_machines_byte_order():
+    dense = linen.Dense(3)
+    variables = dense.init(KEY, X)
+    params, offset = variables["params"], {"offset": jnp.arange(3.0)}
+
+    def apply(params, state, x):
+        return x @ params["kernel"] + params["bias"] + state["offset"], state
+
+    module, twin = (nnx.Linear(4, 3, rngs=nnx.Rngs(0)) for _ in range(2))
+    twin.kernel = nnx.Param(foreign(module.kernel[...]))
+    twin.bias = nnx.Param(foreign(module.bias[...]))
+    for wanted, model in (
+        (FunctionModel(apply, params, offset), FunctionModel(apply, *foreign((params, offset)))),
+        (LinenModel(dense, variables), LinenModel(dense, foreign(variables))),
+        (as_model(module), as_model(twin)),
+    ):
+        assert same(model.params, wanted.params)
+        assert all(x.dtype.isnative for x in jax.tree.leaves((model.params, model.state)))
+        assert same(run(model, train=False), run(wanted, train=False))
+
+
 def test_limits_on_ids_are_taken_from_each_kind():
     limits = {"input_ids": 10}
     module = Modeless()

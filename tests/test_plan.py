@@ -15,13 +15,16 @@ from jaxbrewer.training.timeline import Timeline
 
 
 def textbrewers_weights(initial, scheduler, total):
-    """Steps through training as TextBrewer does: each update uses the weight that stands there."""
+    """Steps through training as TextBrewer does: each update uses the weight that stands there.
+
+    The last is left standing for batches after the last update.
+    """
     weight, used = initial, []
     for step in range(1, total + 1):
         used.append(weight)
         if scheduler is not None:
             weight = scheduler(step / total)
-    return used
+    return [*used, weight]
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 50])
@@ -29,7 +32,7 @@ def textbrewers_weights(initial, scheduler, total):
 def test_weights_follow_textbrewers_rule(name, total):
     scheduler = None if name == "none" else presets.WEIGHT_SCHEDULER[name]
     table = Weight(0.3, scheduler).table(total)
-    assert table.shape == (total,)
+    assert table.shape == (total + 1,)
     np.testing.assert_allclose(table, textbrewers_weights(0.3, scheduler, total), rtol=1e-15)
 
 

@@ -18,6 +18,7 @@ from jaxbrewer import (
     BasicDistiller,
     BasicTrainer,
     DistillationConfig,
+    FunctionModel,
     GeneralDistiller,
     TrainingConfig,
     schedulers,
@@ -178,7 +179,7 @@ def test_a_projection_must_be_a_module(tmp_path, monkeypatch):
 
 
 def rows(distiller, *, epochs=2, **request):
-    """The table that a training would use, one row for each update."""
+    """The table that a training would use, one row for each number of updates done."""
     every = dict.fromkeys(training.Request.__dataclass_fields__) | request
     made = training.Request(**every)
     total = epochs * len(LOADER)
@@ -193,14 +194,15 @@ def test_rows_hold_weights_and_the_factor(tmp_path):
     }
     distiller = small.distiller(tmp_path, config=config)
     table = rows(distiller)
-    np.testing.assert_allclose(table[:, 0], [0.3, *(1 - np.arange(1, 8) / 8)], rtol=1e-6)
-    np.testing.assert_allclose(table[:, 1:], [[2, 1]] * 8)
+    np.testing.assert_allclose(table[:, 0], [0.3, *(1 - np.arange(1, 9) / 8)], rtol=1e-6)
+    np.testing.assert_allclose(table[:, 1:], [[2, 1]] * 9)
     table = rows(
         distiller,
         scheduler_class=schedulers.get_linear_schedule_with_warmup,
         scheduler_args={"num_warmup_steps": 2, "num_training_steps": 8},
     )
-    np.testing.assert_allclose(table[:, 2], [0, 0.5, 1, *(np.arange(5, 0, -1) / 6)], rtol=1e-6)
+    factors = [0, 0.5, 1, *(np.arange(5, 0, -1) / 6)]  # the last stands where no update follows
+    np.testing.assert_allclose(table[:, 2], [*factors, factors[-1]], rtol=1e-6)
 
 
 def test_small_factors_that_rise_later_are_factors(tmp_path):
@@ -210,7 +212,64 @@ def test_small_factors_that_rise_later_are_factors(tmp_path):
         scheduler_class=schedulers.get_constant_schedule_with_warmup,
         scheduler_args={"num_warmup_steps": 1000},
     )
-    np.testing.assert_allclose(table[:, 2], np.arange(8) / 1000, rtol=1e-6)
+    np.testing.assert_allclose(table[:, 2], [*np.arange(8) / 1000, 7 / 1000], rtol=1e-6)
+
+
+def test_no_learning_rate_is_asked_for_after_the_last_update(tmp_path):
+    asked = []
+    distiller = small.distiller(tmp_path)
+    distiller._resolve()
+    table = training._rows(distiller, lambda step: asked.append(step) or 1 / (8 - step), 8)
+    assert max(asked) == 7
+    assert table.shape == (9, 3)
+
+
+def test_batches_after_the_last_update_train_nothing(tmp_path):
+    """The weights at the end are those of the last checkpoint, which is saved before them."""
+    saved = []
+    distiller = small.distiller(
+        tmp_path,
+        config={"kd_loss_weight_scheduler": "linear_growth"},
+        gradient_accumulation_steps=3,
+    )
+    with distiller:
+        distiller.train(
+            small.SGD,
+            LOADER,
+            num_epochs=2,
+            callback=lambda model, step: saved.append(jax.tree.map(np.array, model.params)),
+        )
+    assert len(LOADER) % 3 == 1
+    jax.tree.map(np.testing.assert_array_equal, distiller.model_S.params, saved[-1])
+
+
+# -------------------------------------------------------------------------------------- byte order
+
+
+def test_the_byte_order_of_batches_and_weights_does_not_matter(tmp_path):
+    """Also of batches after the first, whose shape is compiled by then."""
+
+    def foreign(tree):
+        return jax.tree.map(lambda x: np.asarray(x).astype(np.dtype(x.dtype).newbyteorder()), tree)
+
+    def train(folder, change, loader):
+        models = [FunctionModel(small.encode, change(small.encoder(i).params)) for i in (1, 2)]
+        distiller = small.distiller(
+            folder,
+            config={"hard_label_weight": 1},
+            keys=("logits", "losses"),
+            teacher=models[0],
+            student=models[1],
+            log_dir=folder / "log",
+        )
+        with distiller:
+            distiller.train(small.SGD, loader, num_epochs=1)
+        return read_events(folder / "log")
+
+    wanted = train(tmp_path / "native", lambda params: params, LOADER)
+    found = train(tmp_path / "foreign", foreign, [LOADER[0], *foreign(LOADER[1:])])
+    assert found == wanted
+    assert len(found["scalar/total_loss"]) == len(LOADER)
 
 
 # ----------------------------------------------------------------------------- inside and outside

@@ -46,7 +46,8 @@ class TrainingConfig(Config):
         half_dtype: the half type of ``fp16``: ``'bfloat16'``, ``'float16'``, or ``'auto'``:
             bfloat16 where the hardware has it, else float16.
         resume: go on from the newest checkpoint in ``output_dir``.
-        max_to_keep: checkpoints to keep, the newest; None: all.
+        max_to_keep: checkpoints to keep: the newest, and of the others the best-scored and then the
+            newest; None: all. While one is written, the disk holds one more than this.
         mapping: how several devices share a batch. ``'sharded'``: one program sees the batch whole,
             and the numbers do not depend on how many devices there are. ``'pmap'``: each device
             computes the loss of its own rows, and gradients and metrics are averaged, as torch's

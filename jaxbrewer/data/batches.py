@@ -50,8 +50,8 @@ def own(batch: Any) -> Batch:
     """Copies a batch into arrays nobody else writes to.
 
     A loader may reuse its buffers while the step still reads, since arguments of a compiled
-    function can share memory with numpy arrays; so numpy and torch arrays are copied. JAX arrays
-    are immutable and pass as they are.
+    function can share memory with numpy arrays; so numpy and torch arrays are copied, into this
+    machine's byte order. JAX arrays are immutable and pass as they are.
 
     Args:
         batch: a mapping (any kind, `BatchEncoding` too), a tuple or a list, nested at will, of
@@ -79,7 +79,7 @@ def _own(value: Any, path: tuple) -> Any:
     kind = type(value)  # the usual kinds first: this runs for every array of every batch
     if kind is np.ndarray and value.dtype.kind in "biuf":
         _check_range(value, path)
-        return value.copy()
+        return _native(value)
     if kind is dict or isinstance(value, Mapping):
         return {k: _own(v, (*path, k)) for k, v in value.items()}
     if isinstance(value, tuple | list):
@@ -96,10 +96,10 @@ def _own(value: Any, path: tuple) -> Any:
         _check_range(array, path)
         return array.astype(jax.numpy.bfloat16) if half else array.copy()
     if isinstance(value, np.ndarray | np.generic | int | float):
-        array = np.array(value)
+        array = np.asarray(value)
         _check_range(array, path)
         if array.dtype.kind in "biufV" and array.dtype.type is not np.void:  # V: bfloat16
-            return array
+            return _native(array)
     if not jax.tree_util.all_leaves([value]):
         parts, structure = jax.tree_util.tree_flatten(value, is_leaf=lambda x: x is not value)
         parts = [_own(v, (*path, i)) for i, v in enumerate(parts)]
@@ -107,6 +107,13 @@ def _own(value: Any, path: tuple) -> Any:
     raise BatchError(
         f"{_place(path)} is {_describe(value)}, which cannot go to the device. Batches hold numbers; "
         "drop or convert it in the loader or with train(…, batch_postprocessor=…)"
+    )
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """A copy in this machine's byte order: a compiled function reads every array as if in it."""
+    return (
+        array.copy() if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="), "C")
     )
 
 

@@ -1,8 +1,9 @@
 """What every trainer and distiller shares: ``train``, ``check``, and the ``with`` block."""
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -12,12 +13,14 @@ from tensorboardX import SummaryWriter
 from .. import training
 from ..configurations.configs import TrainingConfig
 from ..data.batches import Batch, own
+from ..errors import afterwards
 from ..models.adaptors import Adaptor, Results, check_adaptor
 from ..models.wrap import as_model
 from ..objective.loss import Loss, Project, Weights
 from ..objective.objectives import Objective, Overridden, base_loss
 from ..preflight.job import Job, Projections, Task
 from ..step.optimizer import Optimizer
+from ..training.metrics import EventWriter
 from ..training.request import Feed, Request
 from ..training.run import Outcome
 
@@ -103,9 +106,13 @@ class Trainable:
 
     @property
     def tb_writer(self) -> SummaryWriter | None:
-        """The tensorboard writer, opened when first asked for; None without ``log_dir``."""
+        """The tensorboard writer, opened when asked for; None without ``log_dir``.
+
+        A training closes it at its end if it was opened there, by it or by a callback. One that
+        was opened outside serves the trainings that follow, and is its user's to close.
+        """
         if self._tb_writer is None and self.t_config.log_dir is not None:
-            self._tb_writer = SummaryWriter(str(self.t_config.log_dir))
+            self._tb_writer = EventWriter(str(self.t_config.log_dir))
         return self._tb_writer
 
     # What subclasses fill in ------------------------------------------------------------------
@@ -233,17 +240,18 @@ class Trainable:
     # Down to the engine, and back ---------------------------------------------------------------
 
     def _train(self, request: Request, args: Mapping[str, Any]) -> None:
-        outcome = training.train(self.job(**args), request, self._take)
-        self._take(outcome)
-        if outcome.error is not None:
-            raise outcome.error
+        with self._own_writer():
+            outcome = training.train(self.job(**args), request, self._take)
+            self._take(outcome)
+            if outcome.error is not None:
+                raise outcome.error
 
     def _take(self, outcome: Outcome) -> Any:
         """Writes what a run has come to into what the user holds; returns the student."""
         self.rank = outcome.rank
         self.projs[:] = outcome.job.projections.modules
         self.projs_group[:] = outcome.job.projections.options
-        if outcome.best_checkpoint is not None:
+        if outcome.error is None or outcome.best_checkpoint is not None:
             self.best_checkpoint = outcome.best_checkpoint
         outcome.write()
         return self.model_S
@@ -254,3 +262,17 @@ class Trainable:
         report = training.report(self.job(**args), batches, optimizer)
         print(report)
         return report
+
+    @contextlib.contextmanager
+    def _own_writer(self) -> Iterator[None]:
+        """Closes, at the end of a block, the tensorboard writer that was opened in it."""
+        if self._tb_writer is not None and self._tb_writer.file_writer is not None:
+            yield
+            return
+        with afterwards("closing the tensorboard file", self._close_writer):
+            yield
+
+    def _close_writer(self) -> None:
+        writer, self._tb_writer = self._tb_writer, None
+        if writer is not None:
+            writer.close()

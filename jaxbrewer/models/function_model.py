@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from .handle import PyTree
+from .handle import PyTree, native
 
 
 class FunctionModel:
@@ -32,8 +32,8 @@ class FunctionModel:
         id_limits: Mapping[str, int] | None = None,
     ):
         self.function = apply
-        self.params = params
-        self.state = state
+        self.params = native(params)
+        self.state = native(state)
         self.id_limits: Mapping[str, int] = dict(id_limits or {})
         self._takes = {"key", "train"} & set(inspect.signature(apply).parameters)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 PyTree = Any
@@ -61,3 +62,17 @@ class Model(Protocol):
 def dotted(tree: Mapping) -> dict[str, Any]:
     """Flattens a nested mapping to one level: ``{'a': {0: x}}`` → ``{'a.0': x}``."""
     return {".".join(map(str, path)): leaf for path, leaf in flatten_dict(dict(tree)).items()}
+
+
+def native(tree: PyTree) -> PyTree:
+    """A pytree with its numpy arrays in this machine's byte order, since JAX takes no other.
+
+    One that has them so already is handed back itself, its dictionaries in the order they have.
+    """
+
+    def is_foreign(x: Any) -> bool:
+        return isinstance(x, np.ndarray) and not x.dtype.isnative
+
+    if not any(map(is_foreign, jax.tree.leaves(tree))):
+        return tree
+    return jax.tree.map(lambda x: x.astype(x.dtype.newbyteorder("=")) if is_foreign(x) else x, tree)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from .handle import PyTree, dotted
+from .handle import PyTree, dotted, native
 
 
 class LinenModel:
@@ -45,7 +45,7 @@ class LinenModel:
                 f"variables must be what module.init returned, a mapping with 'params'; got {given}"
             )
         self.module = module
-        self.variables = dict(variables)
+        self.variables = native(dict(variables))
         names = inspect.signature(type(module).__call__).parameters
         if train_argument is None:
             known = (*self._DIRECT, *self._INVERTED)

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from .handle import PyTree
+from .handle import PyTree, native
 
 
 class NNXModel:
@@ -29,7 +29,7 @@ class NNXModel:
         self._train_graph: Any = train_graph
         twin.eval()
         self._eval_graph: Any = nnx.split(twin, nnx.Param, nnx.RngState, ...)[0]
-        parts = [flatten_dict(nnx.to_pure_dict(part)) for part in states]
+        parts = [flatten_dict(native(nnx.to_pure_dict(part))) for part in states]
         self._paths = [{".".join(map(str, path)): path for path in part} for part in parts]
         self.params, rng_state, other = (
             {name: part[path] for name, path in paths.items()}

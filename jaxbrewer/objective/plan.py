@@ -34,14 +34,14 @@ class Weight:
         return self.scheduler is None and self.initial == 0
 
     def table(self, total_steps: int) -> np.ndarray:
-        """The weight at each update: ``[total_steps]`` float64.
+        """The weight after each number of updates, from 0 to all: ``[total_steps + 1]`` float64.
 
         TextBrewer's rule: the first update uses the configured weight; after update k it becomes
-        ``scheduler(k / total)``.
+        ``scheduler(k / total)``. Batches that follow the last update have the last.
         """
-        table = np.full(max(total_steps, 1), self.initial, np.float64)
-        if self.scheduler is not None and total_steps > 1:
-            table[1:] = tabulate(self.scheduler, np.arange(1, total_steps) / total_steps)
+        table = np.full(total_steps + 1, self.initial, np.float64)
+        if self.scheduler is not None:
+            table[1:] = tabulate(self.scheduler, np.arange(1, total_steps + 1) / total_steps)
         return table
 
 

@@ -47,8 +47,13 @@ _SCORES = "scores.json"
 
 def steps_in(folder: Folder) -> list[int]:
     """The steps of the finished checkpoints in a folder, in order."""
-    names = [p.name for p in Path(folder).glob("gs*") if (p / _FINISHED).is_file()]
-    return sorted(int(m[1]) for m in (re.fullmatch(r"gs(\d+)", name) for name in names) if m)
+    return sorted(step for step, path in _step_folders(folder) if (path / _FINISHED).is_file())
+
+
+def _step_folders(folder: Folder) -> list[tuple[int, Path]]:
+    """The folders ``gs{step}``, finished or not, with their steps."""
+    named = [(re.fullmatch(r"gs(\d+)", path.name), path) for path in Path(folder).glob("gs*")]
+    return [(int(match[1]), path) for match, path in named if match]
 
 
 class Checkpoints:
@@ -59,7 +64,8 @@ class Checkpoints:
         resume: whether to go on from what is there. If not, checkpoints of an earlier run are
             moved to a folder ``earlier-1`` (2, …) beside the new ones.
         max_to_keep: how many to keep: the newest, and of the others those with the best scores
-            (see `score`) and then the newest. None keeps all.
+            (see `score`) and then the newest. None keeps all. The others go only when the newest
+            is finished on disk, so while it is written the disk holds one more.
         is_chief: of several processes, all of which write arrays, one does the rest.
     """
 
@@ -78,7 +84,7 @@ class Checkpoints:
         self._checkpointer = ocp.AsyncCheckpointer(_handler())
 
     def _set_aside(self) -> None:
-        old = [p for p in self.folder.glob("gs*") if re.fullmatch(r"gs\d+", p.name)]
+        old = [path for _, path in _step_folders(self.folder)]
         if not old:
             return
         n = 1
@@ -97,11 +103,14 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: TrainState, position: Mapping[str, Any]) -> None:
-        """Saves a state as ``gs{step}``; returns once the arrays are copied, before they are written."""
+        """Saves a state as ``gs{step}``; returns once the arrays are copied, before they are written.
+
+        Waits for the checkpoint before it, and then deletes those that need not be kept.
+        """
+        self.wait()
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         items["position"] = ocp.args.JsonSave({"format": FORMAT, **position})
         self._checkpointer.save(self.folder / f"gs{step}", args=ocp.args.Composite(**items))
-        self._prune(step)
 
     def score(self, step: int, score: float) -> None:
         """Notes how good a checkpoint is (higher is better)."""
@@ -120,20 +129,30 @@ class Checkpoints:
         return {int(step): value for step, value in json.loads(path.read_text()).items()}
 
     def best(self) -> Path | None:
-        """The checkpoint with the best score, the newest among equals."""
-        there = [
-            (value, step) for step, value in self.scores().items() if step in steps_in(self.folder)
-        ]
+        """The checkpoint with the best score of those that are kept, the newest among equals."""
+        scores = self.scores()
+        there = [(scores[step], step) for step in self._kept() if step in scores]
         return self.folder / f"gs{max(there)[1]}" if there else None
 
-    def _prune(self, newest: int) -> None:
-        if self.max_to_keep is None or not self._is_chief:
-            return
+    def _kept(self) -> list[int]:
+        """The steps of the finished checkpoints that `max_to_keep` lets stay."""
+        steps = steps_in(self.folder)
+        if self.max_to_keep is None or not steps:
+            return steps
         scores = self.scores()
-        others = [step for step in steps_in(self.folder) if step != newest]
+        *others, newest = steps
         others.sort(key=lambda step: (scores.get(step, -np.inf), step), reverse=True)
-        for step in others[self.max_to_keep - 1 :]:
-            shutil.rmtree(self.folder / f"gs{step}")
+        return [newest, *others[: self.max_to_keep - 1]]
+
+    def _prune(self) -> None:
+        """Deletes what need not be kept, leftovers of a deletion that was killed too."""
+        kept = self._kept()
+        if self.max_to_keep is None or not self._is_chief or not kept:
+            return
+        for step, path in _step_folders(self.folder):
+            if step < kept[0] and step not in kept:
+                (path / _FINISHED).unlink(missing_ok=True)  # killed after this, it is no checkpoint
+                shutil.rmtree(path)
 
     def latest(self) -> int | None:
         """The step of the newest finished checkpoint."""
@@ -164,12 +183,19 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Waits until everything is written; raises what went wrong in the background."""
+        """Waits until everything is written, and deletes what then need not be kept.
+
+        Raises what went wrong in the background, and deletes nothing then.
+        """
         self._checkpointer.wait_until_finished()
+        self._prune()
 
     def close(self) -> None:
-        """Waits, then ends the background threads."""
-        self._checkpointer.close()
+        """As `wait`; then, whatever went wrong, ends the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..data.batches import Batch
 from ..data.streams import EpochEnd, Event, Position, as_json, host_random
-from ..errors import BatchError
+from ..errors import BatchError, afterwards, despite
 from ..machine.placement import Placement
 from ..machine.processes import Processes
 from ..step import loss_scale
@@ -30,7 +30,21 @@ logger = logging.getLogger(__name__)
 
 LOOK_BACK = 8
 
-_drop_window = jax.jit(drop_window, donate_argnums=0)
+
+def _forget(opt_state: Any, scaling: Any) -> tuple[Any, Any]:
+    return drop_window(opt_state), loss_scale.forget_window(scaling)
+
+
+def _without_window(state: TrainState) -> TrainState:
+    """The state without its open accumulation window; the old one is donated.
+
+    Every array stays where it lies: zeros depend on nothing, so XLA would put them on every device.
+    """
+    window = state.opt_state, state.scaling
+    places = jax.tree.map(lambda x: x.sharding, window)
+    forget = jax.jit(_forget, donate_argnums=(0, 1), out_shardings=places)
+    opt_state, scaling = forget(*window)
+    return replace(state, opt_state=opt_state, scaling=scaling)
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,8 @@ class Loop:
     Attributes:
         tasks: name → task.
         state: the state, replaced after every step.
-        rows: ``[total_steps, 3]``: what the schedule gives each optimizer step; see `step.Program`.
+        rows: ``[total_steps + 1, 3]``: what the schedule gives a batch by the updates before it; see
+            `step.Program`.
         timeline: when to save.
         checkpoints: where to save.
         metrics: where numbers go.
@@ -114,14 +129,11 @@ class Loop:
             BatchError: a batch the models cannot take.
         """
         self._log_start()
-        bar = tqdm(
-            total=self._expected_micro_steps(),
-            initial=self.position.micro_step,
-            desc="Training",
-            unit="batch",
-            disable=None if self.is_chief else True,
-        )
-        try:
+        with (  # ended from the last to the first: the checkpoint is on disk whatever else fails
+            afterwards("writing the metrics", self.metrics.flush),
+            afterwards("writing the checkpoint", self.checkpoints.wait),
+            self._bar() as bar,
+        ):
             for event in events:
                 if isinstance(event, EpochEnd):
                     self._end_epoch(event)
@@ -136,10 +148,15 @@ class Loop:
                     break
             self._look(0)
             self._say("Training finished at step %d", self.position.global_step)
-        finally:
-            bar.close()
-            self.metrics.flush()
-            self.checkpoints.wait()
+
+    def _bar(self) -> tqdm:
+        return tqdm(
+            total=self._expected_micro_steps(),
+            initial=self.position.micro_step,
+            desc="Training",
+            unit="batch",
+            disable=None if self.is_chief else True,
+        )
 
     def _micro_step(self, task: CompiledTask, batch: Batch) -> None:
         row = self.rows[min(self.position.global_step, len(self.rows) - 1)]
@@ -198,11 +215,7 @@ class Loop:
                 expected,
             )
         if self._opened:
-            self.state = replace(
-                self.state,
-                opt_state=_drop_window(self.state.opt_state),
-                scaling=loss_scale.forget_window(self.state.scaling),
-            )
+            self.state = _without_window(self.state)
             self._opened = 0
 
     def _look(self, leave: int) -> None:
@@ -217,17 +230,18 @@ class Loop:
             if task.is_scaled:
                 loss_scale.check(values[-2], total, global_step, micro_step)
             elif not np.isfinite(total):
-                raise FloatingPointError(self._not_finite(total, named, global_step, micro_step))
+                raise self._not_finite(total, named, global_step, micro_step)
             self.metrics.write(micro_step, task.tags, np.concatenate([values[:1], terms]))
 
     def _not_finite(
         self, total: Any, terms: Mapping[str, Any], global_step: int, micro_step: int
-    ) -> str:
+    ) -> FloatingPointError:
         bad = [f"{tag.split('/', 1)[1]} = {v}" for tag, v in terms.items() if not np.isfinite(v)]
         what = ", ".join(bad) if bad else "none of its terms, so a weight or their sum"
-        self.checkpoints.wait()  # one may still be in writing
+        error = FloatingPointError()
+        despite(error, "writing the checkpoint", self.checkpoints.wait)  # one may be under way
         saved = self.checkpoints.latest()
-        return (
+        message = (
             f"the loss is {total} at global step {global_step + 1} (micro-batch {micro_step}): "
             f"{what}. Look at that batch (labels in range? an empty mask?) and the learning rate. "
             + (
@@ -236,6 +250,8 @@ class Loop:
                 else "Nothing was saved yet"
             )
         )
+        error.args = (message,)
+        return error
 
     def _print_every(self) -> int:
         span = (

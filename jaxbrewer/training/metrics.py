@@ -39,6 +39,20 @@ def read_scalars(folder: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
     return points
 
 
+class EventWriter(SummaryWriter):
+    """A `SummaryWriter` that writes over no other's file.
+
+    TensorboardX names files by the second, and one that was closed opens another when written to;
+    a number makes their names differ.
+    """
+
+    def _get_file_writer(self) -> Any:
+        if self.file_writer is None:
+            earlier = sum(1 for _ in Path(self.logdir).glob("events.*"))
+            self._filename_suffix = f".{earlier:04}"
+        return super()._get_file_writer()
+
+
 class MetricsWriter:
     """Writes one point of every tag a micro-batch.
 
@@ -77,7 +91,8 @@ class MetricsWriter:
         return self._writing
 
     def _write(self, points: list[tuple[float, int, Sequence[str], np.ndarray]]) -> None:
-        file = self._writer.file_writer.event_writer._ev_writer
+        # Where the user's callback has closed the writer, this opens it again.
+        file = self._writer._get_file_writer().event_writer._ev_writer
         for wall_time, step, tags, values in points:
             summary = Summary(
                 value=[

@@ -327,13 +327,18 @@ def _after_save(
 
 
 def _rows(job: Job, factor: Callable | None, total: int) -> np.ndarray:
-    """What the schedule gives each optimizer step: ``[total, 3]``."""
-    rows = np.ones((max(total, 1), 3), np.float64)
+    """What the schedule gives after each number of updates, from 0 to all: ``[total + 1, 3]``.
+
+    The last row is for batches that no update follows. Their losses are weighted all the same; a
+    learning rate is not asked for there, where the schedule may have no value.
+    """
+    rows = np.ones((total + 1, 3), np.float64)
     for column, weight in enumerate(job.objective.scheduled):
         if isinstance(weight, Weight):
             rows[:, column] = weight.table(total)
     if factor is not None:
-        rows[:, 2] = tabulate(factor, np.arange(total))
+        rows[:total, 2] = tabulate(factor, np.arange(total))
+        rows[total, 2] = rows[total - 1, 2]
     return rows.astype(jnp.result_type(float))
 
 

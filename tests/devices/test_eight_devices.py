@@ -231,3 +231,56 @@ def test_half_precision_on_eight_devices(level, half, options, tmp_path):
     for key, value in weights.items():
         scale = np.abs(wanted_weights[key]).max()
         np.testing.assert_allclose(value, wanted_weights[key], atol=1e-2 * scale, err_msg=key)
+
+
+@pytest.mark.parametrize("options", [{}, {"mapping": "pmap"}, {"sharding": "all"}], ids=str)
+@pytest.mark.parametrize("half", [None, "float16"])
+def test_windows_left_open_are_dropped_on_eight_devices(half, options, tmp_path):
+    """An epoch of 6 batches in windows of 4: the curves of one device, and no program compiled anew.
+
+    In float16 a batch of the window that is dropped overflows, which must not spoil the next one.
+    """
+    compiles, counts = tiny.Compiles(), []
+
+    class Loader(list):
+        def __iter__(self):
+            counts.append(compiles.count)
+            return super().__iter__()
+
+    loader = jobs.batches(6)
+    for batch in loader:
+        batch["noise"] = np.zeros(16, np.float32)
+    loader[5]["noise"][3] = np.inf if half else 0
+    precision = {"fp16": True, "fp16_opt_level": "O2", "half_dtype": half} if half else {}
+
+    def train(folder, **more):
+        distiller = jaxbrewer.BasicTrainer(
+            jobs.config(
+                folder,
+                gradient_accumulation_steps=4,
+                ckpt_epoch_frequency=3,
+                **precision,
+                **more,
+            ),
+            tiny.Encoder(1, 32),
+            tiny.adaptor,
+        )
+        counts.clear()
+        with distiller:
+            distiller.train(tiny.SGD, Loader(loader), num_epochs=3)
+        assert counts[1] == counts[2]
+        return distiller, read_scalars(folder / "log")
+
+    with compiles:
+        wanted = train(tmp_path / "one")
+        found = train(tmp_path / "eight", data_parallel=True, **options)
+    for tag in ("scalar/loss_scale", "scalar/skipped_windows") if half else ():
+        assert found[1][tag] == wanted[1][tag]
+    if half:
+        scales, skipped = (wanted[1][f"scalar/{t}"] for t in ("loss_scale", "skipped_windows"))
+        assert scales[6] == scales[5] / 2 == scales[10]  # batches 6 to 9 are the next window
+        assert skipped[9] == skipped[5]
+        for curves in (found[1], wanted[1]):  # the batches that overflow
+            for tag in curves:
+                curves[tag] = {i: x for i, x in curves[tag].items() if i % 6 != 5}
+    assert_same(*found, *wanted, rtol=1e-2 if half else 1e-5)
