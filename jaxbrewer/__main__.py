@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from jaxbrewer import __version__
-from jaxbrewer.commands import CommandError, checking, inspecting, weights
+from jaxbrewer.commands import UNUSABLE, CommandError, checking, inspecting, weights
 from jaxbrewer.commands.port import documents
 from jaxbrewer.commands.port.verdicts import Run
 from jaxbrewer.commands.zoo_models import TASKS
+from jaxbrewer.files import UnreadableFileError
 
 _MOST_STEPS = 10_000_000
 
@@ -70,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"jaxbrewer: {error}", file=sys.stderr)
         return error.code
+    except UnreadableFileError as error:
+        print(f"jaxbrewer: {error}", file=sys.stderr)
+        return UNUSABLE
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and JSON that is read with its errors named."""
+"""Files: written whole or not at all, and text and JSON that are read with their errors named."""
 
 import contextlib
 import json
@@ -7,6 +7,22 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+PathLike = str | os.PathLike[str]
+
+
+class UnreadableFileError(ValueError):
+    """A file that cannot be read as what it should be.
+
+    Attributes:
+        path: the file.
+        problem: what is wrong, without the path.
+    """
+
+    def __init__(self, path: PathLike, problem: str):
+        super().__init__(f"{os.fspath(path)}: {problem}")
+        self.path = Path(path)
+        self.problem = problem
 
 
 @contextlib.contextmanager
@@ -24,20 +40,65 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(file, path)
 
 
-def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a JSON file that holds one object.
+def write_json(path: PathLike, value: Any) -> None:
+    """Writes a value as JSON, the whole file or nothing.
 
-    Raises ``ValueError`` that names the file, and the line where it is malformed.
+    Raises:
+        OSError: it cannot be written.
     """
-    path = Path(path)
+    with replacing(Path(path)) as file:
+        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_text(path: PathLike) -> str:
+    """Reads a text file.
+
+    Raises:
+        UnreadableFileError: it is not there, is no file, or is not UTF-8.
+    """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        if Path(path).is_dir():
+            raise UnreadableFileError(path, "is a folder, expected a file")
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ValueError(f"no file {str(path)!r}: give the path of a JSON config") from None
+        where = Path(path).absolute()
+        raise UnreadableFileError(path, f"there is no such file ({where})") from None
+    except UnreadableFileError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name with a NUL
+        raise UnreadableFileError(path, f"the file cannot be read: {error}") from error
+
+
+def read_json(path: PathLike) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        UnreadableFileError: it cannot be read, is not JSON (with line and column), or repeats a
+            key.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeats)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
-        ) from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, expected one JSON object")
-    return values
+        problem = f"line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
+        raise UnreadableFileError(path, problem) from error
+    except (ValueError, RecursionError) as error:  # digits or brackets without end
+        raise UnreadableFileError(path, f"cannot be used as JSON: {error}") from error
+
+
+def read_json_object(path: PathLike) -> dict[str, Any]:
+    """Reads a JSON file that holds one object. Errors as `read_json`."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        problem = f"holds a {type(value).__name__}, expected a JSON object"
+        raise UnreadableFileError(path, problem)
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice")
+        found[key] = value
+    return found

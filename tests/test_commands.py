@@ -301,7 +301,7 @@ def test_check_puts_nothing_on_disk_or_on_a_device(run, job, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Leaves out the cost of a step, which has to be compiled."""
-    monkeypatch.setattr(checking, "describe", lambda d, program, batch, **k: f"{sorted(batch)}")
+    monkeypatch.setattr(checking, "describe", lambda program, batch, **k: f"{sorted(batch)}")
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_check_finds_what_would_go_wrong(run, job, quick, file, values, expected
 
 
 def test_check_runs_at_the_level(run, job, monkeypatch):
-    monkeypatch.setattr(checking, "describe", lambda d, program, batch, **k: str(program.precision))
+    monkeypatch.setattr(checking, "describe", lambda program, batch, **k: str(program.precision))
     write("train.json", {"fp16": True, "fp16_opt_level": "O2", "half_dtype": "float16"})
     code, printed = run(*job)
     assert code == 0
@@ -391,9 +391,9 @@ def test_the_standard_adaptor_hands_on_what_is_there():
 
 def test_a_run_knows_its_steps():
     config = checking.TrainingConfig(gradient_accumulation_steps=2)
-    assert Run().schedule(config) is None
-    assert Run(batches=7, epochs=3).schedule(config).total_steps == 9
-    assert Run(steps=5).schedule(config).total_steps == 5
+    assert Run().timeline(config) is None
+    assert Run(batches=7, epochs=3).timeline(config).total_steps == 9
+    assert Run(steps=5).timeline(config).total_steps == 5
 
 
 # ---------------------------------------------------------------------------------------- inspect

@@ -523,8 +523,8 @@ def test_a_file_may_spell_none_out_and_begin_with_a_byte_order_mark(tmp_path):
         ('{"sed": 1}', "unknown key 'sed'; did you mean 'seed'"),
         ('{"seed": NaN}', "seed is nan: expected an integer"),
         ('{"seed": 1e999}', "seed is inf: expected an integer"),
-        ('{"seed": ' + "9" * 5000 + "}", "not usable as JSON"),
-        ("[" * 100_000, "not usable as JSON|not JSON"),
+        ('{"seed": ' + "9" * 5000 + "}", "cannot be used as JSON"),
+        ("[" * 100_000, "cannot be used as JSON|not JSON"),
         (b'{"seed": "\xff"}', "the file cannot be read"),
     ],
 )
@@ -548,7 +548,7 @@ def test_a_missing_file_says_where_it_was_looked_for(tmp_path, monkeypatch):
 
 
 def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(ConfigError, match="the file cannot be read"):
+    with pytest.raises(ConfigError, match="is a folder, expected a file"):
         TrainingConfig.from_json_file(tmp_path)
 
 

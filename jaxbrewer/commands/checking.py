@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxbrewer.commands import BY_HAND, FINE, CommandError, read_json_object
+from jaxbrewer.commands import BY_HAND, FINE, CommandError
 from jaxbrewer.commands.port.verdicts import Run, describe_timeline
 from jaxbrewer.commands.zoo_models import (
     by_shape,
@@ -26,6 +26,7 @@ from jaxbrewer.configurations.configs import DistillationConfig, TrainingConfig
 from jaxbrewer.data.batches import own
 from jaxbrewer.distillers.classes import GeneralDistiller
 from jaxbrewer.errors import ConfigError, PreflightError, PreflightWarning
+from jaxbrewer.files import read_json_object
 from jaxbrewer.models.wrap import as_model
 from jaxbrewer.preflight.prepare import prepare
 from jaxbrewer.preflight.report import describe

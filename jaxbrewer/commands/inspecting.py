@@ -10,11 +10,18 @@ import jax
 import jax.numpy as jnp
 from safetensors import SafetensorError, safe_open
 
-from jaxbrewer.commands import BY_HAND, FINE, CommandError, read_json_object
+from jaxbrewer.commands import BY_HAND, FINE, CommandError
 from jaxbrewer.commands.zoo_models import config_from
 from jaxbrewer.configurations.checks import short
 from jaxbrewer.errors import CheckpointError
-from jaxbrewer.training import checkpoints
+from jaxbrewer.files import read_json_object
+from jaxbrewer.training.checkpoints import (
+    is_finished,
+    read_position,
+    read_through,
+    scores_in,
+    steps_in,
+)
 from jaxbrewer.utils import display_parameters
 from jaxbrewer.zoo.hf import CONFIG, INDEX, WEIGHTS
 
@@ -38,7 +45,7 @@ def inspect_folder(name: str, max_level: int) -> int:
         raise CommandError(f"{name} is {there}, expected a folder")
     if any((folder / file).is_file() for file in (CONFIG, WEIGHTS, INDEX)):
         return _inspect_model(folder, max_level)
-    if (folder / checkpoints._FINISHED).is_file():
+    if is_finished(folder):
         return _inspect_checkpoint(folder.resolve(), max_level)
     inside = sorted(path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name))
     if inside:
@@ -128,7 +135,7 @@ def _in_order(name: str) -> list[tuple[int, int, str]]:
 
 def _inspect_output(folder: Path, inside: list[Path], max_level: int) -> int:
     print(f"{folder}: an output_dir")
-    steps = checkpoints.steps_in(folder)
+    steps = steps_in(folder)
     scores = _scores(folder)
     best = max((s for s in steps if s in scores), key=lambda s: (scores[s], s), default=None)
     for step in steps:
@@ -137,7 +144,7 @@ def _inspect_output(folder: Path, inside: list[Path], max_level: int) -> int:
         print(f"  gs{step}" + (f"  ({', '.join(notes)})" if notes else ""))
     code = FINE
     for path in inside:
-        if not (path / checkpoints._FINISHED).is_file():
+        if not is_finished(path):
             print(f"  ! {path.name}: {_UNFINISHED}")
             code = BY_HAND
     for path in sorted(folder.glob("earlier-*")):
@@ -149,13 +156,10 @@ def _inspect_output(folder: Path, inside: list[Path], max_level: int) -> int:
 
 
 def _scores(folder: Path) -> dict[int, float]:
-    path = folder / checkpoints._SCORES
-    if not path.is_file():
-        return {}
     try:
-        return {int(step): float(score) for step, score in read_json_object(path).items()}
-    except (TypeError, ValueError) as error:
-        raise CommandError(f"{path} is damaged: {error}", BY_HAND) from error
+        return scores_in(folder)
+    except CheckpointError as error:
+        raise CommandError(str(error), BY_HAND) from error
 
 
 def _inspect_checkpoint(path: Path, max_level: int) -> int:
@@ -163,7 +167,7 @@ def _inspect_checkpoint(path: Path, max_level: int) -> int:
     print(f"{path}: a checkpoint")
     score = _scores(path.parent).get(_step_of(path))
     try:
-        position, trees = _position(path), _trees(path)
+        position, trees = read_position(path), read_through(path)
     except (CheckpointError, AttributeError, TypeError) as error:  # the last two out of Orbax
         print(f"  ! damaged: {error}")
         return BY_HAND
@@ -181,26 +185,6 @@ def _inspect_checkpoint(path: Path, max_level: int) -> int:
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) / 2**20
     print(f"  training: {len(leaves)} arrays, {size:,.2f} MB: optimizer, random key, counters")
     return FINE
-
-
-def _position(path: Path) -> Mapping[str, Any]:
-    position = checkpoints._read(path, position=checkpoints.ocp.args.JsonRestore())["position"]
-    if not isinstance(position, Mapping):
-        raise CheckpointError(f"its position is a {type(position).__name__}, expected an object")
-    return position
-
-
-def _trees(path: Path) -> dict[str, Any]:
-    """The arrays of each item, by shape, once all of them have been read."""
-    with checkpoints._reader(path) as reader:
-        items = reader.metadata(path).item_metadata
-        trees = {name: item.tree for name, item in items.items() if item is not None}
-    missing = [name for name in ("student", "training") if name not in trees]
-    if missing:
-        raise CheckpointError(f"it holds no {' and no '.join(missing)}")
-    for name, tree in trees.items():
-        checkpoints._read(path, **{name: checkpoints.ocp.args.StandardRestore(_on_host(tree))})
-    return trees
 
 
 def _step_of(path: Path) -> int:
@@ -223,11 +207,3 @@ def _print_position(position: Mapping[str, Any], score: float | None) -> None:
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
-
-
-def _on_host(tree: Any) -> Any:
-    """A target to read onto the CPU, wherever the checkpoint was written."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=sharding), tree
-    )

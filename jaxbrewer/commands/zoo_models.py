@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jaxbrewer import zoo
-from jaxbrewer.commands import read_json_object
+from jaxbrewer.files import read_json_object
 
 TASKS = ("sequence-classification", "token-classification", "question-answering", "none")
 """What a model's head is for; ``none`` is the encoder alone."""

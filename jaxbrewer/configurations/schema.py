@@ -1,14 +1,13 @@
 """What every config does: from text and back, checked whole, frozen."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 from jaxbrewer.configurations import checks
 from jaxbrewer.errors import ConfigError, suggest
+from jaxbrewer.files import UnreadableFileError, read_json, write_json
 
 
 class Config:
@@ -81,21 +80,11 @@ class Config:
         """
         source = f"{cls.__name__} in {os.fspath(json_filename)}"
         try:
-            text = Path(json_filename).read_text(encoding="utf-8-sig")
-        except FileNotFoundError as error:
-            where = Path(json_filename).absolute()
-            raise ConfigError(source, [f"there is no such file ({where})"]) from error
-        except (OSError, ValueError) as error:  # ValueError: it is not UTF-8
-            raise ConfigError(source, [f"the file cannot be read: {error}"]) from error
-        try:
-            return cls.from_dict(json.loads(text, object_pairs_hook=_without_repeats))
+            return cls.from_dict(read_json(json_filename))
+        except UnreadableFileError as error:
+            raise ConfigError(source, [error.problem]) from error
         except ConfigError as error:
             raise ConfigError(source, error.problems) from None
-        except json.JSONDecodeError as error:
-            problem = f"line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
-            raise ConfigError(source, [problem]) from error
-        except (ValueError, RecursionError) as error:  # digits without end, brackets without end
-            raise ConfigError(source, [f"not usable as JSON: {error}"]) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a dict of lists, text and numbers; :meth:`from_dict` makes an equal of it.
@@ -115,16 +104,7 @@ class Config:
         Raises:
             OSError: the file cannot be written.
         """
-        path = Path(json_filename)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(json.dumps(self.to_dict(), indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_json(json_filename, self.to_dict())
 
     def __str__(self) -> str:
         lines = [type(self).__name__]
@@ -148,15 +128,6 @@ def _required(cls: Any) -> list[str]:
 def _unknown(keys: Iterable[Any], names: Sequence[str]) -> list[str]:
     unknown = [key for key in keys if key not in names]
     return [f"unknown key {checks.short(key)}; {suggest(key, names)}" for key in unknown]
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ConfigError("", [f"the key {checks.short(key)} is there twice"])
-        found[key] = value
-    return found
 
 
 def _thawed(value: Any) -> Any:

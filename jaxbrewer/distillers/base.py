@@ -43,7 +43,7 @@ class Trainable:
         rank: this process; 0 is the one that logs.
     """
 
-    _replaced: ClassVar[Mapping[str, str]] = {
+    replaced: ClassVar[Mapping[str, str]] = {
         "train_on_batch": "override compute_loss (the pure part), or wrap the models",
         "save_and_callback": "pass train(…, callback=…); checkpoints are written before it runs",
         "initialize_training": "pass an optimizer factory; projections get their own groups",
@@ -56,7 +56,7 @@ class Trainable:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuses methods of TextBrewer's that would never be called here."""
         super().__init_subclass__(**kwargs)
-        for name, instead in cls._replaced.items():
+        for name, instead in cls.replaced.items():
             if name in cls.__dict__:
                 raise TypeError(
                     f"{cls.__name__} overrides {name}, which does not exist here and would never "

@@ -12,7 +12,6 @@ position    JSON: step, epoch, batch, the same with its random state for each pr
 """
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -32,6 +31,7 @@ import orbax.checkpoint as ocp  # noqa: E402
 logging.root.handlers[:] = _handlers
 
 from ..errors import CheckpointError, suggest  # noqa: E402
+from ..files import read_json_object, write_json  # noqa: E402
 from ..models.handle import Model  # noqa: E402
 from ..models.wrap import as_model  # noqa: E402
 from ..step.program import TrainState  # noqa: E402
@@ -41,19 +41,36 @@ Folder = str | os.PathLike[str]
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-_FINISHED = "_CHECKPOINT_METADATA"  # Orbax writes it last
-_SCORES = "scores.json"
+FINISHED = "_CHECKPOINT_METADATA"  # Orbax writes it last
+SCORES = "scores.json"
 
 
 def steps_in(folder: Folder) -> list[int]:
     """The steps of the finished checkpoints in a folder, in order."""
-    return sorted(step for step, path in _step_folders(folder) if (path / _FINISHED).is_file())
+    return sorted(step for step, path in _step_folders(folder) if is_finished(path))
 
 
 def _step_folders(folder: Folder) -> list[tuple[int, Path]]:
     """The folders ``gs{step}``, finished or not, with their steps."""
     named = [(re.fullmatch(r"gs(\d+)", path.name), path) for path in Path(folder).glob("gs*")]
     return [(int(match[1]), path) for match, path in named if match]
+
+
+def scores_in(folder: Folder) -> dict[int, float]:
+    """The scores noted in an ``output_dir``, by step.
+
+    Raises:
+        CheckpointError: their file is damaged.
+    """
+    path = Path(folder) / SCORES
+    if not path.is_file():
+        return {}
+    try:
+        return {int(step): float(score) for step, score in read_json_object(path).items()}
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}; delete it, and scores begin anew"
+        ) from error
 
 
 class Checkpoints:
@@ -92,7 +109,7 @@ class Checkpoints:
             n += 1
         aside = self.folder / f"earlier-{n}"
         aside.mkdir()
-        scores = self.folder / _SCORES
+        scores = self.folder / SCORES
         for path in [*old, *([scores] if scores.exists() else [])]:
             shutil.move(path, aside / path.name)
         logger.warning(
@@ -116,17 +133,11 @@ class Checkpoints:
         """Notes how good a checkpoint is (higher is better)."""
         if not self._is_chief:
             return
-        scores = self.scores() | {step: float(score)}
-        temporary = self.folder / (_SCORES + ".new")
-        temporary.write_text(json.dumps(scores, indent=1))
-        temporary.replace(self.folder / _SCORES)
+        write_json(self.folder / SCORES, self.scores() | {step: float(score)})
 
     def scores(self) -> dict[int, float]:
         """The scores noted so far, by step."""
-        path = self.folder / _SCORES
-        if not path.is_file():
-            return {}
-        return {int(step): value for step, value in json.loads(path.read_text()).items()}
+        return scores_in(self.folder)
 
     def best(self) -> Path | None:
         """The checkpoint with the best score of those that are kept, the newest among equals."""
@@ -151,7 +162,7 @@ class Checkpoints:
             return
         for step, path in _step_folders(self.folder):
             if step < kept[0] and step not in kept:
-                (path / _FINISHED).unlink(missing_ok=True)  # killed after this, it is no checkpoint
+                (path / FINISHED).unlink(missing_ok=True)  # killed after this, it is no checkpoint
                 shutil.rmtree(path)
 
     def latest(self) -> int | None:
@@ -302,13 +313,57 @@ def _stored_shape(leaf: Any) -> tuple[int, ...]:
     return tuple(leaf.shape)
 
 
+def is_finished(path: Path) -> bool:
+    """Whether a folder is a checkpoint that was written to its end."""
+    return (path / FINISHED).is_file()
+
+
+def read_position(path: Path) -> dict[str, Any]:
+    """Reads the JSON part of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    position = _read(path, position=ocp.args.JsonRestore())["position"]
+    if not isinstance(position, Mapping):
+        raise CheckpointError(f"its position is a {type(position).__name__}, expected an object")
+    return dict(position)
+
+
+def read_through(path: Path) -> dict[str, Any]:
+    """Reads all arrays of a checkpoint, on the CPU and wherever it was written.
+
+    Returns:
+        Item → its arrays, by shape.
+
+    Raises:
+        CheckpointError: something cannot be read.
+    """
+    with _reader(path) as reader:
+        items = reader.metadata(path).item_metadata
+        trees = {name: item.tree for name, item in items.items() if item is not None}
+    missing = [name for name in ("student", "training") if name not in trees]
+    if missing:
+        raise CheckpointError(f"it holds no {' and no '.join(missing)}")
+    for name, tree in trees.items():
+        _read(path, **{name: ocp.args.StandardRestore(_on_host(tree))})
+    return trees
+
+
+def _on_host(tree: Any) -> Any:
+    """A target to read onto the CPU."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=sharding), tree
+    )
+
+
 def latest_position(folder: Folder) -> dict[str, Any] | None:
     """The JSON part of the newest finished checkpoint in a folder, or None if there is none."""
     steps = steps_in(folder)
     if not steps:
         return None
-    path = Path(folder).absolute() / f"gs{steps[-1]}"
-    return _read(path, position=ocp.args.JsonRestore())["position"]
+    return read_position(Path(folder).absolute() / f"gs{steps[-1]}")
 
 
 def checkpoint_path(path: Folder) -> Path:
@@ -318,7 +373,7 @@ def checkpoint_path(path: Folder) -> Path:
         CheckpointError: if there is none.
     """
     path = Path(path).absolute()
-    if (path / _FINISHED).is_file():
+    if is_finished(path):
         return path
     steps = steps_in(path)
     if not steps:

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from ..data.batches import Batch, Served, Static, sides
 from ..errors import CacheError
+from ..files import UnreadableFileError, read_json_object, replacing, write_json
 from ..models.adaptors import Results
 from ..models.teachers import Teacher
 
@@ -201,8 +202,8 @@ class _DiskCache:
         path = self.folder / _MANIFEST
         if path.exists():
             try:
-                there = json.loads(path.read_text())
-            except ValueError as error:
+                there = read_json_object(path)
+            except UnreadableFileError as error:
                 raise CacheError(
                     f"{path} is damaged; delete {self.folder} to start anew"
                 ) from error
@@ -221,26 +222,19 @@ class _DiskCache:
                     "delete that folder"
                 )
             return
-        if any(self.folder.iterdir()):
+        if any(not file.name.startswith(".") for file in self.folder.iterdir()):
             raise CacheError(
                 f"cache_dir {self.folder} is not empty and holds no cache; give another"
             )
-        _write(path, json.dumps(self._manifest, indent=1).encode())
+        write_json(path, self._manifest)
 
     def has(self, i: int) -> bool:
         return self.paths[i].is_file()
 
     def write(self, i: int, results: Any) -> None:
         arrays = _pack(jax.tree.map(np.asarray, results))
-        temporary = self.paths[i].with_suffix(".tmp")
-        save_file(arrays, temporary)
-        os.replace(temporary, self.paths[i])
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+        with replacing(self.paths[i]) as file:
+            save_file(arrays, file)
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

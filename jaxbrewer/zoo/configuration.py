@@ -3,7 +3,6 @@
 import abc
 import dataclasses
 import difflib
-import json
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from jaxbrewer.zoo.activations import ACTIVATIONS
 
-from ..files import read_json_object, replacing
+from ..files import read_json_object, write_json
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Keys of Hugging Face config files that do not change what an encoder computes.
@@ -200,8 +199,7 @@ class ModelConfig:
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_dict` as JSON, whole or not at all."""
-        with replacing(Path(path)) as file:
-            file.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ is left over and what has another shape is one error that lists it all.
 
 import dataclasses
 import inspect
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from flax.typing import Dtype
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxbrewer.files import read_json_object, replacing
+from jaxbrewer.files import read_json_object, replacing, write_json
 from jaxbrewer.zoo.configuration import ModelConfig
 
 WEIGHTS = "model.safetensors"
@@ -191,9 +190,7 @@ class PretrainedModel(nnx.Module):
             save_file(tensors, file, metadata={"format": "pt"})
         values = {"architectures": [self.architecture], **self.config.to_dict()}
         values["dtype"] = str(next(iter(tensors.values())).dtype)
-        text = json.dumps(dict(sorted(values.items())), indent=2) + "\n"
-        with replacing(folder / CONFIG) as file:
-            file.write_text(text, encoding="utf-8")
+        write_json(folder / CONFIG, dict(sorted(values.items())))
 
 
 def export_weights(model: PretrainedModel) -> dict[str, np.ndarray]:

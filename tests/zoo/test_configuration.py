@@ -133,10 +133,10 @@ def test_an_unknown_key_can_be_passed_over():
 
 def test_files_that_cannot_be_read(tmp_path):
     path = tmp_path / "config.json"
-    with pytest.raises(ValueError, match="no file"):
+    with pytest.raises(ValueError, match="there is no such file"):
         BertConfig.from_json_file(path)
     path.write_text('{\n  "hidden_size": 24,\n  oops\n}')
-    with pytest.raises(ValueError, match=r"config\.json, line 3, column 3: not JSON"):
+    with pytest.raises(ValueError, match=r"config\.json: line 3, column 3: not JSON"):
         BertConfig.from_json_file(path)
     path.write_text("[1]")
     with pytest.raises(ValueError, match="holds a list"):

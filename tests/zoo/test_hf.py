@@ -264,7 +264,7 @@ def test_folders_that_cannot_be_read(folder, tmp_path):
     with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle.*save_pretrained"):
         read(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"no file .*config\.json"):
+    with pytest.raises(ValueError, match=r"config\.json: there is no such file"):
         read(folder)
     with pytest.raises(ValueError, match="is a file, expected a folder"):
         zoo.BertModel(BertConfig(**TINY), rngs=nnx.Rngs(0)).save_pretrained(__file__)

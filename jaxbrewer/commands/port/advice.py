@@ -145,8 +145,8 @@ def _subclass(node: ast.ClassDef) -> Iterator[tuple[int, Finding]]:
     for item in node.body:
         if not isinstance(item, ast.FunctionDef):
             continue
-        if item.name in Trainable._replaced:
-            text = f"never called here, and refused. Instead: {Trainable._replaced[item.name]}"
+        if item.name in Trainable.replaced:
+            text = f"never called here, and refused. Instead: {Trainable.replaced[item.name]}"
             yield item.lineno, Finding(f"{node.name}.{item.name}", "", Verdict.BY_HAND, text)
         elif item.name == "compute_loss":
             text = (

@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import difflib
-import json
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +16,6 @@ from jaxbrewer.commands import (
     FINE,
     CommandError,
     make_folder,
-    read_json,
-    read_text,
     zoo_models,
 )
 from jaxbrewer.commands.port import verdicts
@@ -28,7 +25,7 @@ from jaxbrewer.commands.port.verdicts import Finding, Ported, Run, Verdict
 from jaxbrewer.configurations.checks import short
 from jaxbrewer.configurations.configs import DistillationConfig, IntermediateMatch, TrainingConfig
 from jaxbrewer.errors import suggest
-from jaxbrewer.files import replacing
+from jaxbrewer.files import read_json, read_text, write_json
 
 _TRAINING = [f.name for f in dataclasses.fields(TrainingConfig)]
 _DISTILLATION = [f.name for f in dataclasses.fields(DistillationConfig)]
@@ -186,8 +183,9 @@ def _configs(value: Mapping[str, Any], label: str, run: Run) -> Iterator[Documen
 
 
 def _in_python(path: Path, run: Run) -> Iterator[Document]:
+    text = read_text(path)
     try:
-        tree = parse(read_text(path))
+        tree = parse(text)
         written = written_configs(tree)
     except ValueError as error:
         raise CommandError(f"{path}: {error}") from error
@@ -447,8 +445,7 @@ def _write(result: Any, file: Path) -> None:
         if hasattr(result, "to_json_file"):
             result.to_json_file(file)
         else:
-            with replacing(file) as temporary:
-                temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            write_json(file, result)
     except OSError as error:
         raise CommandError(f"{file} cannot be written: {error}") from error
     print(f"  written to {file}")
