@@ -43,7 +43,7 @@ class Precision:
     Attributes:
         level: ``'O0'`` to ``'O3'``.
         half: ``'bfloat16'`` or ``'float16'``; '' at O0.
-        emulated: whether the device is a CPU; see `products.in_half`.
+        emulated: whether the device is a CPU; see `half_products.in_half`.
     """
 
     level: str = "O0"
@@ -133,7 +133,7 @@ def at_level(model: Model, precision: Precision, *, frozen: bool = False) -> Mod
 
 
 class HalfModel:
-    """A model at a level of half precision; stands in for it as a `models.Model`.
+    """A model at a level of half precision; stands in for it as a `handle.Model`.
 
     - O1: the model as it is, its products on half inputs.
     - O2: its parameters and floating inputs in half. In an NNX model every module with a ``dtype``
@@ -243,12 +243,12 @@ class HalfModel:
         return jax.tree_util.tree_map_with_path(one, params)
 
     def write(self, params: Any, state: Any) -> None:
-        """See `models.Model.write`; every array gets back the type it had."""
+        """See `handle.Model.write`; every array gets back the type it had."""
         like = (self.model.params, self.model.state)
         self.model.write(*jax.tree.map(_like, (params, state), like))
 
     def signature(self) -> Any:
-        """See `models.Model.signature`."""
+        """See `handle.Model.signature`."""
         return self.model.signature()
 
 
