@@ -118,7 +118,7 @@ def warn(message: str, category: type[Warning]) -> None:
     here = Path(__file__).parent
     while frame and (frame := frame.f_back) and here in Path(frame.f_code.co_filename).parents:
         level += 1
-    warnings.warn(message, category, stacklevel=level - 1)
+    warnings.warn(message, category, stacklevel=level)
 
 
 @contextlib.contextmanager
