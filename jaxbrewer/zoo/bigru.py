@@ -133,7 +133,6 @@ class BiGRUModel(PretrainedModel):
     Computes in ``dtype`` (``param_dtype`` unless given); parameters are ``param_dtype``.
     """
 
-    architecture: ClassVar[str] = "BiGRUModel"
     tensor_names: ClassVar[TensorNames] = BIGRU_TENSORS
     config_class: ClassVar[type[ModelConfig]] = BiGRUConfig
 
@@ -181,7 +180,6 @@ class BiGRUForTokenClassification(PretrainedModel):
     Computes in ``dtype`` (``param_dtype`` unless given); parameters are ``param_dtype``.
     """
 
-    architecture: ClassVar[str] = "BiGRUForTokenClassification"
     task: ClassVar[str | None] = "token-classification"
     tensor_names: ClassVar[TensorNames] = BIGRU_TENSORS
     config_class: ClassVar[type[ModelConfig]] = BiGRUConfig

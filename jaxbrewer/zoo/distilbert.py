@@ -121,7 +121,6 @@ class DistilBertConfig(TransformerConfig):
 class DistilBertModel(EncoderModel):
     """DistilBERT's encoder; see `EncoderModel`."""
 
-    architecture: ClassVar[str] = "DistilBertModel"
     tensor_names: ClassVar[TensorNames] = DISTILBERT_TENSORS
     config_class: ClassVar[type[ModelConfig]] = DistilBertConfig
     token_types: ClassVar[bool] = False
@@ -170,9 +169,6 @@ class DistilBertModel(EncoderModel):
 class DistilBertForSequenceClassification(SequenceClassifier):
     """DistilBERT with a classifier of the first token, dense and ReLU; see `SequenceClassifier`."""
 
-    architecture: ClassVar[str] = "DistilBertForSequenceClassification"
-    tensor_names: ClassVar[TensorNames] = DISTILBERT_TENSORS
-    config_class: ClassVar[type[ModelConfig]] = DistilBertConfig
     encoder_class: ClassVar[type[EncoderModel]] = DistilBertModel
 
     def __init__(
@@ -224,9 +220,6 @@ class DistilBertForSequenceClassification(SequenceClassifier):
 class DistilBertForTokenClassification(TokenClassifier):
     """DistilBERT with a classifier of every token; see `TokenClassifier`."""
 
-    architecture: ClassVar[str] = "DistilBertForTokenClassification"
-    tensor_names: ClassVar[TensorNames] = DISTILBERT_TENSORS
-    config_class: ClassVar[type[ModelConfig]] = DistilBertConfig
     encoder_class: ClassVar[type[EncoderModel]] = DistilBertModel
 
     def __call__(  # type: ignore[override]
@@ -260,9 +253,6 @@ class DistilBertForTokenClassification(TokenClassifier):
 class DistilBertForQuestionAnswering(SpanClassifier):
     """DistilBERT with scores of an answer's ends, after dropout; see `SpanClassifier`."""
 
-    architecture: ClassVar[str] = "DistilBertForQuestionAnswering"
-    tensor_names: ClassVar[TensorNames] = DISTILBERT_TENSORS
-    config_class: ClassVar[type[ModelConfig]] = DistilBertConfig
     encoder_class: ClassVar[type[EncoderModel]] = DistilBertModel
 
     def __init__(

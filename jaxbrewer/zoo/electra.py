@@ -66,7 +66,6 @@ class ElectraConfig(EncoderConfig):
 class ElectraModel(EncoderModel):
     """ELECTRA's encoder; see `EncoderModel`. ``inputs_embeds`` are ``embedding_size`` wide."""
 
-    architecture: ClassVar[str] = "ElectraModel"
     tensor_names: ClassVar[TensorNames] = ELECTRA_TENSORS
     config_class: ClassVar[type[ModelConfig]] = ElectraConfig
 
@@ -90,9 +89,6 @@ class ElectraModel(EncoderModel):
 class ElectraForSequenceClassification(SequenceClassifier):
     """ELECTRA with a classifier of the first token, dense and GELU; see `SequenceClassifier`."""
 
-    architecture: ClassVar[str] = "ElectraForSequenceClassification"
-    tensor_names: ClassVar[TensorNames] = ELECTRA_TENSORS
-    config_class: ClassVar[type[ModelConfig]] = ElectraConfig
     encoder_class: ClassVar[type[EncoderModel]] = ElectraModel
     head_activation: ClassVar[str] = "gelu"
 
@@ -100,16 +96,10 @@ class ElectraForSequenceClassification(SequenceClassifier):
 class ElectraForTokenClassification(TokenClassifier):
     """ELECTRA with a classifier of every token; see `TokenClassifier`."""
 
-    architecture: ClassVar[str] = "ElectraForTokenClassification"
-    tensor_names: ClassVar[TensorNames] = ELECTRA_TENSORS
-    config_class: ClassVar[type[ModelConfig]] = ElectraConfig
     encoder_class: ClassVar[type[EncoderModel]] = ElectraModel
 
 
 class ElectraForQuestionAnswering(SpanClassifier):
     """ELECTRA with scores of an answer's ends; see `SpanClassifier`."""
 
-    architecture: ClassVar[str] = "ElectraForQuestionAnswering"
-    tensor_names: ClassVar[TensorNames] = ELECTRA_TENSORS
-    config_class: ClassVar[type[ModelConfig]] = ElectraConfig
     encoder_class: ClassVar[type[EncoderModel]] = ElectraModel
