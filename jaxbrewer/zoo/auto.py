@@ -10,41 +10,9 @@ from flax import nnx
 from flax.typing import Dtype
 
 from jaxbrewer.files import read_json_object
-from jaxbrewer.zoo import bert, bigru, distilbert, electra, roberta
+from jaxbrewer.zoo.bert import BertConfig
 from jaxbrewer.zoo.configuration import ModelConfig
-from jaxbrewer.zoo.hf import CONFIG, PretrainedModel, existing_folder
-
-_CLASSES: tuple[type[PretrainedModel], ...] = (
-    bert.BertModel,
-    bert.BertForSequenceClassification,
-    bert.BertForTokenClassification,
-    bert.BertForQuestionAnswering,
-    roberta.RobertaModel,
-    roberta.RobertaForSequenceClassification,
-    roberta.RobertaForTokenClassification,
-    roberta.RobertaForQuestionAnswering,
-    electra.ElectraModel,
-    electra.ElectraForSequenceClassification,
-    electra.ElectraForTokenClassification,
-    electra.ElectraForQuestionAnswering,
-    distilbert.DistilBertModel,
-    distilbert.DistilBertForSequenceClassification,
-    distilbert.DistilBertForTokenClassification,
-    distilbert.DistilBertForQuestionAnswering,
-    bigru.BiGRUModel,
-    bigru.BiGRUForTokenClassification,
-)
-
-
-def _by_type() -> dict[str, dict[str | None, type[PretrainedModel]]]:
-    found: dict[str, dict[str | None, type[PretrainedModel]]] = {}
-    for cls in _CLASSES:
-        found.setdefault(cls.config_class.model_type, {})[cls.task] = cls
-    return found
-
-
-MODELS = _by_type()
-"""``model_type`` → task → class; an encoder without a head has the task ``None``."""
+from jaxbrewer.zoo.hf import CONFIG, MODELS, PretrainedModel, existing_folder
 
 
 def model_class(model_type: str, task: str | None = None) -> type[PretrainedModel]:
@@ -68,7 +36,7 @@ def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
     Raises ``ValueError`` for a type that is not known, and as `ModelConfig.from_json_file` does.
     """
     file = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
-    model_type = read_json_object(file).get("model_type", bert.BertConfig.model_type)
+    model_type = read_json_object(file).get("model_type", BertConfig.model_type)
     try:
         cls = model_class(model_type).config_class
     except ValueError as error:
@@ -109,7 +77,7 @@ def from_pretrained(folder: str | os.PathLike[str], task: str | None = None, **o
     """
     folder = existing_folder(folder)
     values = read_json_object(folder / CONFIG)
-    model_type = values.get("model_type", bert.BertConfig.model_type)
+    model_type = values.get("model_type", BertConfig.model_type)
     try:
         if task is None:
             cls = _saved_class(model_type, values)

@@ -79,7 +79,6 @@ class BertConfig(EncoderConfig):
 class BertModel(PooledModel):
     """BERT's encoder, with a pooler unless ``add_pooling_layer=False``; see `EncoderModel`."""
 
-    architecture: ClassVar[str] = "BertModel"
     tensor_names: ClassVar[TensorNames] = BERT_TENSORS
     config_class: ClassVar[type[ModelConfig]] = BertConfig
 
@@ -87,9 +86,6 @@ class BertModel(PooledModel):
 class BertForSequenceClassification(SequenceClassifier):
     """BERT with a classifier of the pooled output; see `SequenceClassifier`."""
 
-    architecture: ClassVar[str] = "BertForSequenceClassification"
-    tensor_names: ClassVar[TensorNames] = BERT_TENSORS
-    config_class: ClassVar[type[ModelConfig]] = BertConfig
     encoder_class: ClassVar[type[EncoderModel]] = BertModel
 
     def __init__(
@@ -114,16 +110,10 @@ class BertForSequenceClassification(SequenceClassifier):
 class BertForTokenClassification(TokenClassifier):
     """BERT, without a pooler, with a classifier of every token; see `TokenClassifier`."""
 
-    architecture: ClassVar[str] = "BertForTokenClassification"
-    tensor_names: ClassVar[TensorNames] = BERT_TENSORS
-    config_class: ClassVar[type[ModelConfig]] = BertConfig
     encoder_class: ClassVar[type[EncoderModel]] = BertModel
 
 
 class BertForQuestionAnswering(SpanClassifier):
     """BERT, without a pooler, with scores of an answer's ends; see `SpanClassifier`."""
 
-    architecture: ClassVar[str] = "BertForQuestionAnswering"
-    tensor_names: ClassVar[TensorNames] = BERT_TENSORS
-    config_class: ClassVar[type[ModelConfig]] = BertConfig
     encoder_class: ClassVar[type[EncoderModel]] = BertModel

@@ -7,12 +7,14 @@ goes in and comes out: `jaxbrewer.zoo.encoder` and `jaxbrewer.zoo.tasks`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
+from jaxbrewer.configurations import checks
 from jaxbrewer.zoo.bert import BERT_EXTRAS, BERT_HEADS, BERT_MODULES
 from jaxbrewer.zoo.blocks import Build, linear
 from jaxbrewer.zoo.configuration import (
@@ -57,6 +59,11 @@ class ElectraConfig(EncoderConfig):
     num_attention_heads: int = 4
     intermediate_size: int = 1024
 
+    _checks: ClassVar[Mapping[str, checks.Check]] = {
+        **EncoderConfig._checks,
+        "embedding_size": checks.integer(1),
+    }
+
     @property
     def embedding_width(self) -> int:
         """The width of the embedding tables, before the projection to ``hidden_size``."""
@@ -66,7 +73,6 @@ class ElectraConfig(EncoderConfig):
 class ElectraModel(EncoderModel):
     """ELECTRA's encoder; see `EncoderModel`. ``inputs_embeds`` are ``embedding_size`` wide."""
 
-    architecture: ClassVar[str] = "ElectraModel"
     tensor_names: ClassVar[TensorNames] = ELECTRA_TENSORS
     config_class: ClassVar[type[ModelConfig]] = ElectraConfig
 
@@ -90,9 +96,6 @@ class ElectraModel(EncoderModel):
 class ElectraForSequenceClassification(SequenceClassifier):
     """ELECTRA with a classifier of the first token, dense and GELU; see `SequenceClassifier`."""
 
-    architecture: ClassVar[str] = "ElectraForSequenceClassification"
-    tensor_names: ClassVar[TensorNames] = ELECTRA_TENSORS
-    config_class: ClassVar[type[ModelConfig]] = ElectraConfig
     encoder_class: ClassVar[type[EncoderModel]] = ElectraModel
     head_activation: ClassVar[str] = "gelu"
 
@@ -100,16 +103,10 @@ class ElectraForSequenceClassification(SequenceClassifier):
 class ElectraForTokenClassification(TokenClassifier):
     """ELECTRA with a classifier of every token; see `TokenClassifier`."""
 
-    architecture: ClassVar[str] = "ElectraForTokenClassification"
-    tensor_names: ClassVar[TensorNames] = ELECTRA_TENSORS
-    config_class: ClassVar[type[ModelConfig]] = ElectraConfig
     encoder_class: ClassVar[type[EncoderModel]] = ElectraModel
 
 
 class ElectraForQuestionAnswering(SpanClassifier):
     """ELECTRA with scores of an answer's ends; see `SpanClassifier`."""
 
-    architecture: ClassVar[str] = "ElectraForQuestionAnswering"
-    tensor_names: ClassVar[TensorNames] = ELECTRA_TENSORS
-    config_class: ClassVar[type[ModelConfig]] = ElectraConfig
     encoder_class: ClassVar[type[EncoderModel]] = ElectraModel

@@ -28,6 +28,12 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
+MODELS: dict[str, dict[str | None, type["PretrainedModel"]]] = {}
+"""``model_type`` → task → class; an encoder without a head has the task ``None``.
+
+Filled as classes are defined: importing `jaxbrewer.zoo` defines those of its families.
+"""
+
 # Our names of leaves, and Hugging Face's; only a kernel is stored the other way round.
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 # What layer norms were called in files converted from TensorFlow.
@@ -102,8 +108,10 @@ class _Stored:
 class PretrainedModel(nnx.Module):
     """What every model here can do: be read from and written to a Hugging Face folder.
 
-    ``architecture`` is Hugging Face's name of the class, ``tensor_names`` the table of its
-    tensors, ``config_class`` the config it is built from, ``task`` what its head is for.
+    ``architecture`` is Hugging Face's name of the class, by default its own, which its subclasses
+    keep; ``tensor_names`` is the table of its tensors, ``config_class`` the config it is built
+    from, ``task`` what its head is for. The first class with a config's ``model_type`` and a task
+    is the one that `MODELS` gives for them.
     """
 
     architecture: ClassVar[str]
@@ -111,6 +119,14 @@ class PretrainedModel(nnx.Module):
     config_class: ClassVar[type[ModelConfig]]
     task: ClassVar[str | None] = None
     config: ModelConfig
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not hasattr(cls, "config_class"):  # what several families share
+            return
+        if not hasattr(cls, "architecture"):
+            cls.architecture = cls.__name__
+        MODELS.setdefault(cls.config_class.model_type, {}).setdefault(cls.task, cls)
 
     @property
     def base_model(self) -> Any:

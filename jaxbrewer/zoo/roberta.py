@@ -56,7 +56,6 @@ class RobertaModel(PooledModel):
     tokens without the padding fit.
     """
 
-    architecture: ClassVar[str] = "RobertaModel"
     tensor_names: ClassVar[TensorNames] = ROBERTA_TENSORS
     config_class: ClassVar[type[ModelConfig]] = RobertaConfig
 
@@ -79,25 +78,16 @@ class RobertaModel(PooledModel):
 class RobertaForSequenceClassification(SequenceClassifier):
     """RoBERTa with a classifier of the first token, dense and tanh; see `SequenceClassifier`."""
 
-    architecture: ClassVar[str] = "RobertaForSequenceClassification"
-    tensor_names: ClassVar[TensorNames] = ROBERTA_TENSORS
-    config_class: ClassVar[type[ModelConfig]] = RobertaConfig
     encoder_class: ClassVar[type[EncoderModel]] = RobertaModel
 
 
 class RobertaForTokenClassification(TokenClassifier):
     """RoBERTa with a classifier of every token; see `TokenClassifier`."""
 
-    architecture: ClassVar[str] = "RobertaForTokenClassification"
-    tensor_names: ClassVar[TensorNames] = ROBERTA_TENSORS
-    config_class: ClassVar[type[ModelConfig]] = RobertaConfig
     encoder_class: ClassVar[type[EncoderModel]] = RobertaModel
 
 
 class RobertaForQuestionAnswering(SpanClassifier):
     """RoBERTa with scores of an answer's ends; see `SpanClassifier`."""
 
-    architecture: ClassVar[str] = "RobertaForQuestionAnswering"
-    tensor_names: ClassVar[TensorNames] = ROBERTA_TENSORS
-    config_class: ClassVar[type[ModelConfig]] = RobertaConfig
     encoder_class: ClassVar[type[EncoderModel]] = RobertaModel

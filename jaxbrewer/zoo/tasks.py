@@ -28,12 +28,20 @@ from jaxbrewer.zoo.outputs import (
 class TaskModel(PretrainedModel):
     """An encoder with a head.
 
-    ``encoder_class`` is the class of the encoder. Computes in ``dtype`` (``param_dtype`` unless
-    given); parameters are ``param_dtype``. Errors are `EncoderModel`'s.
+    ``encoder_class`` is the class of the encoder, whose config and names of tensors are this
+    class's too. Computes in ``dtype`` (``param_dtype`` unless given); parameters are
+    ``param_dtype``. Errors are `EncoderModel`'s.
     """
 
     encoder_class: ClassVar[type[EncoderModel]]
     config: TransformerConfig
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        own = vars(cls)
+        for name in ("config_class", "tensor_names"):
+            if "encoder_class" in own and name not in own:
+                setattr(cls, name, getattr(cls.encoder_class, name))
+        super().__init_subclass__(**options)
 
     def _set_encoder(self, encoder: EncoderModel) -> None:
         self.config = encoder.config

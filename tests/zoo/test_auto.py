@@ -1,6 +1,8 @@
 """Classes by model_type and task."""
 
+import importlib
 import json
+import pkgutil
 
 import numpy as np
 import pytest
@@ -26,6 +28,33 @@ def test_every_task_has_its_class(family):
         assert cls.architecture == cls.__name__ and cls.task == task
         config = getattr(zoo, f"{family}Config")(**FAMILIES[family])
         assert type(zoo.from_config(config, task, rngs=nnx.Rngs(0))) is cls
+
+
+def test_every_class_of_every_file_is_handed_on_and_found():
+    files = [
+        importlib.import_module(f"{zoo.__name__}.{m.name}")
+        for m in pkgutil.iter_modules(zoo.__path__)
+    ]
+    defined = [
+        value
+        for file in files
+        for value in vars(file).values()
+        if getattr(value, "__module__", "") == file.__name__ and hasattr(value, "config_class")
+    ]
+    assert defined
+    for cls in defined:
+        assert getattr(zoo, cls.__name__) is cls
+        assert getattr(zoo, cls.config_class.__name__) is cls.config_class
+        assert zoo.MODELS[cls.config_class.model_type][cls.task] is cls
+        assert cls.architecture == cls.__name__
+
+
+def test_a_class_made_from_one_of_these_is_saved_as_that_one():
+    class Mine(zoo.BertForSequenceClassification):
+        pass
+
+    assert Mine.architecture == "BertForSequenceClassification"
+    assert zoo.model_class("bert", Mine.task) is zoo.BertForSequenceClassification
 
 
 def test_a_folder_says_its_class(tmp_path):
@@ -62,7 +91,7 @@ def test_configs_are_read_by_their_type(tmp_path):
 def test_refusals(tmp_path):
     file = tmp_path / "config.json"
     file.write_text('{"model_type": "xlnet"}')
-    known = "'bert', 'roberta', 'electra', 'distilbert', 'bigru'"
+    known = "'bert', 'bigru', 'distilbert', 'electra', 'roberta'"
     for read in (zoo.from_pretrained, zoo.read_config):
         with pytest.raises(ValueError, match=rf"config\.json.*'xlnet': choose from {known}"):
             read(tmp_path)
