@@ -39,6 +39,17 @@ def read_scalars(folder: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
     return points
 
 
+def open_writer(folder: str | os.PathLike[str]) -> SummaryWriter:
+    """Opens tensorboard's writer, its queue at work already.
+
+    `MetricsWriter` passes that queue over, and the writer closes at exit by a last word through it: too
+    late to start the queue's thread, for since Python 3.12 none is started then.
+    """
+    writer = SummaryWriter(str(folder))
+    writer.file_writer.add_event(Event())  # says nothing, and starts the thread
+    return writer
+
+
 class MetricsWriter:
     """Writes one point of every tag a micro-batch.
 

@@ -15,6 +15,7 @@ from .arguments import Feed, Request
 from .batches import Batch, own
 from .configurations import TrainingConfig
 from .inspection import Findings
+from .metrics import open_writer
 from .models import Model, as_model
 from .objective import Loss, Project, Weights
 from .optimizer import Optimizer
@@ -101,7 +102,7 @@ class Trainable:
     def tb_writer(self) -> SummaryWriter | None:
         """The tensorboard writer, opened when first asked for; None without ``log_dir``."""
         if self._tb_writer is None and self.t_config.log_dir is not None:
-            self._tb_writer = SummaryWriter(str(self.t_config.log_dir))
+            self._tb_writer = open_writer(self.t_config.log_dir)
         return self._tb_writer
 
     # What subclasses fill in ------------------------------------------------------------------

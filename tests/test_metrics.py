@@ -1,5 +1,8 @@
 """Tensorboard files: what is written, when it can be seen, and what happens when it cannot be."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from tensorboardX import SummaryWriter
@@ -75,3 +78,21 @@ def test_without_a_writer_nothing_happens():
     points = MetricsWriter(None)
     points.write(0, ("a",), values(0))
     points.close()
+
+
+LEFT_OPEN = """
+import sys, numpy as np
+from jaxbrewer.metrics import MetricsWriter, open_writer
+points = MetricsWriter(open_writer(sys.argv[1]))
+points.write(0, ("a",), np.float32([3]))
+points.close()
+"""
+
+
+def test_a_writer_left_open_ends_in_silence(tmp_path):
+    """Python 3.12 and later start no thread at exit, and said so in a traceback."""
+    run = subprocess.run(
+        [sys.executable, "-c", LEFT_OPEN, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert read_scalars(tmp_path) == {"a": {0: 3}}
