@@ -9,7 +9,7 @@ import jaxbrewer
 from jaxbrewer.checkpoints import steps_in
 from jaxbrewer.errors import BatchError
 from tests import tiny
-from tests.parity.reference import read_events
+from tests.tiny import read_events
 
 
 def test_callback_gets_the_trained_student_at_each_checkpoint(tmp_path):

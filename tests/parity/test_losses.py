@@ -13,6 +13,8 @@ import torch
 
 from jaxbrewer import losses
 
+pytestmark = pytest.mark.torch
+
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 MASKS = ["none", "ones", "bool", "float", "ragged"]
 # Every mask in double precision, where a wrong formula cannot hide; the main ones in single.

@@ -13,6 +13,8 @@ from jaxbrewer import caching, training
 from .reference import Job, adaptor, assert_equal_runs, configs, run, run_both
 from .toys import batches, twins
 
+pytestmark = pytest.mark.torch
+
 POOLED = {"layers": 2, "width": 8}
 TOKENS = POOLED | {"tokens": True}
 

@@ -28,6 +28,7 @@ def test_every_task_has_its_class(family):
         assert type(zoo.from_config(config, task, rngs=nnx.Rngs(0))) is cls
 
 
+@pytest.mark.torch
 def test_a_folder_says_its_class(tmp_path):
     make_torch("ElectraForTokenClassification", num_labels=5).save_pretrained(tmp_path)
     batch = make_batch(family="Electra")
@@ -42,6 +43,7 @@ def test_a_folder_says_its_class(tmp_path):
         zoo.from_pretrained(tmp_path, "sequence-classification")
 
 
+@pytest.mark.torch
 def test_without_a_known_architecture_it_is_the_encoder(tmp_path):
     make_torch("BertModel").save_pretrained(tmp_path)
     file = tmp_path / "config.json"
