@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-from transformers import BatchEncoding
 
 from jaxbrewer.data import batches
 from jaxbrewer.data.batches import Static
@@ -27,9 +25,22 @@ IDS = [[1, 2], [3, 4]]
 # ------------------------------------------------------------------------------- the containers
 
 
+def encoding(items):
+    """What tokenizers of transformers return."""
+    from transformers import BatchEncoding
+
+    return BatchEncoding(items)
+
+
 @pytest.mark.parametrize(
     "mapping",
-    [dict, collections.OrderedDict, collections.UserDict, types.MappingProxyType, BatchEncoding],
+    [
+        dict,
+        collections.OrderedDict,
+        collections.UserDict,
+        types.MappingProxyType,
+        pytest.param(encoding, marks=pytest.mark.torch),
+    ],
 )
 def test_any_mapping_is_a_dict(mapping):
     batch = batches.own(mapping({"ids": np.array(IDS), "nested": {"mask": np.ones(2)}}))
@@ -61,7 +72,10 @@ def test_a_dict_goes_by_name():
     assert kwargs == {"ids": 1, "flag": 2}
 
 
+@pytest.mark.torch
 def test_a_registered_output_is_kept_as_it_is():
+    import torch
+
     cache = SequenceClassifierOutput(logits=torch.ones(2, 3), hidden_states=(np.ones(2),))
     batch = batches.own({"teacher": {"a": 1}, "student": {"a": 1}, "teacher_cache": cache})
     owned = batches.plain(batch["teacher_cache"])
@@ -123,8 +137,11 @@ TORCH = {
 }
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", TORCH)
 def test_torch_is_copied_with_its_type(name):
+    import torch
+
     tensor = torch.tensor([[0.0, 1.5], [2.0, 3.0]]).to(getattr(torch, name))
     (owned,) = batches.own((tensor,))
     assert isinstance(owned, np.ndarray)
@@ -134,7 +151,10 @@ def test_torch_is_copied_with_its_type(name):
     np.testing.assert_array_equal(owned, before)
 
 
+@pytest.mark.torch
 def test_torch_parameters_and_transposes_are_read():
+    import torch
+
     weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
     (owned,) = batches.own((weight.T,))
     np.testing.assert_array_equal(owned, np.arange(6.0).reshape(2, 3).T)
@@ -205,11 +225,16 @@ def test_what_cannot_go_to_the_device_is_named_with_its_place(name):
     assert "batch_postprocessor" in str(caught.value)
 
 
+def tensor(*values):
+    import torch
+
+    return torch.tensor(values)
+
+
 @pytest.mark.parametrize(
     ("batch", "what"),
     [
         (np.ones((2, 3)), r"array of shape \(2, 3\)"),
-        (torch.ones(2), r"array of shape \(2,\)"),
         (jnp.ones(2), r"array of shape \(2,\)"),
         ("ids", "a str"),
         (None, "a NoneType"),
@@ -222,10 +247,14 @@ def test_neither_dict_nor_tuple(batch, what):
         batches.own(batch)
 
 
+@pytest.mark.torch
+def test_neither_dict_nor_tuple_but_a_tensor():
+    test_neither_dict_nor_tuple(tensor(1.0, 1.0), r"array of shape \(2,\)")
+
+
 @pytest.mark.parametrize(
     "array",
-    [np.array([0, 2**31]), np.array([-(2**31) - 1]), np.array([2**32], np.uint64), 2**40,
-     torch.tensor([1, 2**50])],
+    [np.array([0, 2**31]), np.array([-(2**31) - 1]), np.array([2**32], np.uint64), 2**40],
 )  # fmt: skip
 def test_integers_that_would_be_cut_are_refused(array):
     with pytest.raises(
@@ -235,6 +264,11 @@ def test_integers_that_would_be_cut_are_refused(array):
     with jax.enable_x64(True):
         batches.own({"stamp": array})
     batches.own({"stamp": np.array([2**31 - 1, -(2**31)]), "unsigned": np.uint64(2**32 - 1)})
+
+
+@pytest.mark.torch
+def test_integers_of_tensors_that_would_be_cut_are_refused():
+    test_integers_that_would_be_cut_are_refused(tensor(1, 2**50))
 
 
 def test_keys_of_a_dict_are_text():
@@ -262,7 +296,10 @@ def aligned(array):
     return copy
 
 
+@pytest.mark.torch
 def test_a_buffer_the_loader_reuses_does_not_corrupt_a_batch(tmp_path):
+    import torch
+
     made = small.batches(12, size=512)
 
     class Reusing:

@@ -9,7 +9,7 @@ import jaxbrewer
 from jaxbrewer.errors import CacheError, ConfigError
 from jaxbrewer.training import teacher_cache as caching
 from tests import tiny
-from tests.parity.reference import read_events
+from tests.tiny import read_events
 
 MATCHES = [
     {"layer_T": 3, "layer_S": 2, "feature": "hidden", "loss": "hidden_mse", "weight": 1.0},

@@ -17,7 +17,7 @@ import jaxbrewer
 from jaxbrewer.errors import BatchError, CheckpointError
 from jaxbrewer.training.checkpoints import Checkpoints, checkpoint_path, steps_in
 from tests import small, tiny
-from tests.parity.reference import read_events
+from tests.tiny import read_events
 
 ADAMW = optax.adamw(1e-2)
 MATCHES = [{k: v for k, v in m.items() if k != "proj"} for m in tiny.MATCHES[1:]] + [

@@ -10,7 +10,7 @@ import jaxbrewer
 from jaxbrewer import CustomMatch, LinenModel
 from jaxbrewer.errors import ConfigError, PreflightError
 from tests import tiny
-from tests.parity.reference import read_events
+from tests.tiny import read_events
 
 
 class Inherits(tiny.Encoder):

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from transformers import BatchEncoding
 
 import jaxbrewer
 from jaxbrewer.data import buckets as data
@@ -149,19 +147,30 @@ COLUMNS = {"input_ids": [[1, 2, 3], [4], [5, 6]], "labels": [0, 1, 0]}
     "given",
     [
         COLUMNS,
-        BatchEncoding(COLUMNS),
         {**COLUMNS, "labels": np.array([0, 1, 0])},
-        {"input_ids": tuple(COLUMNS["input_ids"]), "labels": torch.tensor([0, 1, 0])},
+        {"input_ids": tuple(COLUMNS["input_ids"]), "labels": [0, 1, 0]},
         [dict(zip(COLUMNS, row, strict=True)) for row in zip(*COLUMNS.values(), strict=True)],
         ({"input_ids": jnp.array(i), "labels": n} for i, n in zip(*COLUMNS.values(), strict=True)),
-        [{"input_ids": torch.tensor(i), "labels": 0} for i in COLUMNS["input_ids"]],
-        iter([BatchEncoding({"input_ids": i, "labels": 0}) for i in COLUMNS["input_ids"]]),
     ],
 )
 def test_columns_rows_and_kinds_of_arrays(given):
     (batch,) = bucket_by_length(given, 3, (4,), shuffle=False)
     np.testing.assert_array_equal(batch["input_ids"], [[1, 2, 3, 0], [4, 0, 0, 0], [5, 6, 0, 0]])
     assert batch["labels"].shape == (3,)
+
+
+@pytest.mark.torch
+def test_what_torch_and_transformers_give():
+    import torch
+    from transformers import BatchEncoding
+
+    for given in [
+        BatchEncoding(COLUMNS),
+        {"input_ids": tuple(COLUMNS["input_ids"]), "labels": torch.tensor([0, 1, 0])},
+        [{"input_ids": torch.tensor(i), "labels": 0} for i in COLUMNS["input_ids"]],
+        iter([BatchEncoding({"input_ids": i, "labels": 0}) for i in COLUMNS["input_ids"]]),
+    ]:
+        test_columns_rows_and_kinds_of_arrays(given)
 
 
 def test_empty_examples_are_all_padding():

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from textbrewer import data_utils as reference
 
 from jaxbrewer import data_utils
 
@@ -23,8 +22,11 @@ CASES = {
 ALL = [(name, kwargs) for name, cases in CASES.items() for kwargs in cases]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("name", "kwargs"), ALL)
 def test_equals_textbrewer_for_the_same_seed(name, kwargs):
+    from textbrewer import data_utils as reference
+
     ours, theirs = getattr(data_utils, name), getattr(reference, name)
     for seed in range(60):
         tokens = [f"token{i}" for i in range(5 + seed % 40)]
@@ -36,7 +38,10 @@ def test_equals_textbrewer_for_the_same_seed(name, kwargs):
         assert tokens == [f"token{i}" for i in range(len(tokens))]
 
 
+@pytest.mark.torch
 def test_short_lists_equal_textbrewer():
+    from textbrewer import data_utils as reference
+
     cases = [
         ("masking", {"p": 0.5}),
         ("deleting", {"p": 0.5}),

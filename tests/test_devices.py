@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-import torch
 
 from jaxbrewer.configurations.checks import device_name
 from jaxbrewer.machine import devices
@@ -35,7 +34,10 @@ def test_names_stay(name):
     assert device_name(name) == name
 
 
+@pytest.mark.torch
 def test_a_torch_device_is_its_text():
+    import torch
+
     assert device_name(torch.device("cuda:1")) == "cuda:1"
     assert device_name(torch.device("cpu")) == "cpu"
 

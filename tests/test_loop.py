@@ -12,7 +12,7 @@ from jaxbrewer.errors import BatchError
 from jaxbrewer.training.checkpoints import steps_in
 from jaxbrewer.training.metrics import MetricsWriter
 from tests import small, tiny
-from tests.parity.reference import read_events
+from tests.tiny import read_events
 
 
 def test_callback_gets_the_trained_student_at_each_checkpoint(tmp_path):

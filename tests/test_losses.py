@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxbrewer import losses
+from jaxbrewer.losses import hidden as losses
 
 BATCH, LENGTH, PADDING = 3, 5, 2
 RAGGED = np.arange(LENGTH) < np.array([[2], [5], [3]])

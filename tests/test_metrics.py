@@ -2,6 +2,7 @@
 
 import gc
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -151,3 +152,21 @@ def test_the_distillers_writer_is_there_for_its_user_at_any_time(tmp_path):
     assert read["callback"] == {2: 2, 4: 4}
     assert (read["kept"], read["after"]) == ({0: 1}, {0: 2, 1: 3})
     assert list(read["scalar/total_loss"]) == [0, 1, 2, 3]
+
+
+LEFT_OPEN = """
+import sys, numpy as np
+from jaxbrewer.training.metrics import EventWriter, MetricsWriter
+points = MetricsWriter(EventWriter(sys.argv[1]))
+points.write(0, ("a",), np.float32([3]))
+points.close()
+"""
+
+
+def test_a_writer_left_open_ends_in_silence(tmp_path):
+    """Python 3.12 and later start no thread at exit, and said so in a traceback."""
+    run = subprocess.run(
+        [sys.executable, "-c", LEFT_OPEN, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert read_scalars(tmp_path) == {"a": {0: 3}}

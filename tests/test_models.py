@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from flax import linen, nnx
 
 import jaxbrewer
@@ -443,7 +442,6 @@ def test_nested_names_are_joined():
 @pytest.mark.parametrize(
     ("model", "fix"),
     [
-        (torch.nn.Linear(2, 2), r"torch.*Linear; a torch module does not run here.*jaxbrewer.zoo"),
         (Modeless(), r"Modeless; .*LinenModel\(module, variables\)"),
         (lambda x: x, r"function; .*FunctionModel\(apply, params\)"),
         (Net, r"ModuleMeta; Net is the class itself: make an instance"),
@@ -454,6 +452,16 @@ def test_nested_names_are_joined():
 def test_what_is_no_model_gets_its_wrapper_named(model, fix):
     with pytest.raises(TypeError, match=f"model_S is a .*{fix}"):
         as_model(model, "model_S")
+
+
+@pytest.mark.torch
+def test_a_torch_module_is_sent_to_the_zoo():
+    import torch
+
+    with pytest.raises(
+        TypeError, match=r"torch.*Linear; a torch module does not run.*jaxbrewer.zoo"
+    ):
+        as_model(torch.nn.Linear(2, 2), "model_S")
 
 
 # --------------------------------------------------------------------- through a distiller, once

@@ -7,13 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import textbrewer
-import torch
-from textbrewer import losses as torch_losses
-from textbrewer import schedulers as torch_schedulers
-from textbrewer.distiller_utils import probability_shift_, select_logits_with_mask
 
-from jaxbrewer import losses, presets
+from jaxbrewer import presets
+from jaxbrewer.losses import hidden as losses
 from jaxbrewer.objective import loss as objective
 from jaxbrewer.objective.loss import Weights, distillation_loss, kd_term, probability_shift
 from jaxbrewer.objective.plan import KD, Match, Plan, Weight
@@ -49,8 +45,12 @@ def term(kd, *sides):
 # ---------------------------------------------------------------------------- probability shift
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("shape", [(7,), (4, 6)])
 def test_probability_shift_is_textbrewers(shape, x64):
+    import torch
+    from textbrewer.distiller_utils import probability_shift_
+
     teacher = logits(*shape)
     labels = RNG.integers(0, CLASSES, shape)
     if len(shape) == 2:
@@ -74,8 +74,12 @@ def test_labels_beyond_the_classes_give_nan_and_not_another_class():
     assert np.isnan(shifted[1]).any()
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("labels", [[4, 4], [0, 3]])
 def test_equal_logits_shift_like_textbrewers(labels, x64):
+    import torch
+    from textbrewer.distiller_utils import probability_shift_
+
     teacher = np.zeros((2, CLASSES))
     expected = probability_shift_(torch.tensor(teacher.copy()), torch.tensor(labels)).numpy()
     np.testing.assert_array_equal(probability_shift(teacher, jnp.array(labels)), expected)
@@ -83,22 +87,37 @@ def test_equal_logits_shift_like_textbrewers(labels, x64):
 
 # -------------------------------------------------------------------------- masks of each side
 
-TORCH_KD = {"ce": torch_losses.kd_ce_loss, "mse": torch_losses.kd_mse_loss}
 SCHEDULES = {
-    "none": (None, None),
-    "flsw": (
-        presets.TEMPERATURE_SCHEDULER[["flsw", 1, 2]],
-        torch_schedulers.flsw_temperature_scheduler_builder(1, 2),
-    ),
-    "cwsm": (
-        presets.TEMPERATURE_SCHEDULER[["cwsm", 1]],
-        torch_schedulers.cwsm_temperature_scheduler_builder(1),
-    ),
+    "none": None,
+    "flsw": presets.TEMPERATURE_SCHEDULER[["flsw", 1, 2]],
+    "cwsm": presets.TEMPERATURE_SCHEDULER[["cwsm", 1]],
 }
+
+
+def torch_kd(name):
+    """TextBrewer's loss of that name."""
+    from textbrewer import losses
+
+    return {"ce": losses.kd_ce_loss, "mse": losses.kd_mse_loss}[name]
+
+
+def torch_schedule(name):
+    """TextBrewer's twin of a schedule above."""
+    from textbrewer import schedulers
+
+    return {
+        "none": None,
+        "flsw": schedulers.flsw_temperature_scheduler_builder(1, 2),
+        "cwsm": schedulers.cwsm_temperature_scheduler_builder(1),
+    }[name]
 
 
 def textbrewers_kd(loss, schedule, S, T, mask_S, mask_T):
     """Selects on each side, then compares: TextBrewer's own functions."""
+
+    import torch
+    from textbrewer.distiller_utils import select_logits_with_mask
+
     S, T, mask_S, mask_T = (
         [torch.tensor(x) for x in side] for side in (S, T, mask_S, mask_T)
     )  # fmt: skip
@@ -106,7 +125,7 @@ def textbrewers_kd(loss, schedule, S, T, mask_S, mask_T):
     total = 0
     for l_S, l_T in zip(*selected, strict=True):
         temperature = 3.0 if schedule is None else schedule(l_S, l_T, 3.0)
-        total += TORCH_KD[loss](l_S, l_T, temperature)
+        total += torch_kd(loss)(l_S, l_T, temperature)
     return total.item()
 
 
@@ -121,10 +140,11 @@ def masks(rows, length_S, length_T, per_side, kind=np.int64):
     return flat if per_side else [flat[0], flat[0].copy()]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("loss", TORCH_KD)
+@pytest.mark.parametrize("loss", ["ce", "mse"])
 def test_masks_equal_torchs_selection(loss, schedule, x64):
-    ours, theirs = SCHEDULES[schedule]
+    ours, theirs = SCHEDULES[schedule], torch_schedule(schedule)
     setting = kd(presets.KD_LOSS_MAP[loss], scheduler=ours)
     for lengths, per_side, kind in [
         ((6, 6), True, bool),
@@ -139,6 +159,7 @@ def test_masks_equal_torchs_selection(loss, schedule, x64):
         assert surplus == 0
 
 
+@pytest.mark.torch
 def test_one_mask_that_both_adaptors_return_is_a_weight(x64):
     """The very same array on both sides, as a batch that feeds both gives it."""
     S, T, (mask, _) = logits(3, 6), logits(3, 6), masks(3, 6, 6, True)
@@ -155,6 +176,7 @@ def test_one_mask_that_both_adaptors_return_is_a_weight(x64):
     assert "sort" not in str(jax.make_jaxpr(shared)(mask))
 
 
+@pytest.mark.torch
 def test_several_logits_share_a_mask_or_have_one_each(x64):
     S, T = [logits(3, 6) for _ in range(2)], [logits(3, 4) for _ in range(2)]
     pairs = [masks(3, 6, 4, True) for _ in range(2)]
@@ -168,9 +190,12 @@ def test_several_logits_share_a_mask_or_have_one_each(x64):
     np.testing.assert_allclose(value, expected, rtol=1e-10)
 
 
+@pytest.mark.torch
 def test_masks_do_not_touch_two_dimensions(x64):
+    import torch
+
     S, T = logits(4), logits(4)
-    expected = torch_losses.kd_ce_loss(torch.tensor(S), torch.tensor(T), 3.0)
+    expected = torch_kd("ce")(torch.tensor(S), torch.tensor(T), 3.0)
     value, surplus = term(kd(), results(S, np.zeros((4, 6))), results(T, np.ones((4, 6))))
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     assert surplus == 0
@@ -191,14 +216,19 @@ def test_unselected_positions_may_hold_anything(x64):
     assert np.all(np.isfinite(gradient))
 
 
+@pytest.mark.torch
 def test_shift_with_masks_selects_the_students_labels(x64):
     """TextBrewer raises here; the shift of each selected position alone is what is meant."""
+
+    import torch
+    from textbrewer.distiller_utils import probability_shift_
+
     S, T = logits(3, 6), logits(3, 4)
     mask_S, mask_T = masks(3, 6, 4, True)
     labels = RNG.integers(0, CLASSES, (3, 6))
     selected = labels[mask_S != 0]
     shifted = probability_shift_(torch.tensor(T[mask_T != 0]), torch.tensor(selected))
-    expected = torch_losses.kd_ce_loss(torch.tensor(S[mask_S != 0]), shifted, 3.0).item()
+    expected = torch_kd("ce")(torch.tensor(S[mask_S != 0]), shifted, 3.0).item()
     value, _ = term(kd(shift=True), results(S, mask_S, labels), results(T, mask_T))
     np.testing.assert_allclose(value, expected, rtol=1e-10)
 
@@ -279,9 +309,12 @@ def test_users_losses_equal_selection(loss, per_side, x64):
     )
 
 
+@pytest.mark.torch
 def test_a_users_loss_gets_temperatures_by_position(x64):
+    import torch
+
     S, T, (mask, _) = logits(3, 6), logits(3, 6), masks(3, 6, 6, True)
-    ours, theirs = SCHEDULES["flsw"]
+    ours, theirs = SCHEDULES["flsw"], torch_schedule("flsw")
     S_, T_ = S[mask == 1], T[mask == 1]
     temperature = theirs(torch.tensor(S_), torch.tensor(T_), 3.0).numpy()
     value, _ = term(kd(by_mean, scheduler=ours), results(S, mask), results(T, mask))
@@ -327,7 +360,7 @@ def test_what_functions_do_is_found_by_trying():
     assert objective.is_positionwise(presets.TEMPERATURE_SCHEDULER["constant"])
     assert not objective.is_positionwise(lambda S, T, base: base + jnp.mean(S))
     assert not objective.is_positionwise(lambda S, T, base: jnp.max(S, -1) - jnp.mean(S))
-    for function in (with_mask, masked_mean, *presets.KD_LOSS_MAP.values(), SCHEDULES["flsw"][0]):
+    for function in (with_mask, masked_mean, *presets.KD_LOSS_MAP.values(), SCHEDULES["flsw"]):
         assert objective.heeds_mask(function)
     assert not objective.heeds_mask(swallowing)
 
@@ -506,11 +539,15 @@ def test_a_weight_of_zero_has_no_gradient_and_costs_no_backward_pass(off, compil
     assert 0 < logged < 0.5 * whole
 
 
+@pytest.mark.torch
 def test_every_kd_loss_of_the_presets_is_textbrewers_too(x64):
+    import textbrewer
+    import torch
+
     assert set(presets.KD_LOSS_MAP) == set(textbrewer.presets.KD_LOSS_MAP)
     S, T = logits(4), logits(4)
-    for name, temperature in itertools.product(TORCH_KD, (1.0, 8.0)):
-        expected = TORCH_KD[name](torch.tensor(S), torch.tensor(T), temperature)
+    for name, temperature in itertools.product(("ce", "mse"), (1.0, 8.0)):
+        expected = torch_kd(name)(torch.tensor(S), torch.tensor(T), temperature)
         value, _ = kd_term(kd(presets.KD_LOSS_MAP[name], temperature), results(S), results(T))
         np.testing.assert_allclose(value, expected, rtol=1e-12)
 

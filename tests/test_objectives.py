@@ -7,7 +7,7 @@ import pytest
 import jaxbrewer
 from jaxbrewer.data.batches import own
 from jaxbrewer.errors import PreflightError
-from jaxbrewer.objective import Weights
+from jaxbrewer.objective.loss import Weights
 from jaxbrewer.preflight import prepare
 from jaxbrewer.training import read_scalars
 

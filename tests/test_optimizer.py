@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from flax import nnx
 
 from jaxbrewer.step import optimizer
@@ -123,9 +122,12 @@ def test_the_callers_options_are_not_changed():
     assert options == {"lr": 0.5, "betas": (0.1, 0.2)}
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("max_norm", [1e-3, 0.5, 3.0, 1e6])
 def test_clipping_is_torchs(dtype, max_norm, x64):
+    import torch
+
     rng = np.random.default_rng(0)
     grads = [rng.normal(size=shape).astype(dtype) for shape in ((3, 2), (4,), ())]
     parameters = [torch.zeros(g.shape, dtype=getattr(torch, dtype)) for g in grads]
@@ -148,9 +150,13 @@ def test_clipping_half_gradients_counts_in_full_precision():
     np.testing.assert_array_equal(zero, 0)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("max_norm", [0.1, 3.0, 1e6])
 def test_projections_are_clipped_with_the_student_where_asked(max_norm):
     """One norm of all, as torch clips Apex's master parameters."""
+
+    import torch
+
     params, grads = tree(0), tree(1)
     parameters = [torch.zeros(g.shape) for g in jax.tree.leaves(grads)]
     for parameter, grad in zip(parameters, jax.tree.leaves(grads), strict=True):
@@ -244,11 +250,7 @@ def test_options_that_are_not_taken(factory, options, message):
         make_optimizer(factory, options)
 
 
-PARAMETERS = [torch.nn.Parameter(torch.zeros(1))]
-
 WRONG = {
-    "torch": (lambda: torch.optim.SGD(PARAMETERS, lr=0.1), r"optimizer is a torch.optim.sgd.SGD;"),
-    "torch's class": (lambda: torch.optim.AdamW, r"AdamW cannot be called with \{\}.*functools"),
     "None": (lambda: None, "optimizer is a builtins.NoneType; pass an optax.Gradient"),
     "a rate": (lambda: 0.1, "optimizer is a builtins.float"),
     "no rate": (lambda: optax.adamw, "adamw cannot be called with .*learning_rate.*partial"),
@@ -266,6 +268,17 @@ def test_what_is_no_optimizer(name):
     make, message = WRONG[name]
     with pytest.raises(TypeError, match=message):
         build(make(), {})
+
+
+@pytest.mark.torch
+def test_what_is_an_optimizer_of_torch():
+    import torch
+
+    made = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(TypeError, match=r"optimizer is a torch.optim.sgd.SGD;"):
+        build(made, {})
+    with pytest.raises(TypeError, match=r"AdamW cannot be called with \{\}.*functools"):
+        build(torch.optim.AdamW, {})
 
 
 @pytest.mark.parametrize("norm", [None, "1", True])

@@ -61,6 +61,15 @@ FUNCTIONS = {
     "scan backwards": lambda w, x: jax.lax.scan(
         lambda c, r: (c @ w, r @ w), x[0], x, reverse=True, unroll=2
     ),
+    "scan without a carry": lambda w, x: jax.lax.map(lambda r: jnp.tanh(r @ w) @ w, x),
+    "scan of trees": lambda w, x: jax.lax.scan(
+        lambda c, r: ({"a": c["b"] @ w, "b": jnp.tanh(c["a"] + r[0])}, (r[1] @ w, c["a"])),
+        {"a": x[0], "b": x[1]},
+        (x, 2 * x),
+    ),
+    "scan of nothing but its carry": lambda w, x: jax.lax.scan(
+        lambda c, _: (jnp.tanh(c @ w), None), x, length=3
+    )[0],
     "cond": lambda w, x: jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w * 2),
     "switch": lambda w, x: jax.lax.switch(2, [lambda: x, lambda: x @ w, lambda: x @ w @ w]),
     "platforms": lambda w, x: jax.lax.platform_dependent(

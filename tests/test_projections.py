@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
-from textbrewer import projections as reference
 
 from jaxbrewer import presets
 from jaxbrewer.projections import ACTIVATIONS, linear_projection, projection_with_activation
@@ -23,8 +21,12 @@ def quantiles(sample):
     return np.quantile(np.asarray(sample), np.linspace(0.01, 0.99, 25))
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", ["linear", "relu", "tanh"])
 def test_first_weights_are_distributed_as_textbrewers(name):
+    import torch
+    from textbrewer import projections as reference
+
     ours = presets.PROJ_MAP[name](312, 768, rngs=nnx.Rngs(0))
     ours = ours if name == "linear" else ours.linear
     torch.manual_seed(0)
@@ -69,8 +71,12 @@ def test_parameters_are_float64_in_double_precision(x64):
     assert module(jnp.ones((2, 3))).dtype == jnp.float64
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", ["relu", "tanh"])
 def test_activations_equal_textbrewers(name, x64):
+    import torch
+    from textbrewer import projections as reference
+
     ours = presets.PROJ_MAP[name](3, 5, rngs=nnx.Rngs(0))
     theirs = reference.projection_with_activation({"relu": "ReLU", "tanh": "Tanh"}[name])(3, 5)
     theirs = theirs.double()
@@ -102,8 +108,11 @@ TORCH_NAMES = [
 ]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", TORCH_NAMES)
 def test_activations_by_torchs_name_are_torchs(name, x64):
+    import torch
+
     module = projection_with_activation(name)(1, 1, rngs=nnx.Rngs(0))
     x = np.linspace(-8, 8, 301)
     expected = getattr(torch.nn, name)()(torch.tensor(x)).numpy()

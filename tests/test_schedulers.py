@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
-from transformers import optimization as reference
 
 from jaxbrewer import schedulers
 from jaxbrewer.objective.tables import looks_absolute, tabulate
@@ -171,8 +169,11 @@ FACTORS = [
 ]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("name", "kwargs"), FACTORS)
 def test_factors_equal_transformers(name, kwargs):
+    from transformers import optimization as reference
+
     factor = getattr(schedulers, f"get_{name}")(**kwargs)
     steps = np.arange(80)
     expected = [getattr(reference, f"_get_{name}_lr_lambda")(int(s), **kwargs) for s in steps]
@@ -183,7 +184,11 @@ def test_factors_equal_transformers(name, kwargs):
     np.testing.assert_allclose(traced, expected, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.torch
 def test_defaults_are_transformers():
+    import torch
+    from transformers import optimization as reference
+
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     for name, kwargs in [
         ("cosine_schedule_with_warmup", {}),

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from flax import nnx
-from transformers import get_linear_schedule_with_warmup
 
 import jaxbrewer
 from jaxbrewer import (
@@ -29,8 +27,8 @@ from jaxbrewer.preflight import prepare
 from jaxbrewer.training import run as training
 
 from . import small
-from .parity.reference import read_events
 from .small import adaptor, encoder
+from .tiny import read_events
 
 
 class Lengthless:
@@ -40,16 +38,10 @@ class Lengthless:
         yield from small.batches(3)
 
 
-class Dataset(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        yield from small.batches(2)
-
-
 # ------------------------------------------------------------------------------------ arguments
 
 LOADER = small.batches(4)
 EPOCH = {"num_epochs": 1}
-TORCH = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
 WARM_UP = {"num_warmup_steps": 1, "num_training_steps": 4}
 
 
@@ -80,28 +72,12 @@ WRONG = {
                                   {"num_steps": 1, "dataloader": iter(())}, {}),
     "a loader without a length": (ValueError, "num_epochs needs a loader with a length.*num_steps",
                                   {**EPOCH, "dataloader": Lengthless()}, {}),
-    "torch's loader without a length": (
-        ValueError, "num_epochs needs a loader with a length",
-        {**EPOCH, "dataloader": torch.utils.data.DataLoader(Dataset(), batch_size=None)}, {}),
     "no loader": (TypeError, "dataloader is a int, which cannot be iterated",
                   {**EPOCH, "dataloader": 3}, {}),
     "a batch for a loader": (BatchError, r"must be a dict .* the loader gave a str \('ids'\)",
                              {**EPOCH, "dataloader": LOADER[0]}, {}),
     "text in a batch": (BatchError, r"batch\['title'\] is a str.*batch_postprocessor",
                         {**EPOCH, "dataloader": [{**LOADER[0], "title": "x"}]}, {}),
-    "a torch scheduler": (
-        TypeError, "scheduler= takes a scheduler that was built for a torch optimizer.*"
-        "scheduler_class=jaxbrewer.schedulers.get_linear",
-        {**EPOCH, "scheduler": torch.optim.lr_scheduler.ConstantLR(TORCH)}, {}),
-    "an object for a class": (TypeError, "scheduler_class is a ConstantLR; pass the class",
-                              {**EPOCH, "scheduler_class":
-                               torch.optim.lr_scheduler.ConstantLR(TORCH)}, {}),
-    "transformers' function": (
-        TypeError, "get_linear_schedule_with_warmup wants a torch optimizer.*same name in "
-        "jaxbrewer.schedulers",
-        {**EPOCH, "scheduler_class": get_linear_schedule_with_warmup, "scheduler_args": WARM_UP}, {}),
-    "torch's class": (TypeError, "LambdaLR wants a torch optimizer",
-                      {**EPOCH, "scheduler_class": torch.optim.lr_scheduler.LambdaLR}, {}),
     "a schedule for a class": (
         TypeError, "cannot be called with {}.*is it a schedule already.*lambda: schedule",
         {**EPOCH, "scheduler_class": optax.linear_schedule(1, 0, 4)}, {}),
@@ -127,12 +103,56 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_arguments_are_refused_before_anything_is_written(name, tmp_path):
-    error, message, arguments, config = WRONG[name]
+    refuses(tmp_path, *WRONG[name])
+
+
+def refuses(tmp_path, error, message, arguments, config):
     distiller = small.distiller(tmp_path, **config)
     with distiller, pytest.raises(error) as caught:
         distiller.train(small.SGD, **{"dataloader": LOADER, **arguments})
     assert re.search(message, str(caught.value), re.DOTALL), caught.value
     assert not (tmp_path / "out").exists()
+
+
+# The same, of torch and transformers.
+TORCH = {
+    "a loader without a length": (ValueError, "num_epochs needs a loader with a length"),
+    "a scheduler": (
+        TypeError, "scheduler= takes a scheduler that was built for a torch optimizer.*"
+        "scheduler_class=jaxbrewer.schedulers.get_linear"),
+    "an object for a class": (TypeError, "scheduler_class is a ConstantLR; pass the class"),
+    "transformers' function": (
+        TypeError, "get_linear_schedule_with_warmup wants a torch optimizer.*same name in "
+        "jaxbrewer.schedulers"),
+    "torch's class": (TypeError, "LambdaLR wants a torch optimizer"),
+}  # fmt: skip
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", TORCH)
+def test_what_is_torchs_is_refused_before_anything_is_written(name, tmp_path):
+    import torch
+    from transformers import get_linear_schedule_with_warmup
+
+    class Dataset(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from small.batches(2)
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    arguments = {
+        "a loader without a length": {
+            "dataloader": torch.utils.data.DataLoader(Dataset(), batch_size=None)
+        },
+        "a scheduler": {"scheduler": scheduler},
+        "an object for a class": {"scheduler_class": scheduler},
+        "transformers' function": {
+            "scheduler_class": get_linear_schedule_with_warmup,
+            "scheduler_args": WARM_UP,
+        },
+        "torch's class": {"scheduler_class": torch.optim.lr_scheduler.LambdaLR},
+    }[name]
+    refuses(tmp_path, *TORCH[name], {**EPOCH, **arguments}, {})
 
 
 def test_custom_matches_of_another_kind(tmp_path):
@@ -150,7 +170,6 @@ MODELS = encoder(1), encoder(2), adaptor("logits"), adaptor("logits")
         (lambda: GeneralDistiller({}, CONFIGS[1], *MODELS), "train_config is a dict, not a Training"),
         (lambda: GeneralDistiller(*CONFIGS[::-1], *MODELS), "not a TrainingConfig"),
         (lambda: GeneralDistiller(CONFIGS[0], {}, *MODELS), "distill_config is a dict"),
-        (lambda: GeneralDistiller(*CONFIGS, torch.nn.Linear(1, 1), *MODELS[1:]), "model_T is a torch"),
         (lambda: GeneralDistiller(*CONFIGS, MODELS[0], None, *MODELS[2:]), "model_S is a .*NoneType"),
         (lambda: GeneralDistiller(*CONFIGS, *MODELS[:2], {}, MODELS[3]), "adaptor_T is a dict"),
         (lambda: GeneralDistiller(*CONFIGS, *MODELS[:3], None), "adaptor_S is a NoneType"),
@@ -160,6 +179,14 @@ MODELS = encoder(1), encoder(2), adaptor("logits"), adaptor("logits")
 def test_wrong_arguments_of_distillers(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+@pytest.mark.torch
+def test_a_torch_module_is_no_teacher():
+    import torch
+
+    with pytest.raises(TypeError, match="model_T is a torch"):
+        GeneralDistiller(*CONFIGS, torch.nn.Linear(1, 1), *MODELS[1:])
 
 
 def test_a_distiller_of_logits_refuses_matches(tmp_path):

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import textbrewer.utils
-import torch
 from flax import linen, nnx
 
 from jaxbrewer.utils import LayerNode, display_parameters
@@ -22,7 +20,11 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
 
 
+@pytest.mark.torch
 def test_the_layout_is_textbrewers():
+    import textbrewer.utils
+    import torch
+
     shapes = {
         "bert.embeddings.word.weight": (50, 24),
         "bert.embeddings.position.weight": (20, 24),

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 import jaxbrewer
+from jaxbrewer.training.metrics import read_scalars
 
 VOCABULARY = 20
 SGD = functools.partial(optax.sgd, learning_rate=0.1)
@@ -92,6 +93,11 @@ def weights(module):
     """Dotted name → numpy array."""
     state = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(map(str, path)): np.array(value[...]) for path, value in state}
+
+
+def read_events(folder):
+    """Reads tag → values in order of step from tensorboard files."""
+    return {tag: [c[i] for i in sorted(c)] for tag, c in read_scalars(folder).items()}
 
 
 class Compiles:

@@ -260,12 +260,16 @@ def _sum(eqn: Any, values: Sequence[Any]) -> Any:
 
 def _scan(eqn: Any, values: list[Any], how: _How) -> Sequence[Any]:
     p = eqn.params
-    first, last = p["num_consts"], p["num_consts"] + p["num_carry"]
-    consts, carry, xs = values[:first], values[first:last], values[last:]
+    if "ft_in" in p:  # JAX 0.11 and later: a tree of (consts, carry, xs)
+        num_consts, num_carry, _ = map(len, p["ft_in"].unpack())
+    else:
+        num_consts, num_carry = p["num_consts"], p["num_carry"]
+    consts, carry = values[:num_consts], values[num_consts : num_consts + num_carry]
+    xs = values[num_consts + num_carry :]
 
     def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         outputs = _evaluate(*_open(p["jaxpr"]), [*consts, *carry, *x], how)
-        return outputs[: p["num_carry"]], outputs[p["num_carry"] :]
+        return outputs[:num_carry], outputs[num_carry:]
 
     carry, ys = jax.lax.scan(body, carry, xs, p["length"], p["reverse"], p["unroll"])
     return [*carry, *ys]

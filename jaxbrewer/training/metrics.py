@@ -40,17 +40,22 @@ def read_scalars(folder: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
 
 
 class EventWriter(SummaryWriter):
-    """A `SummaryWriter` that writes over no other's file.
+    """A `SummaryWriter` that writes over no other's file, its queue at work as soon as one is open.
 
     TensorboardX names files by the second, and one that was closed opens another when written to;
-    a number makes their names differ.
+    a number makes their names differ. `MetricsWriter` passes the queue over, and a writer that is
+    left open closes at exit by a last word through it: too late to start the queue's thread, for
+    since Python 3.12 none is started then.
     """
 
     def _get_file_writer(self) -> Any:
-        if self.file_writer is None:
-            earlier = sum(1 for _ in Path(self.logdir).glob("events.*"))
-            self._filename_suffix = f".{earlier:04}"
-        return super()._get_file_writer()
+        if self.file_writer is not None:
+            return self.file_writer
+        earlier = sum(1 for _ in Path(self.logdir).glob("events.*"))
+        self._filename_suffix = f".{earlier:04}"
+        writer = super()._get_file_writer()
+        writer.add_event(Event())  # says nothing, and starts the thread
+        return writer
 
 
 class MetricsWriter:

@@ -12,8 +12,8 @@ import textbrewer
 import torch
 
 import jaxbrewer
-from jaxbrewer.training.metrics import read_scalars
 
+from ..tiny import read_events
 from .toys import batches, linear_names, twins
 
 
@@ -35,11 +35,6 @@ class Recorder:
 
     def add_scalar(self, tag, value, step):
         self.curves.setdefault(tag, {})[step] = value
-
-
-def read_events(folder):
-    """Reads tag → values in order of step from tensorboard files."""
-    return {tag: [c[i] for i in sorted(c)] for tag, c in read_scalars(folder).items()}
 
 
 @dataclass

@@ -12,6 +12,8 @@ from jaxbrewer.schedulers import get_linear_schedule_with_warmup
 
 from .reference import Job, assert_equal_runs, masked_nst, run_both
 
+pytestmark = pytest.mark.torch
+
 
 def hidden(layer_T, layer_S, loss="hidden_mse", weight=1.0, proj=None):
     match = {

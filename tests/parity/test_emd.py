@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from scipy.optimize import linprog
 
 import jaxbrewer
@@ -39,8 +38,11 @@ def transport(cost):
     return linprog(cost.ravel(), A_eq=rows, b_eq=weights).x.reshape(n, m)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("seed", range(5))
 def test_loss_and_gradient_equal_the_formula(seed, tmp_path, x64):
+    import torch
+
     rng = np.random.default_rng(seed)
     mask = (np.arange(5) < rng.integers(1, 6, (4, 1))).astype(float)
     hidden_S, hidden_T = rng.normal(size=(3, 4, 5, 6)), rng.normal(size=(4, 4, 5, 6))
@@ -73,8 +75,6 @@ def test_loss_and_gradient_equal_the_formula(seed, tmp_path, x64):
 
 
 def test_trains_with_its_tags_and_its_projections(tmp_path):
-    from .reference import read_events
-
     distiller = make(
         tmp_path, EMD | {"proj": ["linear", 4, 6, {"lr": 0.5}]}, 4, hard_label_weight=0.0
     )
@@ -82,7 +82,7 @@ def test_trains_with_its_tags_and_its_projections(tmp_path):
     with distiller:
         assert "emd" in distiller.check(tiny.loader(1)[0])
         distiller.train(tiny.SGD, tiny.loader(4), num_epochs=10)
-    curves = read_events(tmp_path / "log")
+    curves = tiny.read_events(tmp_path / "log")
     names = ("unweighted_hidden_hidden_mse_emd", "unweighted_embedding_hidden_mse")
     for name in names:
         curve = curves[f"scalar/{name}"]

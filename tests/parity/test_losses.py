@@ -11,7 +11,9 @@ import pytest
 import textbrewer.losses
 import torch
 
-from jaxbrewer import losses
+from jaxbrewer.losses import hidden as losses
+
+pytestmark = pytest.mark.torch
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 MASKS = ["none", "ones", "bool", "float", "ragged"]

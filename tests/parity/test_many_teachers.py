@@ -14,6 +14,8 @@ from jaxbrewer.training import teacher_cache as caching
 from .reference import Job, adaptor, assert_equal_runs, configs, run, run_both
 from .toys import batches, twins
 
+pytestmark = pytest.mark.torch
+
 POOLED = {"layers": 2, "width": 8}
 TOKENS = POOLED | {"tokens": True}
 

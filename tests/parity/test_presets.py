@@ -8,6 +8,8 @@ from textbrewer import presets as reference
 
 from jaxbrewer import presets
 
+pytestmark = pytest.mark.torch
+
 KEYS = [
     ["flsw", 1, 2],
     ["flsw", {"beta": -0.5, "gamma": 0.5}],

@@ -1,11 +1,14 @@
 """Supervised training: the curve and the saved steps of TextBrewer's BasicTrainer."""
 
+import pytest
 import textbrewer
 
 import jaxbrewer
 
 from .reference import Job, adaptor, assert_equal_runs, configs, run
 from .toys import batches, twins
+
+pytestmark = pytest.mark.torch
 
 
 def test_trainer(tmp_path, x64):

@@ -1,13 +1,9 @@
 """Tiny torch models with weights large enough to tell formulas apart, and batches for them."""
 
+import functools
+
 import numpy as np
 import pytest
-import torch
-import transformers
-
-torch.set_num_threads(1)
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
 
 TINY = dict(
     vocab_size=50,
@@ -35,8 +31,21 @@ def family_of(name):
     return next(family for family in FAMILIES if name.startswith(family))
 
 
+@functools.cache
+def libraries():
+    """torch and transformers, on one thread and quiet."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return torch, transformers
+
+
 def make_torch(name, double=False, seed=0, **changes):
     """A transformers model called ``name``, in eval mode, with random weights everywhere."""
+    torch, transformers = libraries()
     family = family_of(name)
     config = getattr(transformers, f"{family}Config")(**{**FAMILIES[family], **changes})
     config._attn_implementation = "eager"
@@ -83,6 +92,7 @@ def labels_for(name, batch, length, num_labels):
 
 
 def to_torch(batch):
+    torch, _ = libraries()
     return {key: torch.tensor(value) for key, value in batch.items()}
 
 

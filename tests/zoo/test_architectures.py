@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -32,7 +30,10 @@ def test_robertas_positions_pass_over_padding():
     np.testing.assert_array_equal(model._positions(None, 3), [[4, 5, 6]])
 
 
+@pytest.mark.torch
 def test_robertas_embeddings_given_equal_transformers(tmp_path):
+    import torch
+
     theirs = make_torch("RobertaModel")
     theirs.save_pretrained(tmp_path)
     ours = zoo.RobertaModel.from_pretrained(tmp_path)
@@ -69,7 +70,10 @@ def test_robertas_refusals(changes, message):
         config_of("Roberta", **changes)
 
 
+@pytest.mark.torch
 def test_distilberts_sinusoids_equal_transformers():
+    import transformers
+
     changes = {"sinusoidal_pos_embds": True}
     theirs = transformers.DistilBertModel(
         transformers.DistilBertConfig(**FAMILIES["DistilBert"], **changes)
@@ -82,6 +86,7 @@ def test_distilberts_sinusoids_equal_transformers():
 # --- widths and heads ------------------------------------------------------------------------
 
 
+@pytest.mark.torch
 def test_electra_projects_its_embeddings_where_widths_differ(tmp_path):
     model = zoo.ElectraModel(config_of("Electra"), rngs=nnx.Rngs(0))
     assert model.embeddings_project.kernel.shape == (16, 24)
@@ -158,6 +163,7 @@ PRETRAINING = {
 }
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("family", NEW)
 def test_heads_of_pretraining_are_passed_over(family, tmp_path):
     theirs = make_torch(PRETRAINING[family])
@@ -175,6 +181,7 @@ def test_heads_of_pretraining_are_passed_over(family, tmp_path):
     )
 
 
+@pytest.mark.torch
 def test_robertas_old_files_with_a_pooler_and_position_ids_are_read(tmp_path):
     theirs = make_torch("RobertaForSequenceClassification", num_labels=3)
     theirs.save_pretrained(tmp_path)
@@ -190,8 +197,11 @@ def test_robertas_old_files_with_a_pooler_and_position_ids_are_read(tmp_path):
     close(got, theirs(**to_torch(batch)).logits, 1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("family", NEW)
 def test_defaults_and_files_are_transformers(family, tmp_path):
+    import transformers
+
     theirs = getattr(transformers, f"{family}Config")(
         id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2}
     )

@@ -57,6 +57,7 @@ def test_a_class_made_from_one_of_these_is_saved_as_that_one():
     assert zoo.model_class("bert", Mine.task) is zoo.BertForSequenceClassification
 
 
+@pytest.mark.torch
 def test_a_folder_says_its_class(tmp_path):
     make_torch("ElectraForTokenClassification", num_labels=5).save_pretrained(tmp_path)
     batch = make_batch(family="Electra")
@@ -71,6 +72,7 @@ def test_a_folder_says_its_class(tmp_path):
         zoo.from_pretrained(tmp_path, "sequence-classification")
 
 
+@pytest.mark.torch
 def test_without_a_known_architecture_it_is_the_encoder(tmp_path):
     make_torch("BertModel").save_pretrained(tmp_path)
     file = tmp_path / "config.json"

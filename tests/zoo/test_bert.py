@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 import jaxbrewer.zoo as zoo
@@ -21,11 +20,13 @@ HEADS = (
 )
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("hidden_act", ["gelu_new", "gelu_pytorch_tanh", "relu", "silu", "tanh"])
 def test_activations_equal_transformers(hidden_act, tmp_path, x64):
     check_parity("BertModel", tmp_path, True, 1e-9, hidden_act=hidden_act)
 
 
+@pytest.mark.torch
 def test_gradients_equal_torchs_and_padding_gets_none(tmp_path, x64, batch):
     name = "BertForSequenceClassification"
     theirs = make_torch(name, double=True, num_labels=3, num_hidden_layers=1)
@@ -45,6 +46,7 @@ def test_gradients_equal_torchs_and_padding_gets_none(tmp_path, x64, batch):
     close(query.T, theirs.bert.encoder.layer[0].attention.self.query.weight.grad, 1e-9)
 
 
+@pytest.mark.torch
 def test_a_row_without_a_visible_key_equals_transformers(tmp_path, batch):
     theirs = make_torch("BertModel")
     theirs.save_pretrained(tmp_path)
@@ -53,6 +55,7 @@ def test_a_row_without_a_visible_key_equals_transformers(tmp_path, batch):
     close(ours(**batch).last_hidden_state, theirs(**to_torch(batch)).last_hidden_state, 1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("num_labels", "problem_type", "labels"),
     [
@@ -77,7 +80,10 @@ def test_losses_of_sequence_classification(num_labels, problem_type, labels, tmp
     close(ours(**batch).loss, theirs(**to_torch(batch)).loss, 1e-5)
 
 
+@pytest.mark.torch
 def test_positional_order_is_transformers(tmp_path, batch):
+    import torch
+
     name = "BertForSequenceClassification"
     theirs = make_torch(name, num_labels=3)
     theirs.save_pretrained(tmp_path)

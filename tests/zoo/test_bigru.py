@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
-from safetensors.torch import load_file, save_file
 
 import jaxbrewer.zoo as zoo
 from jaxbrewer.zoo import BiGRUConfig, WeightsMismatchError
@@ -16,25 +14,29 @@ from .conftest import close
 TINY = dict(vocab_size=30, embedding_size=8, hidden_size=6, num_labels=4)
 
 
-class Torch(torch.nn.Module):
+def make_torch():
     """The same tagger in torch, over packed sequences."""
+    import torch
 
-    def __init__(self):
-        super().__init__()
-        self.bigru = torch.nn.Module()
-        self.bigru.embeddings = torch.nn.Embedding(30, 8, padding_idx=0)
-        self.bigru.gru = torch.nn.GRU(8, 6, batch_first=True, bidirectional=True)
-        self.classifier = torch.nn.Linear(12, 4)
+    class Torch(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bigru = torch.nn.Module()
+            self.bigru.embeddings = torch.nn.Embedding(30, 8, padding_idx=0)
+            self.bigru.gru = torch.nn.GRU(8, 6, batch_first=True, bidirectional=True)
+            self.classifier = torch.nn.Linear(12, 4)
 
-    def forward(self, ids, mask):
-        embedded = self.bigru.embeddings(ids)
-        packed = torch.nn.utils.rnn.pack_padded_sequence(
-            embedded, mask.sum(1), batch_first=True, enforce_sorted=False
-        )
-        hidden, _ = torch.nn.utils.rnn.pad_packed_sequence(
-            self.bigru.gru(packed)[0], batch_first=True, total_length=ids.shape[1]
-        )
-        return embedded, hidden, self.classifier(hidden)
+        def forward(self, ids, mask):
+            embedded = self.bigru.embeddings(ids)
+            packed = torch.nn.utils.rnn.pack_padded_sequence(
+                embedded, mask.sum(1), batch_first=True, enforce_sorted=False
+            )
+            hidden, _ = torch.nn.utils.rnn.pad_packed_sequence(
+                self.bigru.gru(packed)[0], batch_first=True, total_length=ids.shape[1]
+            )
+            return embedded, hidden, self.classifier(hidden)
+
+    return Torch()
 
 
 @nnx.jit(static_argnames="hidden")
@@ -53,8 +55,11 @@ def make_batch():
 
 
 def make_pair(folder, dtype):
+    import torch
+    from safetensors.torch import save_file
+
     torch.manual_seed(0)
-    theirs = Torch().to(dtype)
+    theirs = make_torch().to(dtype)
     folder.mkdir(exist_ok=True)
     save_file(theirs.state_dict(), folder / "model.safetensors")
     BiGRUConfig(**TINY).to_json_file(folder / "config.json")
@@ -63,6 +68,8 @@ def make_pair(folder, dtype):
 
 
 def check_against_torch(folder, dtype, tolerance):
+    import torch
+
     ours, theirs = make_pair(folder, dtype)
     batch = make_batch()
     rows = theirs(*map(torch.tensor, batch.values()))
@@ -73,11 +80,17 @@ def check_against_torch(folder, dtype, tolerance):
     return ours, theirs, batch, rows
 
 
+@pytest.mark.torch
 def test_equals_torch(tmp_path):
+    import torch
+
     check_against_torch(tmp_path, torch.float32, 1e-5)
 
 
+@pytest.mark.torch
 def test_equals_torch_in_double_precision_with_gradients(tmp_path, x64):
+    import torch
+
     ours, theirs, batch, rows = check_against_torch(tmp_path, torch.float64, 1e-9)
     labels = np.where(batch["attention_mask"] == 1, np.arange(21).reshape(3, 7) % 4, -100)
     loss = torch.nn.functional.cross_entropy(rows[2].reshape(-1, 4), torch.tensor(labels.ravel()))
@@ -92,7 +105,11 @@ def test_equals_torch_in_double_precision_with_gradients(tmp_path, x64):
     close(gru["forward"]["input"]["bias"][...], wanted.bias_ih_l0.grad, 1e-9)
 
 
+@pytest.mark.torch
 def test_saved_names_are_torchs(tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
     ours, theirs = make_pair(tmp_path / "torch", torch.float32)
     ours.save_pretrained(tmp_path / "ours")
     written, wanted = load_file(tmp_path / "ours" / "model.safetensors"), theirs.state_dict()

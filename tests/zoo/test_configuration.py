@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-import transformers
 
 from jaxbrewer.zoo import MODELS, BertConfig
 
@@ -46,7 +45,10 @@ def test_tinyberts_files():
     assert BertConfig.from_dict(T4_TINY | extras) == BertConfig.from_dict(T4_TINY)
 
 
+@pytest.mark.torch
 def test_transformers_files_both_ways(tmp_path):
+    import transformers
+
     theirs = transformers.BertConfig(
         hidden_size=36, num_hidden_layers=2, id2label={0: "a", 1: "b", 2: "c"},
         label2id={"a": 0, "b": 1, "c": 2}, classifier_dropout=0.3, layer_norm_eps=1e-6,
@@ -62,7 +64,10 @@ def test_transformers_files_both_ways(tmp_path):
     assert BertConfig.from_pretrained(tmp_path) == config
 
 
+@pytest.mark.torch
 def test_defaults_are_transformers():
+    import transformers
+
     theirs = transformers.BertConfig().to_dict()
     ours = BertConfig().to_dict()
     assert {key: theirs[key] for key in ours} == {

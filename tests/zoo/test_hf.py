@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -42,10 +40,13 @@ def logits_of(folder, batch, **options):
     return zoo.BertForSequenceClassification.from_pretrained(folder, **options)(**batch).logits
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     "name", ["BertModel", SEQUENCE, "BertForTokenClassification", "BertForQuestionAnswering"]
 )
 def test_transformers_reads_what_is_saved(name, tmp_path, batch):
+    import transformers
+
     config = BertConfig(**TINY, num_labels=2, label_names=("no", "yes"))
     ours = getattr(zoo, name)(config, rngs=nnx.Rngs(3))
     ours.eval()
@@ -64,6 +65,7 @@ def test_transformers_reads_what_is_saved(name, tmp_path, batch):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.torch
 def test_a_saved_model_is_read_back_to_the_bit(folder, tmp_path, batch):
     model = zoo.BertForSequenceClassification.from_pretrained(folder)
     model.save_pretrained(tmp_path / "again")
@@ -78,6 +80,7 @@ def test_a_saved_model_is_read_back_to_the_bit(folder, tmp_path, batch):
         np.testing.assert_array_equal(written[name], value)
 
 
+@pytest.mark.torch
 def test_saving_over_a_folder_replaces_it(folder, batch):
     model = zoo.BertForSequenceClassification.from_pretrained(folder)
     kernel = model.classifier.kernel
@@ -87,6 +90,7 @@ def test_saving_over_a_folder_replaces_it(folder, batch):
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.torch
 def test_a_failed_save_leaves_the_old_file(folder, batch, monkeypatch):
     before = logits_of(folder, batch)
     model = zoo.BertForSequenceClassification.from_pretrained(folder)
@@ -103,6 +107,7 @@ def test_a_failed_save_leaves_the_old_file(folder, batch, monkeypatch):
     np.testing.assert_array_equal(logits_of(folder, batch), before)
 
 
+@pytest.mark.torch
 def test_a_model_read_is_in_eval_mode_and_in_the_dtype_asked_for(folder, batch):
     model = zoo.BertForSequenceClassification.from_pretrained(
         folder, dtype=jnp.bfloat16, output_hidden_states=True
@@ -114,8 +119,12 @@ def test_a_model_read_is_in_eval_mode_and_in_the_dtype_asked_for(folder, batch):
     assert model.classifier.kernel[...].dtype == jnp.float32
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_half_precision_files_are_read_and_written(folder, dtype, batch):
+    import torch
+    import transformers
+
     edit_tensors(folder, lambda tensors: {n: v.astype(dtype) for n, v in tensors.items()})
     model = zoo.BertForSequenceClassification.from_pretrained(folder)
     theirs = transformers.BertForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
@@ -128,7 +137,10 @@ def test_half_precision_files_are_read_and_written(folder, dtype, batch):
     assert stored["dtype"] == np.dtype(dtype).name
 
 
+@pytest.mark.torch
 def test_shards_are_read(folder, tmp_path, batch):
+    import transformers
+
     theirs = transformers.BertForSequenceClassification.from_pretrained(folder)
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="8KB")
     files = os.listdir(tmp_path / "shards")
@@ -140,6 +152,7 @@ def test_shards_are_read(folder, tmp_path, batch):
         logits_of(tmp_path / "shards", batch)
 
 
+@pytest.mark.torch
 def test_shards_that_lack_a_tensor_are_refused(folder):
     (folder / "model.safetensors").rename(folder / "one.safetensors")
     index = {"weight_map": {"classifier.weight": "one.safetensors", "lost": "one.safetensors"}}
@@ -148,6 +161,7 @@ def test_shards_that_lack_a_tensor_are_refused(folder):
         zoo.BertForSequenceClassification.from_pretrained(folder)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     "change",
     [
@@ -164,6 +178,7 @@ def test_known_ways_to_write_the_same_weights(folder, change, batch):
     np.testing.assert_array_equal(logits_of(folder, batch), before)
 
 
+@pytest.mark.torch
 def test_an_encoder_reads_from_any_head(folder, batch):
     whole = zoo.BertForSequenceClassification.from_pretrained(folder).bert(**batch)
     encoder = zoo.BertModel.from_pretrained(folder)
@@ -173,6 +188,7 @@ def test_an_encoder_reads_from_any_head(folder, batch):
     np.testing.assert_array_equal(bare(**batch)[0], whole[0])
 
 
+@pytest.mark.torch
 def test_a_headless_file_needs_new_head(folder, batch):
     zoo.BertModel.from_pretrained(folder).save_pretrained(folder)
     with pytest.raises(WeightsMismatchError, match=r"classifier\.weight[\s\S]*pass new_head=True"):
@@ -186,6 +202,7 @@ def test_a_headless_file_needs_new_head(folder, batch):
     assert 0 < np.asarray(model.classifier.kernel[...]).std() < 0.05
 
 
+@pytest.mark.torch
 def test_new_head_ignores_the_heads_in_the_file(folder):
     same = zoo.BertForSequenceClassification.from_pretrained(folder)
     fresh = zoo.BertForSequenceClassification.from_pretrained(folder, new_head=True)
@@ -197,6 +214,7 @@ def test_new_head_ignores_the_heads_in_the_file(folder):
     )
 
 
+@pytest.mark.torch
 def test_new_head_starts_a_missing_pooler(tmp_path, batch):
     make_torch("BertForTokenClassification").save_pretrained(tmp_path)
     model = zoo.BertForSequenceClassification.from_pretrained(tmp_path, new_head=True)
@@ -205,12 +223,14 @@ def test_new_head_starts_a_missing_pooler(tmp_path, batch):
         zoo.BertModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.torch
 def test_a_head_of_another_task_is_refused(folder):
     with pytest.raises(WeightsMismatchError, match=f"belong to a {SEQUENCE}, pass new_head=True"):
         zoo.BertForTokenClassification.from_pretrained(folder)
     zoo.BertForTokenClassification.from_pretrained(folder, new_head=True)
 
 
+@pytest.mark.torch
 def test_another_number_of_labels_names_the_fix(folder):
     with pytest.raises(WeightsMismatchError) as caught:
         zoo.BertForSequenceClassification.from_pretrained(folder, num_labels=4)
@@ -219,6 +239,7 @@ def test_another_number_of_labels_names_the_fix(folder):
     assert "num_labels=4" in message and "new_head=True" in message
 
 
+@pytest.mark.torch
 def test_everything_that_does_not_fit_is_one_error(folder):
     def change(tensors):
         del tensors["bert.encoder.layer.1.output.dense.bias"]
@@ -238,6 +259,7 @@ def test_everything_that_does_not_fit_is_one_error(folder):
     assert "shape of bert.pooler.dense.bias: (7,) in the file, (24,) in the model" in message
 
 
+@pytest.mark.torch
 def test_one_tensor_under_two_names_is_refused(folder):
     edit_tensors(
         folder,
@@ -247,6 +269,7 @@ def test_one_tensor_under_two_names_is_refused(folder):
         zoo.BertForSequenceClassification.from_pretrained(folder)
 
 
+@pytest.mark.torch
 def test_folders_that_cannot_be_read(folder, tmp_path):
     read = zoo.BertForSequenceClassification.from_pretrained
     with pytest.raises(ValueError, match=r"no folder 'bert-base-uncased'.*hf download"):
@@ -270,11 +293,13 @@ def test_folders_that_cannot_be_read(folder, tmp_path):
         zoo.BertModel(BertConfig(**TINY), rngs=nnx.Rngs(0)).save_pretrained(__file__)
 
 
+@pytest.mark.torch
 def test_a_misspelt_option_is_refused(folder):
     with pytest.raises(ValueError, match="did you mean 'num_labels'"):
         zoo.BertForSequenceClassification.from_pretrained(folder, num_label=3)
 
 
+@pytest.mark.torch
 def test_weights_are_independent_of_the_file_and_of_other_models(folder, batch):
     model = zoo.BertForSequenceClassification.from_pretrained(folder)
     before = np.asarray(model(**batch).logits)

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from flax import nnx
 
 import jaxbrewer.zoo as zoo
@@ -48,18 +46,23 @@ def check_parity(name, folder, double, tolerance, **changes):
             close(one, its, tolerance)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_transformers(name, tmp_path):
     check_parity(name, tmp_path, double=False, tolerance=1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_transformers_in_double_precision(name, tmp_path, x64):
     check_parity(name, tmp_path, double=True, tolerance=1e-9)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", NEW)
 def test_transformers_reads_what_is_saved(name, tmp_path):
+    import transformers
+
     family = family_of(name)
     config = getattr(zoo, f"{family}Config")(**FAMILIES[family], label_names=("no", "yes"))
     ours = getattr(zoo, name)(config, rngs=nnx.Rngs(3))
@@ -92,8 +95,11 @@ def test_scores_are_what_goes_into_the_softmax(name):
         np.testing.assert_allclose(jax.nn.softmax(score), prob, atol=1e-6)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", [f"{family}ForSequenceClassification" for family in FAMILIES])
 def test_positional_order_is_transformers(name, tmp_path):
+    import torch
+
     theirs = make_torch(name, num_labels=3)
     theirs.save_pretrained(tmp_path)
     ours = getattr(zoo, name).from_pretrained(tmp_path)
@@ -109,6 +115,7 @@ def test_positional_order_is_transformers(name, tmp_path):
     close(ours(*values).loss, theirs(*as_torch).loss, 1e-5)
 
 
+@pytest.mark.torch
 def test_robertas_gradients_equal_torchs_and_padding_gets_none(tmp_path, x64):
     name = "RobertaForSequenceClassification"
     theirs = make_torch(name, double=True, num_labels=3, num_hidden_layers=1)
