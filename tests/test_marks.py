@@ -104,8 +104,8 @@ def test_a_file_or_its_tests_are_marked_where_they_import_torch(file):
 
 def test_the_reader_finds_what_needs_torch():
     assert reads_torch("parity.reference") and reads_torch("parity.test_distillers")
-    assert not reads_torch("parity.test_emd") and not reads_torch("test_loop")
+    assert not reads_torch("parity.test_emd") and not reads_torch("training.test_loop")
     assert {"make_torch", "to_torch", "torch_model"} <= needing("zoo.conftest")
     assert "test_loss_and_gradient_equal_the_formula" in needing("parity.test_emd")
     assert "test_shards_are_read" in needing("zoo.test_hf")  # by way of a fixture
-    assert "test_what_is_no_optimizer" not in needing("test_loop")
+    assert "test_what_is_no_optimizer" not in needing("training.test_loop")

@@ -7,19 +7,19 @@ import jaxbrewer
 from jaxbrewer.machine.placement import Sharded
 from jaxbrewer.testing import assert_invariant
 
-from . import tiny
-from .devices import jobs
+from . import nnx_job
+from .devices import every
 
 PADDING = {"input_ids": 0, "attention_mask": 0}
 
 
 @pytest.mark.parametrize("name", ["general", "tasks"])
 def test_distillers_are_invariant(name, tmp_path):
-    distiller = jobs.JOBS[name](jobs.config(tmp_path))
+    distiller = every.JOBS[name](every.config(tmp_path))
     with distiller:
         assert_invariant(
             distiller,
-            jobs.batches(1)[0],
+            every.batches(1)[0],
             devices=(1, 2, 8) if name == "general" else (8,),
             padding=PADDING,
             task="a" if name == "tasks" else "",
@@ -27,8 +27,8 @@ def test_distillers_are_invariant(name, tmp_path):
 
 
 def test_accumulation_of_micro_batches_that_select_equally_many(tmp_path):
-    distiller = jobs.JOBS["general"](jobs.config(tmp_path))
-    batch = jobs.batches(1)[0]
+    distiller = every.JOBS["general"](every.config(tmp_path))
+    batch = every.batches(1)[0]
     batch["attention_mask"][:] = 1
     assert_invariant(distiller, batch, devices=(), sharding=False, accumulation=4)
     batch["attention_mask"][:4, 1:] = 0
@@ -37,20 +37,20 @@ def test_accumulation_of_micro_batches_that_select_equally_many(tmp_path):
 
 
 def test_what_depends_on_padding_is_named(tmp_path):
-    class Mean(tiny.Encoder):
+    class Mean(nnx_job.Encoder):
         def __call__(self, input_ids, attention_mask=None, labels=None):
             logits = self.head(self.embed(input_ids).mean(1))
             return {"logits": logits}
 
     distiller = jaxbrewer.BasicDistiller(
-        jobs.config(tmp_path),
+        every.config(tmp_path),
         jaxbrewer.DistillationConfig(),
         Mean(1, 8),
         Mean(1, 8, seed=1),
         lambda batch, outputs: outputs,
         lambda batch, outputs: outputs,
     )
-    batch = jobs.batches(1)[0]
+    batch = every.batches(1)[0]
     check = functools.partial(assert_invariant, distiller, batch, devices=(1, 2))
     check()
     with pytest.raises(AssertionError, match=r"with padding .*\n.*the total") as caught:
@@ -60,8 +60,8 @@ def test_what_depends_on_padding_is_named(tmp_path):
 
 
 def test_what_depends_on_the_devices_is_named(tmp_path, monkeypatch):
-    distiller = jobs.JOBS["basic"](jobs.config(tmp_path))
-    batch = jobs.batches(1)[0]
+    distiller = every.JOBS["basic"](every.config(tmp_path))
+    batch = every.batches(1)[0]
     whole = Sharded.batch
 
     def first_half(self, batch):
@@ -74,8 +74,8 @@ def test_what_depends_on_the_devices_is_named(tmp_path, monkeypatch):
 
 
 def test_mistakes(tmp_path):
-    distiller = jobs.JOBS["basic"](jobs.config(tmp_path))
-    batch = jobs.batches(1)[0]
+    distiller = every.JOBS["basic"](every.config(tmp_path))
+    batch = every.batches(1)[0]
     with pytest.raises(ValueError, match=r"devices=\(1, 9\), but there are 8 here.*num_cpu_devi"):
         assert_invariant(distiller, batch, devices=(1, 9))
     with pytest.raises(ValueError, match=r"padding names \['ids'\], and the batch has"):

@@ -15,15 +15,15 @@ from jaxbrewer.objective.loss import Weights
 from jaxbrewer.preflight import prepare
 from jaxbrewer.training.metrics import read_scalars
 
-from .. import tiny
-from . import jobs
+from .. import nnx_job
+from . import every
 
 STEPS = 20
 
 
 def run(name, folder, loader, **options):
-    distiller = jobs.JOBS[name](jobs.config(folder, **options))
-    jobs.train(distiller, loader)
+    distiller = every.JOBS[name](every.config(folder, **options))
+    every.train(distiller, loader)
     return distiller, read_scalars(folder / "log")
 
 
@@ -34,16 +34,16 @@ def assert_same(distiller, curves, wanted_distiller, wanted_curves, rtol=1e-5):
         np.testing.assert_allclose(
             [curves[tag][step] for step in points], list(points.values()), rtol=rtol, err_msg=tag
         )
-    wanted = tiny.weights(wanted_distiller.model_S)
-    for key, value in tiny.weights(distiller.model_S).items():
+    wanted = nnx_job.weights(wanted_distiller.model_S)
+    for key, value in nnx_job.weights(distiller.model_S).items():
         np.testing.assert_allclose(
             value, wanted[key], rtol=rtol, atol=rtol * np.abs(wanted[key]).max(), err_msg=key
         )
 
 
-@pytest.fixture(scope="module", params=jobs.JOBS)
+@pytest.fixture(scope="module", params=every.JOBS)
 def one_device(request, tmp_path_factory):
-    loader = jobs.batches(STEPS)
+    loader = every.batches(STEPS)
     return request.param, loader, *run(request.param, tmp_path_factory.mktemp("one"), loader)
 
 
@@ -58,17 +58,17 @@ def test_sharded_equals_one_device(one_device, sharding, tmp_path):
     assert_same(*found, *wanted)
 
 
-@pytest.mark.parametrize("name", jobs.JOBS)
+@pytest.mark.parametrize("name", every.JOBS)
 def test_pmap_equals_the_average_of_the_devices(name, tmp_path):
     """The curves and weights of 'pmap' against a plain loop over the devices' rows."""
-    loader = jobs.batches(STEPS)
+    loader = every.batches(STEPS)
     distiller, curves = run(name, tmp_path / "pmap", loader, data_parallel=True, mapping="pmap")
-    by_hand = jobs.JOBS[name](jobs.config(tmp_path / "hand"))
+    by_hand = every.JOBS[name](every.config(tmp_path / "hand"))
     tasks = ["a", "b"] if name == "tasks" else [""]
     feeds = {task: iter(loader[i :: len(tasks)] * 2) for i, task in enumerate(tasks)}
     with by_hand:
         first = {task: own(loader[i]) for i, task in enumerate(tasks)}
-        programs = prepare(by_hand.job(), first, tiny.SGD).programs
+        programs = prepare(by_hand.job(), first, nnx_job.SGD).programs
     order = streams.task_order(dict.fromkeys(tasks, STEPS // len(tasks)), 1.0, seed=0)
     state = programs[tasks[0]].init(0)
     step = {task: jax.jit(average_step(program)) for task, program in programs.items()}
@@ -78,7 +78,7 @@ def test_pmap_equals_the_average_of_the_devices(name, tmp_path):
         tags = ["total_loss", *programs[task].names]
         for tag, value in zip(tags, metrics, strict=True):
             np.testing.assert_allclose(curves[f"scalar/{tag}"][i], value, rtol=1e-5, err_msg=tag)
-    for key, value in tiny.weights(distiller.model_S).items():
+    for key, value in nnx_job.weights(distiller.model_S).items():
         wanted = np.asarray(state.params["student"][key])
         np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
@@ -115,9 +115,9 @@ def test_batches_that_do_not_divide_are_exact(mapping, tmp_path, caplog):
 
     def train(folder, **options):
         distiller = jaxbrewer.BasicTrainer(
-            jobs.config(folder, **options), tiny.Encoder(1, 32), tiny.adaptor
+            every.config(folder, **options), nnx_job.Encoder(1, 32), nnx_job.adaptor
         )
-        jobs.train(distiller, [*jobs.batches(2), *jobs.batches(2, size=13)])
+        every.train(distiller, [*every.batches(2), *every.batches(2, size=13)])
         return distiller, read_scalars(folder / "log")
 
     wanted = train(tmp_path / "one")
@@ -133,49 +133,51 @@ def test_batches_that_do_not_divide_are_exact(mapping, tmp_path, caplog):
 def test_a_run_goes_on_on_another_number_of_devices(way, options, tmp_path):
     before, _, after = way.split()
     used = {"one": {}, "eight": {"data_parallel": True, **options}}
-    loader = jobs.batches(6)
+    loader = every.batches(6)
 
     def train(folder, devices, **more):
-        made = jobs.JOBS["trainer"](jobs.config(folder, ckpt_frequency=2, **used[devices], **more))
+        made = every.JOBS["trainer"](
+            every.config(folder, ckpt_frequency=2, **used[devices], **more)
+        )
         made.model_S.dropout.rate = 0.0  # which 'pmap' draws otherwise
-        jobs.train(made, loader, callback=more_callback.get(str(folder)))
+        every.train(made, loader, callback=more_callback.get(str(folder)))
         return made
 
     more_callback = {str(tmp_path / "cut"): lambda model, step: jaxbrewer.CallbackResult(stop=True)}
-    wanted = tiny.weights(train(tmp_path / "whole", "one").model_S)
+    wanted = nnx_job.weights(train(tmp_path / "whole", "one").model_S)
     train(tmp_path / "cut", before)
     more_callback.clear()
-    resumed = tiny.weights(train(tmp_path / "cut", after, resume=True).model_S)
+    resumed = nnx_job.weights(train(tmp_path / "cut", after, resume=True).model_S)
     for key, value in resumed.items():
         # 'pmap' averages the means of the devices, which here have equally many labels each.
         np.testing.assert_allclose(value, wanted[key], rtol=2e-5, atol=1e-6, err_msg=key)
-    loaded = jaxbrewer.load_student(tmp_path / "cut" / "out", jobs.student())
-    for key, value in tiny.weights(loaded).items():
+    loaded = jaxbrewer.load_student(tmp_path / "cut" / "out", every.student())
+    for key, value in nnx_job.weights(loaded).items():
         np.testing.assert_array_equal(value, resumed[key])
 
 
 def test_teacher_results_may_be_cached(tmp_path):
-    loader = jobs.batches(4)
-    cached = {"intermediate_matches": jobs.HIDDEN, "is_caching_logits": True}
+    loader = every.batches(4)
+    cached = {"intermediate_matches": every.HIDDEN, "is_caching_logits": True}
     found = []
     for name, options in (("one", {}), ("eight", {"data_parallel": True})):
         distiller = jaxbrewer.GeneralDistiller(
-            jobs.config(tmp_path / name, **options),
-            jobs.distillation(**cached),
-            jobs.teacher(),
-            jobs.student(),
-            tiny.adaptor,
-            tiny.adaptor,
+            every.config(tmp_path / name, **options),
+            every.distillation(**cached),
+            every.teacher(),
+            every.student(),
+            nnx_job.adaptor,
+            nnx_job.adaptor,
         )
-        jobs.train(distiller, loader)
+        every.train(distiller, loader)
         found.append((distiller, read_scalars(tmp_path / name / "log")))
     assert_same(*found[1], *found[0])
 
 
 @pytest.mark.parametrize("mapping", ["sharded", "pmap"])
 def test_one_compile_for_each_shape(mapping, tmp_path):
-    distiller = jobs.JOBS["general"](
-        jobs.config(tmp_path, data_parallel=True, mapping=mapping, ckpt_epoch_frequency=3)
+    distiller = every.JOBS["general"](
+        every.config(tmp_path, data_parallel=True, mapping=mapping, ckpt_epoch_frequency=3)
     )
     counts = []
 
@@ -184,8 +186,8 @@ def test_one_compile_for_each_shape(mapping, tmp_path):
             counts.append(compiles.count)
             return super().__iter__()
 
-    with tiny.Compiles() as compiles, distiller:
-        distiller.train(tiny.SGD, Loader(jobs.batches(2)), num_epochs=3)
+    with nnx_job.Compiles() as compiles, distiller:
+        distiller.train(nnx_job.SGD, Loader(every.batches(2)), num_epochs=3)
     assert counts[1] == counts[2]
 
 
@@ -196,14 +198,14 @@ def test_half_precision_on_eight_devices(level, half, options, tmp_path):
 
     In the third micro-batch one row overflows float16: the window is dropped on all devices.
     """
-    loader = jobs.batches(6)
+    loader = every.batches(6)
     for batch in loader:
         batch["noise"] = np.zeros(16, np.float32)
     loader[2]["noise"][3] = np.inf if half == "float16" else 0
 
     def train(folder, **more):
         distiller = jaxbrewer.BasicTrainer(
-            jobs.config(
+            every.config(
                 folder,
                 fp16=True,
                 fp16_opt_level=level,
@@ -211,11 +213,11 @@ def test_half_precision_on_eight_devices(level, half, options, tmp_path):
                 gradient_accumulation_steps=2,
                 **more,
             ),
-            tiny.Encoder(1, 32),
-            tiny.adaptor,
+            nnx_job.Encoder(1, 32),
+            nnx_job.adaptor,
         )
-        jobs.train(distiller, loader)
-        return tiny.weights(distiller.model_S), read_scalars(folder / "log")
+        every.train(distiller, loader)
+        return nnx_job.weights(distiller.model_S), read_scalars(folder / "log")
 
     wanted_weights, wanted = train(tmp_path / "one")
     weights, curves = train(tmp_path / "eight", data_parallel=True, **options)
@@ -240,14 +242,14 @@ def test_windows_left_open_are_dropped_on_eight_devices(half, options, tmp_path)
 
     In float16 a batch of the window that is dropped overflows, which must not spoil the next one.
     """
-    compiles, counts = tiny.Compiles(), []
+    compiles, counts = nnx_job.Compiles(), []
 
     class Loader(list):
         def __iter__(self):
             counts.append(compiles.count)
             return super().__iter__()
 
-    loader = jobs.batches(6)
+    loader = every.batches(6)
     for batch in loader:
         batch["noise"] = np.zeros(16, np.float32)
     loader[5]["noise"][3] = np.inf if half else 0
@@ -255,19 +257,19 @@ def test_windows_left_open_are_dropped_on_eight_devices(half, options, tmp_path)
 
     def train(folder, **more):
         distiller = jaxbrewer.BasicTrainer(
-            jobs.config(
+            every.config(
                 folder,
                 gradient_accumulation_steps=4,
                 ckpt_epoch_frequency=3,
                 **precision,
                 **more,
             ),
-            tiny.Encoder(1, 32),
-            tiny.adaptor,
+            nnx_job.Encoder(1, 32),
+            nnx_job.adaptor,
         )
         counts.clear()
         with distiller:
-            distiller.train(tiny.SGD, Loader(loader), num_epochs=3)
+            distiller.train(nnx_job.SGD, Loader(loader), num_epochs=3)
         assert counts[1] == counts[2]
         return distiller, read_scalars(folder / "log")
 

@@ -15,8 +15,8 @@ import jaxbrewer
 from jaxbrewer.training.checkpoints import steps_in
 from jaxbrewer.training.metrics import read_scalars
 
-from .. import tiny
-from . import jobs, two_processes
+from .. import nnx_job
+from . import every, two_processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,13 +73,13 @@ def assert_close(found, wanted, rtol=1e-5):
 
 
 def one_process(folder, loader, name="general", epochs=1, **options):
-    distiller = jobs.JOBS[name](jobs.config(folder, **options))
+    distiller = every.JOBS[name](every.config(folder, **options))
     if epochs == 1:
-        jobs.train(distiller, loader)
+        every.train(distiller, loader)
     else:
         with distiller:
-            distiller.train(tiny.SGD, loader, num_epochs=epochs)
-    return tiny.weights(distiller.model_S), read_scalars(folder / "log")
+            distiller.train(nnx_job.SGD, loader, num_epochs=epochs)
+    return nnx_job.weights(distiller.model_S), read_scalars(folder / "log")
 
 
 def assert_same_run(folder, name, wanted, curves):
@@ -91,21 +91,21 @@ def assert_same_run(folder, name, wanted, curves):
         np.testing.assert_allclose(
             [found[tag][i] for i in points], list(points.values()), rtol=1e-5, err_msg=tag
         )
-    loaded = jaxbrewer.load_student(folder / name / "out", jobs.student())
-    assert_close(tiny.weights(loaded), weights(folder, name), rtol=0)
+    loaded = jaxbrewer.load_student(folder / name / "out", every.student())
+    assert_close(nnx_job.weights(loaded), weights(folder, name), rtol=0)
 
 
 def test_the_numbers_and_the_checkpoint_are_those_of_one_process(folder, tmp_path):
-    assert_same_run(folder, "even", *one_process(tmp_path, jobs.batches(4)))
+    assert_same_run(folder, "even", *one_process(tmp_path, every.batches(4)))
 
 
 def test_a_ragged_last_batch_is_exact(folder, tmp_path):
-    loader = [*jobs.batches(2), *jobs.batches(1, size=13, seed=3)]
+    loader = [*every.batches(2), *every.batches(1, size=13, seed=3)]
     assert_same_run(folder, "ragged", *one_process(tmp_path, loader))
 
 
 def test_one_process_may_run_out_of_data_first(folder, tmp_path):
-    loader = [*jobs.batches(3), *jobs.batches(2, size=8, seed=5)]
+    loader = [*every.batches(3), *every.batches(2, size=8, seed=5)]
     assert_same_run(folder, "one_runs_out", *one_process(tmp_path, loader, epochs=2))
 
 
@@ -116,28 +116,28 @@ def test_only_one_process_logs(folder):
 @pytest.mark.parametrize("name", ["sharded", "tasks"])
 def test_other_ways_of_training(name, folder, tmp_path):
     job = "tasks" if name == "tasks" else "general"
-    wanted, _ = one_process(tmp_path, jobs.batches(4), job)
+    wanted, _ = one_process(tmp_path, every.batches(4), job)
     assert_close(weights(folder, name), wanted)
 
 
 def test_pmap_averages_over_the_processes(folder, tmp_path):
-    loader = [*jobs.batches(2), *jobs.batches(1, size=13, seed=3)]
-    distiller = two_processes.trainer(jobs.config(tmp_path))
-    jobs.train(distiller, loader)
-    assert_close(weights(folder, "pmapped"), tiny.weights(distiller.model_S))
+    loader = [*every.batches(2), *every.batches(1, size=13, seed=3)]
+    distiller = two_processes.trainer(every.config(tmp_path))
+    every.train(distiller, loader)
+    assert_close(weights(folder, "pmapped"), nnx_job.weights(distiller.model_S))
 
 
 def test_each_process_caches_its_part_of_the_teacher(folder, tmp_path):
     distiller = jaxbrewer.BasicDistiller(
-        jobs.config(tmp_path),
-        jobs.distillation(is_caching_logits=True),
-        jobs.teacher(),
-        jobs.student(),
-        tiny.adaptor,
-        tiny.adaptor,
+        every.config(tmp_path),
+        every.distillation(is_caching_logits=True),
+        every.teacher(),
+        every.student(),
+        nnx_job.adaptor,
+        nnx_job.adaptor,
     )
-    jobs.train(distiller, jobs.batches(4))
-    assert_close(weights(folder, "cached"), tiny.weights(distiller.model_S))
+    every.train(distiller, every.batches(4))
+    assert_close(weights(folder, "cached"), nnx_job.weights(distiller.model_S))
 
 
 def test_a_resumed_run_has_the_same_bits(folder):
@@ -157,9 +157,9 @@ def test_the_best_checkpoint_is_known_to_all(folder):
 def test_a_checkpoint_of_two_processes_goes_on_in_one(folder, tmp_path, caplog):
     """From the end of an epoch on, when the order in which examples come is the same again."""
     shutil.copytree(folder / "even" / "out", tmp_path / "out")
-    found, _ = one_process(tmp_path, jobs.batches(4), epochs=2, resume=True)
+    found, _ = one_process(tmp_path, every.batches(4), epochs=2, resume=True)
     assert "was saved by 2 processes and goes on in 1" in caplog.text
-    wanted, _ = one_process(tmp_path / "one", jobs.batches(4), epochs=2)
+    wanted, _ = one_process(tmp_path / "one", every.batches(4), epochs=2)
     assert_close(found, wanted)
 
 

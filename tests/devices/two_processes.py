@@ -12,8 +12,8 @@ import numpy as np
 
 import jaxbrewer
 
-from .. import tiny
-from . import jobs
+from .. import nnx_job
+from . import every
 
 DEVICES = 2  # of each process
 
@@ -31,13 +31,13 @@ def parts(rank, batches):
 
 def trainer(config):
     """No dropout and no masks: the mean of the devices' means is the mean of all."""
-    return jaxbrewer.BasicTrainer(config, tiny.Encoder(1, 32), tiny.adaptor)
+    return jaxbrewer.BasicTrainer(config, nnx_job.Encoder(1, 32), nnx_job.adaptor)
 
 
 def uneven(rank):
     """Process 0 has two batches more than process 1."""
-    mine = parts(rank, jobs.batches(3))
-    return mine + (jobs.batches(2, size=8, seed=5) if rank == 0 else [])
+    mine = parts(rank, every.batches(3))
+    return mine + (every.batches(2, size=8, seed=5) if rank == 0 else [])
 
 
 class Sampler:
@@ -62,66 +62,72 @@ class Shuffled(list):
 
 
 def even(rank, config):
-    distiller = jobs.JOBS["general"](config(log=True))
-    jobs.train(distiller, parts(rank, jobs.batches(4)))
+    distiller = every.JOBS["general"](config(log=True))
+    every.train(distiller, parts(rank, every.batches(4)))
     return distiller
 
 
 def ragged(rank, config):
-    distiller = jobs.JOBS["general"](config(log=True))
-    jobs.train(distiller, parts(rank, [*jobs.batches(2), *jobs.batches(1, size=13, seed=3)]))
+    distiller = every.JOBS["general"](config(log=True))
+    every.train(
+        distiller,
+        parts(rank, [*every.batches(2), *every.batches(1, size=13, seed=3)]),
+    )
     return distiller
 
 
 def one_runs_out(rank, config):
-    distiller = jobs.JOBS["general"](config(log=True))
+    distiller = every.JOBS["general"](config(log=True))
     with distiller:
-        distiller.train(tiny.SGD, uneven(rank), num_epochs=2)
+        distiller.train(nnx_job.SGD, uneven(rank), num_epochs=2)
     return distiller
 
 
 def tasks(rank, config):
-    distiller = jobs.JOBS["tasks"](config())
-    jobs.train(distiller, parts(rank, jobs.batches(4)))
+    distiller = every.JOBS["tasks"](config())
+    every.train(distiller, parts(rank, every.batches(4)))
     return distiller
 
 
 def pmapped(rank, config):
     distiller = trainer(config(mapping="pmap"))
-    jobs.train(distiller, parts(rank, [*jobs.batches(2), *jobs.batches(1, size=13, seed=3)]))
+    every.train(
+        distiller,
+        parts(rank, [*every.batches(2), *every.batches(1, size=13, seed=3)]),
+    )
     return distiller
 
 
 def sharded(rank, config):
-    distiller = jobs.JOBS["general"](config(sharding="all"))
-    jobs.train(distiller, parts(rank, jobs.batches(4)))
+    distiller = every.JOBS["general"](config(sharding="all"))
+    every.train(distiller, parts(rank, every.batches(4)))
     return distiller
 
 
 def cached(rank, config):
     distiller = jaxbrewer.BasicDistiller(
         config(),
-        jobs.distillation(is_caching_logits=True),
-        jobs.teacher(),
-        jobs.student(),
-        tiny.adaptor,
-        tiny.adaptor,
+        every.distillation(is_caching_logits=True),
+        every.teacher(),
+        every.student(),
+        nnx_job.adaptor,
+        nnx_job.adaptor,
     )
-    jobs.train(distiller, parts(rank, jobs.batches(4)))
+    every.train(distiller, parts(rank, every.batches(4)))
     return distiller
 
 
 def whole(rank, config, stop_in=None, **options):
     """Two epochs in an order of the process's own; perhaps stopped by one process in the first."""
     np.random.seed(rank)
-    distiller = jobs.JOBS["general"](config(ckpt_frequency=2, **options))
-    loader = Shuffled(parts(rank, jobs.batches(4)))
+    distiller = every.JOBS["general"](config(ckpt_frequency=2, **options))
+    loader = Shuffled(parts(rank, every.batches(4)))
 
     def callback(model, step):
         return jaxbrewer.CallbackResult(stop=rank == stop_in, score=float(step))
 
     with distiller:
-        distiller.train(tiny.SGD, loader, num_epochs=2, callback=callback)
+        distiller.train(nnx_job.SGD, loader, num_epochs=2, callback=callback)
     return distiller, loader.sampler.epochs
 
 
@@ -145,12 +151,12 @@ def best(rank, config):
 
 
 def disagree(rank, config):
-    loader = parts(rank, jobs.batches(3))
+    loader = parts(rank, every.batches(3))
     if rank == 1:
         loader[2] = {
             key: value[:, :5] if value.ndim == 2 else value for key, value in loader[2].items()
         }
-    jobs.train(trainer(config()), loader)
+    every.train(trainer(config()), loader)
 
 
 def fails(rank, config):
@@ -161,7 +167,7 @@ def fails(rank, config):
         return batch
 
     postprocess.seen = 0
-    jobs.train(trainer(config()), parts(rank, jobs.batches(4)), batch_postprocessor=postprocess)
+    every.train(trainer(config()), parts(rank, every.batches(4)), batch_postprocessor=postprocess)
 
 
 def has_nothing(rank, config):
@@ -169,11 +175,11 @@ def has_nothing(rank, config):
         def __len__(self):
             return 2
 
-    jobs.train(trainer(config()), Nothing() if rank == 1 else parts(rank, jobs.batches(2)))
+    every.train(trainer(config()), Nothing() if rank == 1 else parts(rank, every.batches(2)))
 
 
 def too_small(rank, config):
-    jobs.train(trainer(config()), parts(rank, jobs.batches(2, size=2)))
+    every.train(trainer(config()), parts(rank, every.batches(2, size=2)))
 
 
 SCENARIOS = [
@@ -205,7 +211,7 @@ def main(port, rank, folder):
         where = folder / IN.get(name, name)
 
         def config(log=False, where=where, **options):
-            made = jobs.config(where, local_rank=rank, **options)
+            made = every.config(where, local_rank=rank, **options)
             return made if log else jaxbrewer.TrainingConfig(**{**vars(made), "log_dir": None})
 
         said = {"error": None}
@@ -217,7 +223,7 @@ def main(port, rank, folder):
             if isinstance(found, dict):
                 said |= found
             else:
-                np.savez(folder / f"{name}-{rank}.npz", **tiny.weights(found.model_S))
+                np.savez(folder / f"{name}-{rank}.npz", **nnx_job.weights(found.model_S))
         (folder / f"{name}-{rank}.json").write_text(json.dumps(said))
 
 

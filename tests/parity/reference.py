@@ -13,8 +13,8 @@ import torch
 
 import jaxbrewer
 
-from ..tiny import read_events
-from .toys import batches, linear_names, twins
+from ..nnx_job import read_events
+from .twins import batches, linear_names, twins
 
 
 def masked_nst(state_S, state_T, mask=None):

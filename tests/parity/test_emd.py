@@ -9,7 +9,7 @@ from scipy.optimize import linprog
 import jaxbrewer
 from jaxbrewer.errors import ConfigError, PreflightError
 from jaxbrewer.objective.loss import Weights
-from tests import tiny
+from tests import nnx_job
 
 EMD = {"layer_num_S": 3, "layer_num_T": 4, "feature": "hidden", "loss": "hidden_mse", "weight": 0.7}
 
@@ -18,10 +18,10 @@ def make(folder, emd, student_width=6, **distillation):
     return jaxbrewer.EMDDistiller(
         jaxbrewer.TrainingConfig(output_dir=str(folder), log_dir=str(folder / "log"), device="cpu"),
         jaxbrewer.DistillationConfig(**distillation),
-        tiny.Encoder(3, 6, seed=1),
-        tiny.Encoder(2, student_width, seed=2),
-        tiny.adaptor,
-        tiny.adaptor,
+        nnx_job.Encoder(3, 6, seed=1),
+        nnx_job.Encoder(2, student_width, seed=2),
+        nnx_job.adaptor,
+        nnx_job.adaptor,
         emd=emd,
     )
 
@@ -78,18 +78,18 @@ def test_trains_with_its_tags_and_its_projections(tmp_path):
     distiller = make(
         tmp_path, EMD | {"proj": ["linear", 4, 6, {"lr": 0.5}]}, 4, hard_label_weight=0.0
     )
-    before = [tiny.weights(p) for p in distiller.projs]
+    before = [nnx_job.weights(p) for p in distiller.projs]
     with distiller:
-        assert "emd" in distiller.check(tiny.loader(1)[0])
-        distiller.train(tiny.SGD, tiny.loader(4), num_epochs=10)
-    curves = tiny.read_events(tmp_path / "log")
+        assert "emd" in distiller.check(nnx_job.loader(1)[0])
+        distiller.train(nnx_job.SGD, nnx_job.loader(4), num_epochs=10)
+    curves = nnx_job.read_events(tmp_path / "log")
     names = ("unweighted_hidden_hidden_mse_emd", "unweighted_embedding_hidden_mse")
     for name in names:
         curve = curves[f"scalar/{name}"]
         assert np.mean(curve[-4:]) < np.mean(curve[:4])
     assert len(distiller.projs) == 3
     for old, projection in zip(before, distiller.projs, strict=True):
-        assert (old["kernel"] != tiny.weights(projection)["kernel"]).any()
+        assert (old["kernel"] != nnx_job.weights(projection)["kernel"]).any()
 
 
 def test_mistakes_are_named(tmp_path):
@@ -110,7 +110,7 @@ def test_mistakes_are_named(tmp_path):
         wrong,
         pytest.raises(PreflightError, match=r"layer_num_T'\] is 3, but adaptor_T returns 4"),
     ):
-        wrong.train(tiny.SGD, tiny.loader(2), num_epochs=1)
+        wrong.train(nnx_job.SGD, nnx_job.loader(2), num_epochs=1)
     wide = make(tmp_path, EMD, student_width=4)
     with wide, pytest.raises(PreflightError, match=r"'proj': \['linear', 4, 6\]"):
-        wide.train(tiny.SGD, tiny.loader(2), num_epochs=1)
+        wide.train(nnx_job.SGD, nnx_job.loader(2), num_epochs=1)

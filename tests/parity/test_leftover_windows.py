@@ -7,7 +7,7 @@ import jaxbrewer
 from jaxbrewer.presets import WEIGHT_SCHEDULER
 
 from .reference import Job, adaptor, assert_equal_runs, configs, run, run_both
-from .toys import batches, twins
+from .twins import batches, twins
 
 COUNT = 5  # batches, of which one is left over by windows of 2, and two by windows of 3
 POOLED = {"layers": 2, "width": 8}

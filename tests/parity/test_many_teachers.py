@@ -12,7 +12,7 @@ from jaxbrewer.training import run as training
 from jaxbrewer.training import teacher_cache as caching
 
 from .reference import Job, adaptor, assert_equal_runs, configs, run, run_both
-from .toys import batches, twins
+from .twins import batches, twins
 
 pytestmark = pytest.mark.torch
 

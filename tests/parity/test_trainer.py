@@ -6,7 +6,7 @@ import textbrewer
 import jaxbrewer
 
 from .reference import Job, adaptor, assert_equal_runs, configs, run
-from .toys import batches, twins
+from .twins import batches, twins
 
 pytestmark = pytest.mark.torch
 

@@ -16,8 +16,8 @@ from jaxbrewer.data.batches import own
 from jaxbrewer.errors import PreflightError, PreflightWarning
 from jaxbrewer.preflight import prepare
 
-from . import small
-from .small import adaptor, encoder, match
+from .. import fn_job
+from ..fn_job import adaptor, encoder, match
 
 
 @pytest.fixture
@@ -34,10 +34,10 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def failure(distiller, loader=None, optimizer=small.SGD, **arguments):
+def failure(distiller, loader=None, optimizer=fn_job.SGD, **arguments):
     """The problems that stop a training, which must have left nothing behind."""
     with distiller, pytest.raises(PreflightError) as caught:
-        distiller.train(optimizer, loader or small.batches(2), num_epochs=1, **arguments)
+        distiller.train(optimizer, loader or fn_job.batches(2), num_epochs=1, **arguments)
     assert not Path(distiller.t_config.output_dir).exists()
     return caught.value.problems
 
@@ -190,7 +190,7 @@ MISTAKES = {
         [r"logits\[0\]: the student has 3 classes \[3, 3\], the teacher 4 \[3, 4\].*num_labels"],
     ),
     "vocabularies that differ": (
-        {"teacher": encoder(1, classes=9), "keys": adaptor(logits=small.tokens)},
+        {"teacher": encoder(1, classes=9), "keys": adaptor(logits=fn_job.tokens)},
         {},
         ["student has 3 classes.*the teacher 9.*the same vocabulary"],
     ),
@@ -200,13 +200,13 @@ MISTAKES = {
         ["adaptor_S returns 2 logits and adaptor_T 1"],
     ),
     "a distiller of logits without them": (
-        {"cls": BasicDistiller, "keys_S": ("hidden",), "keys_T": adaptor(labels=small.KEYS["labels"])},
+        {"cls": BasicDistiller, "keys_S": ("hidden",), "keys_T": adaptor(labels=fn_job.KEYS["labels"])},
         {},
         ["adaptor_S returns no 'logits', which this distiller compares; it returns 'hidden'",
          "adaptor_T returns no 'logits'.* it returns 'labels'"],
     ),
     "a mask on one side only": (
-        {"keys_S": adaptor("logits_mask", logits=small.tokens), "keys_T": adaptor(logits=small.tokens)},
+        {"keys_S": adaptor("logits_mask", logits=fn_job.tokens), "keys_T": adaptor(logits=fn_job.tokens)},
         {},
         ["adaptor_T returns no 'logits_mask' while the other side does"],
     ),
@@ -339,7 +339,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_found_before_anything_compiles(name, tmp_path, compiled):
     made, arguments, expected = MISTAKES[name]
-    distiller = small.distiller(tmp_path, **made)
+    distiller = fn_job.distiller(tmp_path, **made)
     del compiled[:]
     problems = failure(distiller, **arguments)
     assert compiled == []
@@ -349,7 +349,7 @@ def test_a_mistake_is_found_before_anything_compiles(name, tmp_path, compiled):
 
 
 def test_all_mistakes_are_in_one_report(tmp_path, compiled):
-    distiller = small.distiller(
+    distiller = fn_job.distiller(
         tmp_path,
         keys=(*FEATURES, "logits_mask"),
         keys_T=adaptor("hidden", logits=several(2)),
@@ -387,9 +387,9 @@ def test_all_mistakes_are_in_one_report(tmp_path, compiled):
 
 
 def test_mistakes_of_both_models_and_the_rest_come_together(tmp_path):
-    distiller = small.distiller(
+    distiller = fn_job.distiller(
         tmp_path,
-        keys_S=adaptor(logit=small.KEYS["logits"]),
+        keys_S=adaptor(logit=fn_job.KEYS["logits"]),
         teacher=FunctionModel(raises(ValueError("broken")), 1.0),
         config={"kd_loss_type": "xx"},
     )
@@ -422,7 +422,7 @@ def swallowing(S, T, base, **options):
     return base + jnp.mean(S, -1) - jnp.mean(S)
 
 
-TOKENS = adaptor("logits_mask", logits=small.tokens)
+TOKENS = adaptor("logits_mask", logits=fn_job.tokens)
 
 
 @pytest.mark.parametrize(
@@ -437,10 +437,10 @@ TOKENS = adaptor("logits_mask", logits=small.tokens)
 def test_losses_of_ones_own_under_masks(loss, message, tmp_path, compiled, monkeypatch):
     monkeypatch.setitem(presets.KD_LOSS_MAP, "mine", loss)
     made = {"config": {"kd_loss_type": "mine"}, "keys": TOKENS}
-    distiller = small.distiller(tmp_path, **made)
+    distiller = fn_job.distiller(tmp_path, **made)
     if message is None:
         with distiller:
-            prepare(distiller.job(), {"": own(small.batches(1)[0])}, small.SGD).programs[""]
+            prepare(distiller.job(), {"": own(fn_job.batches(1)[0])}, fn_job.SGD).programs[""]
         return
     (problem,) = failure(distiller)
     assert re.search(message, problem)
@@ -459,10 +459,10 @@ def test_losses_of_ones_own_under_masks(loss, message, tmp_path, compiled, monke
 def test_temperatures_of_ones_own_under_masks(scheduler, message, tmp_path, monkeypatch):
     monkeypatch.setitem(presets.TEMPERATURE_SCHEDULER.data, "mine", scheduler)
     made = {"config": {"temperature_scheduler": "mine"}, "keys": TOKENS}
-    distiller = small.distiller(tmp_path, **made)
+    distiller = fn_job.distiller(tmp_path, **made)
     if message is None:
         with distiller:
-            prepare(distiller.job(), {"": own(small.batches(1)[0])}, small.SGD).programs[""]
+            prepare(distiller.job(), {"": own(fn_job.batches(1)[0])}, fn_job.SGD).programs[""]
         return
     (problem,) = failure(distiller)
     assert re.search(message, problem)
@@ -479,7 +479,7 @@ def test_temperatures_of_ones_own_under_masks(scheduler, message, tmp_path, monk
 )
 def test_match_losses_of_ones_own(loss, message, tmp_path, monkeypatch):
     monkeypatch.setitem(presets.MATCH_LOSS_MAP, "mine", loss)
-    distiller = small.distiller(tmp_path, keys=FEATURES, config=matched(match(0, 0, "mine")))
+    distiller = fn_job.distiller(tmp_path, keys=FEATURES, config=matched(match(0, 0, "mine")))
     (problem,) = failure(distiller)
     assert re.search(message, problem)
 
@@ -490,14 +490,14 @@ def test_a_feature_of_ones_own(tmp_path, monkeypatch):
     try:
         keys = adaptor(values=lambda batch, outputs: outputs["hidden"])
         made = {"keys": keys, "config": matched(match(0, 0, feature="values"))}
-        distiller = small.distiller(tmp_path, **made)
+        distiller = fn_job.distiller(tmp_path, **made)
         with distiller:
-            program = prepare(distiller.job(), {"": own(small.batches(1)[0])}, small.SGD).programs[
-                ""
-            ]
+            program = prepare(
+                distiller.job(), {"": own(fn_job.batches(1)[0])}, fn_job.SGD
+            ).programs[""]
         assert program.names == ("unweighted_values_hidden_mse_0_0",)
         made["config"] = matched(match(0, 9, feature="values"))
-        (problem,) = failure(small.distiller(tmp_path, **made))
+        (problem,) = failure(fn_job.distiller(tmp_path, **made))
         assert "'values' for layers 0–2" in problem
     finally:
         presets.FEATURES.remove("values")
@@ -515,17 +515,17 @@ def test_a_trainer_without_losses(tmp_path):
 
 def warned(distiller, **arguments):
     """The warnings of a training that would go on, without compiling it."""
-    batch = arguments.pop("batch", None) or small.batches(1)[0]
+    batch = arguments.pop("batch", None) or fn_job.batches(1)[0]
     with distiller, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        prepare(distiller.job(**arguments), {"": own(batch)}, small.SGD).programs[""]
+        prepare(distiller.job(**arguments), {"": own(batch)}, fn_job.SGD).programs[""]
     assert all(w.category is PreflightWarning for w in caught)
     return [str(w.message) for w in caught]
 
 
-TOKEN_LABELS = {**small.batches(1)[0], "labels": np.zeros((3, 4), np.int32)}
+TOKEN_LABELS = {**fn_job.batches(1)[0], "labels": np.zeros((3, 4), np.int32)}
 PADDED_LABELS = {**TOKEN_LABELS, "labels": np.where(TOKEN_LABELS["mask"], 1, -100)}
-TOKEN_KEYS = adaptor("labels", logits=small.tokens)
+TOKEN_KEYS = adaptor("labels", logits=fn_job.tokens)
 
 
 def token_model():
@@ -597,7 +597,7 @@ SUSPECT = {
 @pytest.mark.parametrize("name", SUSPECT)
 def test_likely_slips_are_warned_of(name, tmp_path):
     made, arguments, expected = SUSPECT[name]
-    found = warned(small.distiller(tmp_path, **made), **arguments)
+    found = warned(fn_job.distiller(tmp_path, **made), **arguments)
     assert len(found) == len(expected), found
     for warning, message in zip(found, expected, strict=True):
         assert re.search(message, warning), warning
@@ -607,7 +607,7 @@ def test_likely_slips_are_warned_of(name, tmp_path):
 
 
 def test_looking_at_the_first_batch_does_not_lose_it(tmp_path):
-    loader = small.batches(5)
+    loader = fn_job.batches(5)
     trained, seen = [], []
 
     def once():
@@ -616,16 +616,16 @@ def test_looking_at_the_first_batch_does_not_lose_it(tmp_path):
             yield batch
 
     for name, source in (("list", loader), ("generator", once())):
-        distiller = small.distiller(tmp_path / name)
+        distiller = fn_job.distiller(tmp_path / name)
         with distiller:
-            distiller.train(small.SGD, source, num_steps=5)
+            distiller.train(fn_job.SGD, source, num_steps=5)
         trained.append(distiller.model_S.params)
     assert len(seen) == 5
     jax.tree.map(np.testing.assert_array_equal, *trained)
 
 
 def test_models_without_logits_are_distilled_on_features(tmp_path):
-    distiller = small.distiller(
+    distiller = fn_job.distiller(
         tmp_path,
         keys=("hidden", "attention", "inputs_mask"),
         teacher=encoder(1, width=6),
@@ -635,14 +635,14 @@ def test_models_without_logits_are_distilled_on_features(tmp_path):
     )
     before = distiller.model_S.params
     with distiller:
-        distiller.train(small.SGD, small.batches(3), num_epochs=1)
+        distiller.train(fn_job.SGD, fn_job.batches(3), num_epochs=1)
     after = distiller.model_S.params
     assert not np.array_equal(before["layers"][1], after["layers"][1])
     assert np.array_equal(before["head"], after["head"])
 
 
 def test_check_tells_what_would_be_trained(tmp_path, capsys):
-    distiller = small.distiller(
+    distiller = fn_job.distiller(
         tmp_path,
         keys=("logits", "hidden", "losses"),
         teacher=encoder(1, width=6),
@@ -652,7 +652,7 @@ def test_check_tells_what_would_be_trained(tmp_path, capsys):
             "intermediate_matches": [match(2, 2, weight=0.5, proj=["linear", 5, 6])],
         },
     )
-    report = distiller.check(small.batches(1)[0], optax.adam(1e-3))
+    report = distiller.check(fn_job.batches(1)[0], optax.adam(1e-3))
     assert capsys.readouterr().out == report + "\n"
     for line in [
         r"GeneralDistiller: nothing wrong was found",
@@ -671,10 +671,10 @@ def test_check_tells_what_would_be_trained(tmp_path, capsys):
 
 
 def test_check_finds_what_train_would_find(tmp_path, compiled):
-    distiller = small.distiller(tmp_path, config={"hard_label_weight": 1}, keys=("logits",))
+    distiller = fn_job.distiller(tmp_path, config={"hard_label_weight": 1}, keys=("logits",))
     del compiled[:]
     with pytest.raises(PreflightError, match="returns no 'losses'"):
-        distiller.check(small.batches(1)[0])
+        distiller.check(fn_job.batches(1)[0])
     with pytest.raises(PreflightError, match="model_S gets 'mask' twice"):
-        distiller.check(small.batches(1)[0], mask=None)
+        distiller.check(fn_job.batches(1)[0], mask=None)
     assert compiled == []

@@ -11,26 +11,26 @@ import jaxbrewer
 from jaxbrewer.errors import BatchError
 from jaxbrewer.training.checkpoints import steps_in
 from jaxbrewer.training.metrics import MetricsWriter
-from tests import small, tiny
-from tests.tiny import read_events
+from tests import fn_job, nnx_job
+from tests.nnx_job import read_events
 
 
 def test_callback_gets_the_trained_student_at_each_checkpoint(tmp_path):
-    distiller = tiny.distiller(tmp_path, ckpt_frequency=2)
+    distiller = nnx_job.distiller(tmp_path, ckpt_frequency=2)
     seen = []
 
     def callback(model, step):
         assert model is distiller.model_S
-        seen.append((step, tiny.weights(model)))
+        seen.append((step, nnx_job.weights(model)))
 
     with distiller:
-        distiller.train(tiny.SGD, tiny.loader(4), num_epochs=1, callback=callback)
+        distiller.train(nnx_job.SGD, nnx_job.loader(4), num_epochs=1, callback=callback)
     assert [step for step, _ in seen] == [2, 4] == steps_in(tmp_path / "out")
     for step, weights in seen:
-        saved = jaxbrewer.load_student(tmp_path / "out" / f"gs{step}", tiny.Encoder(2, 4))
-        for name, value in tiny.weights(saved).items():
+        saved = jaxbrewer.load_student(tmp_path / "out" / f"gs{step}", nnx_job.Encoder(2, 4))
+        for name, value in nnx_job.weights(saved).items():
             np.testing.assert_array_equal(value, weights[name])
-    final = tiny.weights(distiller.model_S)
+    final = nnx_job.weights(distiller.model_S)
     np.testing.assert_array_equal(final["head.kernel"], seen[-1][1]["head.kernel"])
 
 
@@ -38,30 +38,30 @@ def test_callback_that_raises_loses_nothing(tmp_path):
     def callback(model, step):
         raise RuntimeError("evaluation broke")
 
-    distiller = tiny.distiller(tmp_path)
+    distiller = nnx_job.distiller(tmp_path)
     with distiller, pytest.raises(RuntimeError, match="evaluation broke"):
-        distiller.train(tiny.SGD, tiny.loader(4), num_epochs=2, callback=callback)
+        distiller.train(nnx_job.SGD, nnx_job.loader(4), num_epochs=2, callback=callback)
     assert steps_in(tmp_path / "out") == [4]
     assert len(read_events(tmp_path / "log")["scalar/total_loss"]) == 4
-    jaxbrewer.load_student(tmp_path / "out", tiny.Encoder(2, 4))
+    jaxbrewer.load_student(tmp_path / "out", nnx_job.Encoder(2, 4))
 
 
 def test_callback_stops_the_run_and_other_values_do_not(tmp_path):
     results = iter([{"accuracy": 0.5}, jaxbrewer.CallbackResult(stop=True)])
-    distiller = tiny.distiller(tmp_path)
+    distiller = nnx_job.distiller(tmp_path)
     with distiller:
         distiller.train(
-            tiny.SGD, tiny.loader(2), num_epochs=9, callback=lambda model, step: next(results)
+            nnx_job.SGD, nnx_job.loader(2), num_epochs=9, callback=lambda model, step: next(results)
         )
     assert steps_in(tmp_path / "out") == [2, 4]
 
 
 def test_nan_names_the_term_and_the_step(tmp_path):
-    batches = [batch | {"noise": np.zeros(4, np.float32)} for batch in tiny.loader(6)]
+    batches = [batch | {"noise": np.zeros(4, np.float32)} for batch in nnx_job.loader(6)]
     batches[4]["noise"][1] = np.nan
-    distiller = tiny.distiller(tmp_path, ckpt_frequency=3)
+    distiller = nnx_job.distiller(tmp_path, ckpt_frequency=3)
     with distiller, pytest.raises(FloatingPointError) as caught:
-        distiller.train(tiny.SGD, batches, num_epochs=1)
+        distiller.train(nnx_job.SGD, batches, num_epochs=1)
     message = str(caught.value)
     assert "global step 5 (micro-batch 4)" in message
     assert "unweighted_hard_label_loss = nan" in message
@@ -71,11 +71,11 @@ def test_nan_names_the_term_and_the_step(tmp_path):
 
 
 def test_masks_that_select_different_counts_are_an_error(tmp_path):
-    class Tokens(tiny.Encoder):
+    class Tokens(nnx_job.Encoder):
         def __call__(self, input_ids, attention_mask=None, labels=None):
             return {"logits": self.head(self.embed(input_ids))}
 
-    batches = tiny.loader(2)
+    batches = nnx_job.loader(2)
     batches[1]["attention_mask"][0, -2:] = 0
     distiller = jaxbrewer.BasicDistiller(
         jaxbrewer.TrainingConfig(output_dir=str(tmp_path), device="cpu"),
@@ -86,26 +86,26 @@ def test_masks_that_select_different_counts_are_an_error(tmp_path):
         lambda b, o: {"logits": o["logits"], "logits_mask": b["attention_mask"]},
     )
     with distiller, pytest.raises(BatchError, match=r"micro-batch 1 the teacher's .* 2 more"):
-        distiller.train(tiny.SGD, batches, num_epochs=1)
+        distiller.train(nnx_job.SGD, batches, num_epochs=1)
 
 
 def test_training_twice_on_one_distiller_goes_on(tmp_path):
-    distiller = tiny.distiller(tmp_path, log=False)
+    distiller = nnx_job.distiller(tmp_path, log=False)
     with distiller:
-        distiller.train(tiny.SGD, tiny.loader(3), num_epochs=1)
-        first = tiny.weights(distiller.model_S)
-        distiller.train(tiny.SGD, tiny.loader(3), num_epochs=1)
-    assert (tiny.weights(distiller.model_S)["head.kernel"] != first["head.kernel"]).any()
+        distiller.train(nnx_job.SGD, nnx_job.loader(3), num_epochs=1)
+        first = nnx_job.weights(distiller.model_S)
+        distiller.train(nnx_job.SGD, nnx_job.loader(3), num_epochs=1)
+    assert (nnx_job.weights(distiller.model_S)["head.kernel"] != first["head.kernel"]).any()
     assert steps_in(tmp_path / "out") == steps_in(tmp_path / "out" / "earlier-1") == [3]
-    kept = jaxbrewer.load_student(tmp_path / "out" / "earlier-1", tiny.Encoder(2, 4))
-    np.testing.assert_array_equal(tiny.weights(kept)["head.kernel"], first["head.kernel"])
+    kept = jaxbrewer.load_student(tmp_path / "out" / "earlier-1", nnx_job.Encoder(2, 4))
+    np.testing.assert_array_equal(nnx_job.weights(kept)["head.kernel"], first["head.kernel"])
 
 
 def test_the_log_tells_the_plan_and_the_progress(tmp_path, caplog):
     caplog.set_level(logging.INFO, "jaxbrewer")
-    distiller = tiny.distiller(tmp_path, log=False)
+    distiller = nnx_job.distiller(tmp_path, log=False)
     with distiller:
-        distiller.train(tiny.SGD, tiny.loader(2), num_epochs=2)
+        distiller.train(nnx_job.SGD, nnx_job.loader(2), num_epochs=2)
     for line in (
         "Training steps: 4; checkpoints at steps 2, 4",
         "Global step 2 of 4",
@@ -129,23 +129,23 @@ class Unsized:
 
 
 def test_steps_cycle_a_loader_without_a_length(tmp_path):
-    stream = Unsized(tiny.loader(3))
-    distiller = tiny.distiller(tmp_path, gradient_accumulation_steps=2)
+    stream = Unsized(nnx_job.loader(3))
+    distiller = nnx_job.distiller(tmp_path, gradient_accumulation_steps=2)
     with distiller:
-        distiller.train(tiny.SGD, stream, num_steps=4)
+        distiller.train(nnx_job.SGD, stream, num_steps=4)
     assert stream.passes == 3
     assert len(read_events(tmp_path / "log")["scalar/total_loss"]) == 8
     assert steps_in(tmp_path / "out") == [4]
 
 
 def test_loader_that_can_be_read_once_is_named_when_it_runs_dry(tmp_path):
-    distiller = tiny.distiller(tmp_path)
+    distiller = nnx_job.distiller(tmp_path)
     with distiller, pytest.raises(BatchError, match="iterated only once"):
-        distiller.train(tiny.SGD, (b for b in tiny.loader(3)), num_steps=4)
+        distiller.train(nnx_job.SGD, (b for b in nnx_job.loader(3)), num_steps=4)
     with distiller:
-        distiller.train(tiny.SGD, (b for b in tiny.loader(3)), num_steps=3)
+        distiller.train(nnx_job.SGD, (b for b in nnx_job.loader(3)), num_steps=3)
     with distiller, pytest.raises(BatchError, match="the loader is empty"):
-        distiller.train(tiny.SGD, iter(()), num_steps=3)
+        distiller.train(nnx_job.SGD, iter(()), num_steps=3)
 
 
 def test_length_that_is_not_true_is_told(tmp_path, caplog):
@@ -153,14 +153,14 @@ def test_length_that_is_not_true_is_told(tmp_path, caplog):
         def __len__(self):
             return 3
 
-    distiller = tiny.distiller(tmp_path)
+    distiller = nnx_job.distiller(tmp_path)
     with distiller:
-        distiller.train(tiny.SGD, Liar(tiny.loader(4)), num_epochs=1)
+        distiller.train(nnx_job.SGD, Liar(nnx_job.loader(4)), num_epochs=1)
     assert "epoch 1 had 4 batches, which is not what len(loader) announced" in caplog.text
 
 
 def test_basic_trainer_trains_on_the_losses(tmp_path):
-    model = tiny.Encoder(2, 4)
+    model = nnx_job.Encoder(2, 4)
     trainer = jaxbrewer.BasicTrainer(
         jaxbrewer.TrainingConfig(
             output_dir=str(tmp_path / "o"), log_dir=str(tmp_path / "l"), device="cpu"
@@ -169,7 +169,7 @@ def test_basic_trainer_trains_on_the_losses(tmp_path):
         lambda batch, outputs: {"losses": outputs["loss"]},
     )
     with trainer:
-        trainer.train(tiny.SGD, tiny.loader(2), num_epochs=40)
+        trainer.train(nnx_job.SGD, nnx_job.loader(2), num_epochs=40)
     curve = read_events(tmp_path / "l")
     assert list(curve) == ["scalar/total_loss"]
     assert curve["scalar/total_loss"][-1] < 0.9 * curve["scalar/total_loss"][0]
@@ -208,9 +208,9 @@ def test_whatever_fails_the_checkpoint_is_waited_for_and_all_is_told(tmp_path, m
             [f"{FULL} a checkpoint", f"{FULL} the log"],
         ),
     }[fails]
-    distiller = small.distiller(tmp_path, log_dir=tmp_path / "log")
+    distiller = fn_job.distiller(tmp_path, log_dir=tmp_path / "log")
     with distiller, pytest.raises((OSError, RuntimeError)) as caught:
-        distiller.train(small.SGD, small.batches(2), num_epochs=1, callback=callback)
+        distiller.train(fn_job.SGD, fn_job.batches(2), num_epochs=1, callback=callback)
     assert repr(caught.value) == error
     told = getattr(caught.value, "__notes__", [])
     assert [note.split(" failed too: ")[1] for note in told] == notes
@@ -222,16 +222,16 @@ def test_a_loss_that_is_not_finite_is_told_though_a_checkpoint_failed(tmp_path, 
         raise OSError("no space left for a checkpoint")
 
     monkeypatch.setattr(ocp.CompositeCheckpointHandler, "finalize", fails)
-    batches = [batch | {"scale": np.ones(3, np.float32)} for batch in small.batches(3)]
+    batches = [batch | {"scale": np.ones(3, np.float32)} for batch in fn_job.batches(3)]
     batches[2]["scale"][:] = np.nan
-    scaled = small.adaptor(logits=lambda b, o: o["logits"] * b["scale"][:, None])
-    student = small.encoder(2)
+    scaled = fn_job.adaptor(logits=lambda b, o: o["logits"] * b["scale"][:, None])
+    student = fn_job.encoder(2)
     encode = student.function
     student.function = lambda params, ids, mask, labels, scale: encode(params, ids, mask, labels)
-    distiller = small.distiller(tmp_path, student=student, keys_S=scaled, ckpt_steps=2)
+    distiller = fn_job.distiller(tmp_path, student=student, keys_S=scaled, ckpt_steps=2)
     plain = [
         {"student": b, "teacher": {k: v for k, v in b.items() if k != "scale"}} for b in batches
     ]
     with distiller, pytest.raises(FloatingPointError, match="Nothing was saved yet") as caught:
-        distiller.train(small.SGD, plain, num_steps=3)
+        distiller.train(fn_job.SGD, plain, num_steps=3)
     assert caught.value.__notes__ == [f"writing the checkpoint failed too: {FULL} a checkpoint"]

@@ -8,8 +8,8 @@ import pytest
 import jaxbrewer
 from jaxbrewer.errors import CacheError, ConfigError
 from jaxbrewer.training import teacher_cache as caching
-from tests import tiny
-from tests.tiny import read_events
+from tests import nnx_job
+from tests.nnx_job import read_events
 
 MATCHES = [
     {"layer_T": 3, "layer_S": 2, "feature": "hidden", "loss": "hidden_mse", "weight": 1.0},
@@ -26,16 +26,16 @@ def make(folder, cache_dir=None, teacher_seed=1, matches=MATCHES, **distillation
             **{"is_caching_logits": True, "intermediate_matches": matches, **distillation},
             cache_dir=cache_dir,
         ),
-        tiny.Encoder(3, 4, seed=teacher_seed),
-        tiny.Encoder(2, 4, seed=2),
-        tiny.adaptor,
-        tiny.adaptor,
+        nnx_job.Encoder(3, 4, seed=teacher_seed),
+        nnx_job.Encoder(2, 4, seed=2),
+        nnx_job.adaptor,
+        nnx_job.adaptor,
     )
 
 
 def run(distiller, loader=None, num_epochs=2):
     with distiller:
-        distiller.train(tiny.SGD, loader or tiny.loader(5), num_epochs=num_epochs)
+        distiller.train(nnx_job.SGD, loader or nnx_job.loader(5), num_epochs=num_epochs)
     return distiller
 
 
@@ -55,7 +55,7 @@ class Same(list):
 def test_cached_features_train_as_the_teacher_would(tmp_path):
     """The general distiller too, with features; in memory, on disk, and read again from disk."""
     plain = make(tmp_path / "plain", is_caching_logits=False)
-    run(plain, Same(tiny.loader(5)))
+    run(plain, Same(nnx_job.loader(5)))
     expected = read_events(tmp_path / "plain" / "log")
     for name, cache_dir in (("memory", None), ("disk", tmp_path / "c"), ("again", tmp_path / "c")):
         run(make(tmp_path / name, cache_dir))
@@ -104,7 +104,7 @@ def test_cache_of_another_teacher_data_or_type_is_refused(tmp_path):
     fewer = [*MATCHES[:1], MATCHES[0] | {"layer_T": 2, "layer_S": 1}]
     for message, distiller, loader in (
         ("other teacher weights", make(tmp_path, cache, teacher_seed=9), None),
-        ("other batches", make(tmp_path, cache), tiny.loader(5, seed=4)),
+        ("other batches", make(tmp_path, cache), nnx_job.loader(5, seed=4)),
         ("holds float32, not float16", make(tmp_path, cache, cache_dtype="float16"), None),
         ("other layers", make(tmp_path, cache, matches=fewer), None),
     ):
@@ -158,6 +158,6 @@ def test_no_room_on_the_disk_is_told_before_the_teacher_runs(tmp_path, monkeypat
 def test_caching_needs_epochs_and_a_cache_dir_needs_caching(tmp_path):
     distiller = make(tmp_path)
     with distiller, pytest.raises(ValueError, match="goes with num_epochs"):
-        distiller.train(tiny.SGD, tiny.loader(5), num_steps=3)
+        distiller.train(nnx_job.SGD, nnx_job.loader(5), num_steps=3)
     with pytest.raises(ConfigError, match="is_caching_logits is False"):
         jaxbrewer.DistillationConfig(cache_dir="somewhere")

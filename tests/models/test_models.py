@@ -19,7 +19,7 @@ from jaxbrewer.models.wrap import as_model
 from jaxbrewer.preflight import prepare
 from jaxbrewer.training.run import Outcome, _copies
 
-from . import small
+from .. import fn_job
 
 X = np.linspace(-1, 1, 24, dtype=np.float32).reshape(6, 4)
 KEY, OTHER = jax.random.key(1), jax.random.key(2)
@@ -472,10 +472,10 @@ class Student(nnx.Module):
 
     def __init__(self, teacher=None):
         rngs = nnx.Rngs(3)
-        self.embed = nnx.Embed(small.VOCABULARY, 4, rngs=rngs)
+        self.embed = nnx.Embed(fn_job.VOCABULARY, 4, rngs=rngs)
         self.norm = nnx.BatchNorm(4, rngs=rngs)
         self.drop = nnx.Dropout(0.3, rngs=rngs)
-        self.head = nnx.Linear(4, small.CLASSES, rngs=rngs)
+        self.head = nnx.Linear(4, fn_job.CLASSES, rngs=rngs)
         if teacher is not None:
             self.embed.embedding[...] = teacher.embed.embedding[...]
             self.norm.mean[...] = teacher.norm.mean[...]
@@ -494,10 +494,10 @@ def test_steps_leave_a_teacher_intact_that_shares_arrays_and_seeds_decide():
         jaxbrewer.DistillationConfig(),
         teacher,
         student,
-        small.adaptor("logits"),
-        small.adaptor("logits"),
+        fn_job.adaptor("logits"),
+        fn_job.adaptor("logits"),
     )
-    loader = [batches.own({"ids": batch["ids"]}) for batch in small.batches(2)]
+    loader = [batches.own({"ids": batch["ids"]}) for batch in fn_job.batches(2)]
     with distiller:
         program = prepare(distiller.job(), {"": loader[0]}, optax.sgd(0.5)).programs[""]
     step, trained = program.compiled, []
@@ -527,15 +527,18 @@ def test_self_distillation_keeps_the_teacher_it_started_with(tmp_path):
     """One object on both sides: the teacher is what it was when training began."""
     curves = {}
     for name, shared in (("one object", True), ("two", False)):
-        teacher = small.encoder(1)
-        student = teacher if shared else FunctionModel(small.encode, teacher.params)
-        distiller = small.distiller(
+        teacher = fn_job.encoder(1)
+        student = teacher if shared else FunctionModel(fn_job.encode, teacher.params)
+        distiller = fn_job.distiller(
             tmp_path / name, teacher=teacher, student=student, config={"hard_label_weight": 1},
             keys=("logits", "losses"), ckpt_frequency=2,
         )  # fmt: skip
         with distiller:
             distiller.train(
-                small.SGD, small.batches(4), num_epochs=1, callback=lambda model, step: None
+                fn_job.SGD,
+                fn_job.batches(4),
+                num_epochs=1,
+                callback=lambda model, step: None,
             )
         curves[name] = student.params
     assert same(*curves.values())

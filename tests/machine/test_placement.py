@@ -9,7 +9,7 @@ from jaxbrewer import TrainingConfig
 from jaxbrewer.errors import BatchError, ConfigError
 from jaxbrewer.machine.placement import OneDevice, Pmapped, Sharded, placement_for, rows_of
 
-from . import small, tiny
+from .. import fn_job, nnx_job
 
 EIGHT = jax.devices("cpu")
 
@@ -110,12 +110,12 @@ def test_inputs_that_all_rows_share_stay_whole(mapping, tmp_path):
             jaxbrewer.FunctionModel(encode, {"embed": jax.random.normal(jax.random.key(i), (5, 3))})
             for i in range(2)
         ]
-        distiller = small.distiller(
+        distiller = fn_job.distiller(
             folder, teacher=made[0], student=made[1], keys=("logits",), **options
         )
         batch = {"ids": np.arange(16).reshape(8, 2) % 5, "scale": np.array([[[0.5], [2.0]]])}
         with distiller:
-            distiller.train(small.SGD, [batch] * 3, num_epochs=1)
+            distiller.train(fn_job.SGD, [batch] * 3, num_epochs=1)
         return np.asarray(made[1].params["embed"])
 
     found = train(tmp_path / "eight", data_parallel=True, mapping=mapping)
@@ -123,41 +123,43 @@ def test_inputs_that_all_rows_share_stay_whole(mapping, tmp_path):
 
 
 def test_a_batch_smaller_than_the_mesh(tmp_path):
-    distiller = tiny.distiller(tmp_path, log=False, data_parallel=True)
+    distiller = nnx_job.distiller(tmp_path, log=False, data_parallel=True)
     with distiller, pytest.raises(BatchError, match="the first batch has 4 rows for 8 devices"):
-        distiller.train(tiny.SGD, tiny.loader(2, size=4), num_epochs=1)
+        distiller.train(nnx_job.SGD, nnx_job.loader(2, size=4), num_epochs=1)
     assert not (tmp_path / "out").exists()
 
 
 def test_only_a_last_batch_may_be_smaller(tmp_path):
-    distiller = tiny.distiller(tmp_path, log=False, data_parallel=True)
+    distiller = nnx_job.distiller(tmp_path, log=False, data_parallel=True)
     with distiller:
-        distiller.train(tiny.SGD, tiny.loader(1, size=8) + tiny.loader(1, size=3), num_epochs=1)
+        distiller.train(
+            nnx_job.SGD, nnx_job.loader(1, size=8) + nnx_job.loader(1, size=3), num_epochs=1
+        )
 
 
 @pytest.mark.parametrize("mapping", ["sharded", "pmap"])
 def test_masks_that_differ_on_one_device_are_seen(mapping, tmp_path):
-    batches = small.batches(2, size=8)
+    batches = fn_job.batches(2, size=8)
     batches[1]["mask"][5, :] = 0
 
     def keep(batch, outputs):
         return {"logits": outputs["tokens"], "logits_mask": jnp.ones_like(batch["mask"])}
 
-    distiller = small.distiller(
+    distiller = fn_job.distiller(
         tmp_path,
         keys_T=keep,
-        keys_S=small.adaptor("logits_mask", logits=small.tokens),
+        keys_S=fn_job.adaptor("logits_mask", logits=fn_job.tokens),
         data_parallel=True,
         mapping=mapping,
     )
     with distiller, pytest.raises(BatchError, match="micro-batch 0 the teacher's logits_mask"):
-        distiller.train(small.SGD, batches, num_epochs=1)
+        distiller.train(fn_job.SGD, batches, num_epochs=1)
 
 
 def test_a_trainer_has_no_teacher_to_cut(tmp_path):
     config = TrainingConfig(
         output_dir=tmp_path, device="cpu", data_parallel=True, sharding="teacher"
     )
-    trainer = jaxbrewer.BasicTrainer(config, tiny.Encoder(1, 8), tiny.adaptor)
+    trainer = jaxbrewer.BasicTrainer(config, nnx_job.Encoder(1, 8), nnx_job.adaptor)
     with trainer, pytest.raises(ValueError, match="BasicTrainer has no teacher"):
-        trainer.train(tiny.SGD, tiny.loader(1, size=8), num_epochs=1)
+        trainer.train(nnx_job.SGD, nnx_job.loader(1, size=8), num_epochs=1)

@@ -28,7 +28,7 @@ from jaxbrewer.zoo import (
     BiGRUForTokenClassification,
 )
 
-from . import small, tiny
+from .. import fn_job, nnx_job
 
 ADAM = functools.partial(optax.adam, learning_rate=0.02, eps=1e-4)
 LEVELS = ["O1", "O2", "O3"]
@@ -77,7 +77,7 @@ def test_float32_asks_for_no_device():
         TrainingConfig(device="tpu:7", fp16=True, fp16_opt_level="O0", half_dtype="float16"),
     ):
         assert resolve(config) is FLOAT32
-        model = as_model(tiny.Encoder(1, 4))
+        model = as_model(nnx_job.Encoder(1, 4))
         assert at_level(model, FLOAT32) is model
 
 
@@ -435,7 +435,7 @@ def test_masters_of_a_half_model_are_float32():
 def test_arrays_stay_where_they_lie():
     """A teacher in host memory may be more than a device holds, and so may a trained student."""
     with jax.default_device(jax.devices("cpu")[1]):
-        model = as_model(tiny.Encoder(1, 4))
+        model = as_model(nnx_job.Encoder(1, 4))
     home = model.params["embed.embedding"].devices()
     assert home == {jax.devices("cpu")[1]}
     for level in ("O2", "O3"):
@@ -453,8 +453,8 @@ def test_arrays_stay_where_they_lie():
 @pytest.mark.parametrize("half", HALVES)
 def test_types_of_a_whole_step(tmp_path, level, half):
     """State, losses and gradients of a distillation with a projection, and what the metrics are."""
-    mine = tiny.distiller(tmp_path, fp16=True, fp16_opt_level=level, half_dtype=half)
-    batch = own(tiny.loader(1)[0])
+    mine = nnx_job.distiller(tmp_path, fp16=True, fp16_opt_level=level, half_dtype=half)
+    batch = own(nnx_job.loader(1)[0])
     with mine:
         (program,) = prepare(mine.job(), {"": batch}, ADAM).programs.values()
     kept = {half} if level == "O3" else {"float32"}
@@ -525,18 +525,18 @@ def test_a_bert_stays_near_float32(half):
 
 def curve(folder, **config):
     """The losses of a distillation with labels and a projection, and what it was trained by."""
-    match = small.match(1, 1, proj=["linear", 3, small.WIDTH])
-    mine = small.distiller(
+    match = fn_job.match(1, 1, proj=["linear", 3, fn_job.WIDTH])
+    mine = fn_job.distiller(
         folder,
         config={"intermediate_matches": [match], "hard_label_weight": 1, "kd_loss_weight": 0.5},
-        student=small.encoder(2, width=3),
+        student=fn_job.encoder(2, width=3),
         keys=("logits", "hidden", "losses", "inputs_mask"),
         gradient_accumulation_steps=2,
         log_dir=folder / "log",
         **config,
     )
     with mine:
-        mine.train(ADAM, small.batches(4, size=6), num_epochs=10, max_grad_norm=1.0)
+        mine.train(ADAM, fn_job.batches(4, size=6), num_epochs=10, max_grad_norm=1.0)
     return np.array(list(read_scalars(folder / "log")["scalar/total_loss"].values())), mine
 
 
@@ -556,7 +556,9 @@ def in_float32(tmp_path_factory):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("half", HALVES)
 def test_each_level_trains_near_float32(tmp_path, monkeypatch, in_float32, level, half):
-    monkeypatch.setattr(jaxbrewer.loss_scale, "INITIAL", 1024.0)  # so that no window is dropped
+    monkeypatch.setattr(
+        jaxbrewer.step.loss_scale, "INITIAL", 1024.0
+    )  # so that no window is dropped
     found, mine = curve(tmp_path, fp16=True, fp16_opt_level=level, half_dtype=half)
     assert in_float32[-4:].mean() < 0.8 * in_float32[:4].mean()
     # At O3 Adam's own moments are half: in float16 small squares are 0.
@@ -565,7 +567,7 @@ def test_each_level_trains_near_float32(tmp_path, monkeypatch, in_float32, level
     assert not np.array_equal(found, in_float32)
     trained = mine.model_S.params
     assert dtypes(trained) == {"float32"}
-    loaded = jaxbrewer.load_student(tmp_path / "out", small.encoder(3, width=3)).params
+    loaded = jaxbrewer.load_student(tmp_path / "out", fn_job.encoder(3, width=3)).params
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(trained), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -575,9 +577,9 @@ def test_a_cache_names_its_level(tmp_path):
     config = {"is_caching_logits": True, "cache_dir": str(tmp_path / "cache")}
 
     def run(name, **more):
-        mine = small.distiller(tmp_path / name, config=config, **more)
+        mine = fn_job.distiller(tmp_path / name, config=config, **more)
         with mine:
-            mine.train(small.SGD, small.batches(2), num_epochs=1)
+            mine.train(fn_job.SGD, fn_job.batches(2), num_epochs=1)
         return jax.tree.map(np.asarray, mine.model_S.params)
 
     first, again = run("first", fp16=True), run("again", fp16=True)
@@ -587,20 +589,20 @@ def test_a_cache_names_its_level(tmp_path):
 
 
 def test_check_tells_the_level(tmp_path, capsys):
-    mine = small.distiller(tmp_path, fp16=True, fp16_opt_level="O2", half_dtype="float16")
+    mine = fn_job.distiller(tmp_path, fp16=True, fp16_opt_level="O2", half_dtype="float16")
     with mine:
-        mine.check(small.batches(1)[0])
+        mine.check(fn_job.batches(1)[0])
     assert "precision   O2: float32 master parameters" in capsys.readouterr().out
-    mine = small.distiller(tmp_path)
+    mine = fn_job.distiller(tmp_path)
     with mine:
-        mine.check(small.batches(1)[0])
+        mine.check(fn_job.batches(1)[0])
     assert "precision" not in capsys.readouterr().out
 
 
 def test_custom_matches_reach_a_models_parts(tmp_path):
     """By path and by object, in models at a level."""
     for level in ("O1", "O3"):
-        teacher, student = tiny.Encoder(2, 4, seed=1), tiny.Encoder(1, 4, seed=2)
+        teacher, student = nnx_job.Encoder(2, 4, seed=1), nnx_job.Encoder(1, 4, seed=2)
         match = {"module_T": teacher.layers[1], "module_S": "layers.0", "weight": 1}
         mine = jaxbrewer.GeneralDistiller(
             TrainingConfig(
@@ -609,12 +611,14 @@ def test_custom_matches_reach_a_models_parts(tmp_path):
             jaxbrewer.DistillationConfig(),
             teacher,
             student,
-            tiny.adaptor,
-            tiny.adaptor,
+            nnx_job.adaptor,
+            nnx_job.adaptor,
             custom_matches=[{**match, "loss": "hidden_mse"}],
         )
         with mine:
-            (program,) = prepare(mine.job(), {"": own(tiny.loader(1)[0])}, ADAM).programs.values()
+            (program,) = prepare(
+                mine.job(), {"": own(nnx_job.loader(1)[0])}, ADAM
+            ).programs.values()
         assert "unweighted_custom_hidden_mse_layers.0_layers.1" in program.names
         assert program.teacher.sides[0].model.precision.level == level
 
@@ -632,21 +636,21 @@ def test_a_model_that_does_not_go_with_half_values_is_told_of_o1(tmp_path):
         carry, _ = jax.lax.scan(body, jnp.zeros((3, 3), params["head"].dtype), x.swapaxes(0, 1))
         return {"logits": carry}
 
-    student = FunctionModel(scans, small.encoder(2).params)
-    make = functools.partial(small.distiller, student=student, fp16=True)
+    student = FunctionModel(scans, fn_job.encoder(2).params)
+    make = functools.partial(fn_job.distiller, student=student, fp16=True)
     mine = make(tmp_path, fp16_opt_level="O2")
     with mine, pytest.raises(PreflightError, match=r"(?s)model_S failed.*In float32 it runs.*'O1'"):
-        mine.train(small.SGD, small.batches(2), num_epochs=1)
+        mine.train(fn_job.SGD, fn_job.batches(2), num_epochs=1)
     mine = make(tmp_path, fp16_opt_level="O1")
     with mine:
-        mine.train(small.SGD, small.batches(2), num_epochs=1)
+        mine.train(fn_job.SGD, fn_job.batches(2), num_epochs=1)
 
 
 def test_a_model_that_is_broken_anyway_is_not(tmp_path):
     student = FunctionModel(lambda params, ids, **rest: 1 / 0, {"w": jnp.ones(1)})
-    mine = small.distiller(tmp_path, student=student, fp16=True, fp16_opt_level="O2")
+    mine = fn_job.distiller(tmp_path, student=student, fp16=True, fp16_opt_level="O2")
     with mine, pytest.raises(PreflightError) as caught:
-        mine.train(small.SGD, small.batches(2), num_epochs=1)
+        mine.train(fn_job.SGD, fn_job.batches(2), num_epochs=1)
     assert "ZeroDivisionError" in str(caught.value) and "O1" not in str(caught.value)
 
 
@@ -658,18 +662,20 @@ def test_a_product_out_of_reach_is_a_preflight_error(tmp_path):
     def apply(params, ids, mask=None, labels=None):
         return {"logits": product(params["embed"][ids][:, 0], params["head"])}
 
-    student = FunctionModel(apply, small.encoder(2).params)
-    mine = small.distiller(tmp_path, student=student, fp16=True)
+    student = FunctionModel(apply, fn_job.encoder(2).params)
+    mine = fn_job.distiller(tmp_path, student=student, fp16=True)
     with mine, pytest.raises(PreflightError, match="product inside 'shard_map'"):
-        mine.train(small.SGD, small.batches(2), num_epochs=1)
+        mine.train(fn_job.SGD, fn_job.batches(2), num_epochs=1)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_half_type_the_backend_lacks_is_refused_before_anything(tmp_path, monkeypatch):
-    monkeypatch.setattr(jaxbrewer.precision, "_lacks", lambda device: {"float16": "it is a toy"})
-    mine = small.distiller(tmp_path, fp16=True, half_dtype="float16")
+    monkeypatch.setattr(
+        jaxbrewer.models.precision, "_lacks", lambda device: {"float16": "it is a toy"}
+    )
+    mine = fn_job.distiller(tmp_path, fp16=True, half_dtype="float16")
     with mine, pytest.raises(PrecisionError, match=r"float16.*it is a toy.*'bfloat16'"):
-        mine.train(small.SGD, small.batches(2), num_epochs=1)
+        mine.train(fn_job.SGD, fn_job.batches(2), num_epochs=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -680,4 +686,4 @@ def test_a_handle_passes_on_what_only_some_models_offer():
     handle = at_level(as_model(net), Precision("O2", "bfloat16"))
     assert handle.path_of(net.ln_1) == "ln_1"
     assert list(handle.signature().parameters) == ["input_ids"]
-    assert Side("S", handle, tiny.adaptor, {}).model is handle
+    assert Side("S", handle, nnx_job.adaptor, {}).model is handle

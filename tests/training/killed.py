@@ -1,7 +1,7 @@
 """Kills a training over and over, and counts the kills that left no finished checkpoint.
 
-``python -m tests.killed FOLDER [KILLS] [SEED]`` prints ``KILLS kills, LOST lost``. Each training is a
-fork of this process, which has imported everything and computed nothing.
+``python -m tests.training.killed FOLDER [KILLS] [SEED]`` prints ``KILLS kills, LOST lost``. Each training is
+a fork of this process, which has imported everything and computed nothing.
 """
 
 import logging
@@ -15,7 +15,7 @@ from pathlib import Path
 import optax
 
 from jaxbrewer.training.checkpoints import steps_in
-from tests import small
+from tests import fn_job
 
 KEPT = 1
 SPREAD = 0.3  # seconds after a new checkpoint within which the kill falls
@@ -23,9 +23,9 @@ SPREAD = 0.3  # seconds after a new checkpoint within which the kill falls
 
 def train(folder, epochs):
     """Trains to the end, from where the last one came."""
-    distiller = small.distiller(folder, resume=True, max_to_keep=KEPT)
+    distiller = fn_job.distiller(folder, resume=True, max_to_keep=KEPT)
     with distiller:
-        distiller.train(optax.sgd(1e-3), small.batches(2), num_epochs=epochs)
+        distiller.train(optax.sgd(1e-3), fn_job.batches(2), num_epochs=epochs)
 
 
 def start(folder, epochs):

@@ -17,7 +17,7 @@ from jaxbrewer.__main__ import main
 from jaxbrewer.commands import checking, weights, zoo_models
 from jaxbrewer.commands.port.verdicts import Run
 
-from . import tiny
+from .. import nnx_job
 
 SHAPE = {
     "vocab_size": 40,
@@ -434,11 +434,11 @@ def test_a_run_knows_its_steps():
 def trained(tmp_path_factory):
     """The output_dir of a short run with two checkpoints and scores."""
     folder = tmp_path_factory.mktemp("trained")
-    distiller = tiny.distiller(folder, dropout=0.0, log=False)
+    distiller = nnx_job.distiller(folder, dropout=0.0, log=False)
     with distiller:
         distiller.train(
-            tiny.SGD,
-            tiny.loader(2),
+            nnx_job.SGD,
+            nnx_job.loader(2),
             num_epochs=2,
             callback=lambda model, step: CallbackResult(score=1 / step),
         )
@@ -469,7 +469,7 @@ def test_inspect_shows_a_checkpoint(run, output):
         "train_config.gradient_accumulation_steps: 1",
         "holds: projections, student, training, position; all of it can be read",
         "--embed",
-        f"--model: \t {sum(w.size for w in tiny.weights(tiny.Encoder(2, 4)).values())}",
+        f"--model: \t {sum(w.size for w in nnx_job.weights(nnx_job.Encoder(2, 4)).values())}",
     ):
         assert word in printed
     assert "--kernel" not in run("inspect", output / "gs2", "--max-level", "1")[1]

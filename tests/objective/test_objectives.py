@@ -11,8 +11,8 @@ from jaxbrewer.objective.loss import Weights
 from jaxbrewer.preflight import prepare
 from jaxbrewer.training import read_scalars
 
-from . import small, tiny
-from .devices import jobs
+from .. import fn_job, nnx_job
+from ..devices import every
 
 SCHEDULED = {
     "kd_loss_weight_scheduler": "linear_decay",
@@ -22,14 +22,14 @@ SCHEDULED = {
 
 def curves(name, folder, change=None):
     """The curves of a job with scheduled weights, its class perhaps changed."""
-    distiller = jobs.JOBS[name](jobs.config(folder))
+    distiller = every.JOBS[name](every.config(folder))
     if name != "trainer":
         distiller.d_config = jaxbrewer.DistillationConfig(
             **distiller.d_config.to_dict() | SCHEDULED
         )
     if change is not None:
         distiller.__class__ = change(type(distiller))
-    jobs.train(distiller, jobs.batches(4))
+    every.train(distiller, every.batches(4))
     return read_scalars(folder / "log")
 
 
@@ -55,7 +55,7 @@ def with_a_term(cls):
     return Mine
 
 
-@pytest.mark.parametrize("name", jobs.JOBS)
+@pytest.mark.parametrize("name", every.JOBS)
 def test_an_override_over_each_distiller_has_its_objective_and_its_schedules(name, tmp_path):
     plain = curves(name, tmp_path / "plain")
     assert curves(name, tmp_path / "same", unchanged) == plain
@@ -77,7 +77,7 @@ class ReadsALayer(jaxbrewer.GeneralDistiller):
 @pytest.mark.parametrize("folder", [None, "cache"])
 def test_a_cache_keeps_what_an_override_reads(tmp_path, folder):
     def run(name, **config):
-        distiller = small.distiller(
+        distiller = fn_job.distiller(
             tmp_path / name,
             cls=ReadsALayer,
             keys=("logits", "hidden"),
@@ -85,7 +85,7 @@ def test_a_cache_keeps_what_an_override_reads(tmp_path, folder):
             log_dir=tmp_path / name / "log",
         )
         with distiller:
-            distiller.train(small.SGD, small.batches(1), num_epochs=3)
+            distiller.train(fn_job.SGD, fn_job.batches(1), num_epochs=3)
         return read_scalars(tmp_path / name / "log")
 
     where = None if folder is None else tmp_path / folder
@@ -99,12 +99,12 @@ def test_a_cache_keeps_what_an_override_reads(tmp_path, folder):
 
 def test_what_an_objective_reads_of_the_teacher_is_found(tmp_path):
     keys = ("logits", "hidden", "inputs_mask", "losses")
-    matches = [small.match(-1, 2), small.match([0, 1], [0, 1], "nst")]
+    matches = [fn_job.match(-1, 2), fn_job.match([0, 1], [0, 1], "nst")]
 
     def reads(cls=jaxbrewer.GeneralDistiller, **config):
-        distiller = small.distiller(tmp_path, cls=cls, keys=keys, config=config)
+        distiller = fn_job.distiller(tmp_path, cls=cls, keys=keys, config=config)
         with distiller:
-            prepared = prepare(distiller.job(), {"": own(small.batches(1)[0])}, small.SGD)
+            prepared = prepare(distiller.job(), {"": own(fn_job.batches(1)[0])}, fn_job.SGD)
         return prepared.programs[""].reads
 
     assert reads() == {"logits/0"}
@@ -113,13 +113,13 @@ def test_what_an_objective_reads_of_the_teacher_is_found(tmp_path):
 
 
 def test_checks_by_shape_come_from_the_objective_that_is_evaluated(tmp_path):
-    matches = [small.match(7, 1)]
+    matches = [fn_job.match(7, 1)]
 
     def check(cls):
-        distiller = small.distiller(
+        distiller = fn_job.distiller(
             tmp_path, cls=cls, keys=("logits", "hidden"), config={"intermediate_matches": matches}
         )
-        return distiller.check(small.batches(1)[0])
+        return distiller.check(fn_job.batches(1)[0])
 
     with pytest.raises(PreflightError, match="layer_T=7 is not there"):
         check(unchanged(jaxbrewer.GeneralDistiller))
@@ -127,23 +127,23 @@ def test_checks_by_shape_come_from_the_objective_that_is_evaluated(tmp_path):
 
 
 def test_a_method_put_on_the_object_counts_too(tmp_path):
-    distiller = small.distiller(tmp_path, keys=("logits",))
+    distiller = fn_job.distiller(tmp_path, keys=("logits",))
     distiller.compute_loss = lambda results_S, *others: (
         jnp.sum(results_S["logits"][0]),
         {"sum": 1.0},
     )
-    assert "sum" in distiller.check(small.batches(1)[0])
+    assert "sum" in distiller.check(fn_job.batches(1)[0])
 
 
 def test_a_warning_points_at_the_line_that_led_to_it(tmp_path):
-    distiller = small.distiller(tmp_path)
+    distiller = fn_job.distiller(tmp_path)
     with pytest.warns(jaxbrewer.errors.PreflightWarning, match="evaluation mode") as caught:
-        distiller.train(small.SGD, small.batches(1), num_epochs=1)
+        distiller.train(fn_job.SGD, fn_job.batches(1), num_epochs=1)
     assert caught[0].filename == __file__
 
 
 def test_outside_of_training_there_is_no_loss(tmp_path):
-    distiller = small.distiller(tmp_path)
+    distiller = fn_job.distiller(tmp_path)
     with pytest.raises(ValueError, match="runs inside train"):
         distiller.compute_loss({}, {}, None, Weights(1.0, 1.0))
 
@@ -154,9 +154,9 @@ def test_nothing_is_left_behind_by_an_override_that_fails(tmp_path):
             super().compute_loss(*arguments)
             raise RuntimeError("no")
 
-    distiller = small.distiller(tmp_path, cls=Fails)
+    distiller = fn_job.distiller(tmp_path, cls=Fails)
     with pytest.raises(PreflightError, match="RuntimeError: no"):
-        distiller.check(small.batches(1)[0])
+        distiller.check(fn_job.batches(1)[0])
     with pytest.raises(ValueError, match="runs inside train"):
         distiller.compute_loss({}, {}, None, Weights(1.0, 1.0))
 
@@ -166,14 +166,14 @@ def test_nothing_is_left_behind_by_an_override_that_fails(tmp_path):
 
 def custom(folder, **training):
     """A distiller with a projection of a match and one of a custom match."""
-    distiller = tiny.distiller(folder, dropout=0.0, **training)
+    distiller = nnx_job.distiller(folder, dropout=0.0, **training)
     return jaxbrewer.GeneralDistiller(
         distiller.t_config,
         distiller.d_config,
         distiller.model_T,
         distiller.model_S,
-        tiny.adaptor,
-        tiny.adaptor,
+        nnx_job.adaptor,
+        nnx_job.adaptor,
         custom_matches=[
             {
                 "module_T": "layers.0",
@@ -191,20 +191,20 @@ def test_a_check_writes_nothing_and_a_training_all(tmp_path):
     distiller = custom(tmp_path, ckpt_frequency=2)
     projs, seen = distiller.projs, []
     with distiller:
-        distiller.check(tiny.loader(1)[0])
-        assert len(projs) == len(tiny.MATCHES)
+        distiller.check(nnx_job.loader(1)[0])
+        assert len(projs) == len(nnx_job.MATCHES)
 
         def callback(model, step):
             assert model is distiller.model_S
-            assert distiller.projs is projs and len(projs) == len(tiny.MATCHES) + 1
+            assert distiller.projs is projs and len(projs) == len(nnx_job.MATCHES) + 1
             assert distiller.projs_group[-1] == {"lr": 0.01}
             assert distiller.rank == 0 and distiller.tb_writer is not None
-            seen.append((step, tiny.weights(projs[-1])["kernel"], distiller.best_checkpoint))
+            seen.append((step, nnx_job.weights(projs[-1])["kernel"], distiller.best_checkpoint))
             return jaxbrewer.CallbackResult(score=step)
 
-        distiller.train(tiny.SGD, tiny.loader(4), num_epochs=1, callback=callback)
+        distiller.train(nnx_job.SGD, nnx_job.loader(4), num_epochs=1, callback=callback)
         made = projs[-1]
-        distiller.train(tiny.SGD, tiny.loader(4), num_epochs=1)
+        distiller.train(nnx_job.SGD, nnx_job.loader(4), num_epochs=1)
     assert projs[-1] is made, "a second training goes on with the same projections"
     (first, kernel_1, _), (second, kernel_2, best) = seen
     assert (first, second) == (2, 4)
@@ -220,13 +220,13 @@ def test_an_error_leaves_what_the_last_checkpoint_gave(tmp_path):
     def callback(model, step):
         if step == 4:
             raise KeyboardInterrupt
-        seen.append(tiny.weights(model))
+        seen.append(nnx_job.weights(model))
         return jaxbrewer.CallbackResult(score=1.0)
 
     with distiller, pytest.raises(KeyboardInterrupt):
-        distiller.train(tiny.SGD, tiny.loader(4), num_epochs=1, callback=callback)
-    assert len(distiller.projs) == len(tiny.MATCHES) + 1
+        distiller.train(nnx_job.SGD, nnx_job.loader(4), num_epochs=1, callback=callback)
+    assert len(distiller.projs) == len(nnx_job.MATCHES) + 1
     assert distiller.best_checkpoint.name == "gs2"
     assert seen
-    for name, value in tiny.weights(distiller.model_S).items():
+    for name, value in nnx_job.weights(distiller.model_S).items():
         assert value.shape == seen[0][name].shape

@@ -14,7 +14,7 @@ from jaxbrewer.objective import loss as objective
 from jaxbrewer.objective.loss import Weights, distillation_loss, kd_term, probability_shift
 from jaxbrewer.objective.plan import KD, Match, Plan, Weight
 
-from . import small
+from .. import fn_job
 
 CLASSES = 5
 RNG = np.random.default_rng(0)
@@ -553,7 +553,7 @@ def test_every_kd_loss_of_the_presets_is_textbrewers_too(x64):
 
 
 def test_kd_of_token_logits_without_masks_takes_every_position():
-    found = small.tokens({}, {"tokens": jnp.asarray(logits(2, 4, dtype="float32"))})
+    found = fn_job.tokens({}, {"tokens": jnp.asarray(logits(2, 4, dtype="float32"))})
     value, _ = kd_term(kd(by_mean_3d), results(found), results(found * 2))
     np.testing.assert_allclose(value, jnp.mean(jnp.abs(found)), rtol=1e-6)
 

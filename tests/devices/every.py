@@ -3,7 +3,7 @@
 import jaxbrewer
 from jaxbrewer import MultiTaskDistiller, TrainingConfig
 
-from .. import tiny
+from .. import nnx_job
 
 HIDDEN = [
     {"layer_T": 0, "layer_S": 0, "feature": "hidden", "loss": "hidden_mse", "weight": 1.0}
@@ -21,16 +21,16 @@ EMD = {
 
 
 def teacher(seed=1):
-    return tiny.Encoder(2, 64, seed=seed)
+    return nnx_job.Encoder(2, 64, seed=seed)
 
 
 def student():
-    return tiny.Encoder(1, 32, seed=2, dropout=0.2)
+    return nnx_job.Encoder(1, 32, seed=2, dropout=0.2)
 
 
 def batches(count, size=16, seed=0):
     """Batches whose rows have different lengths."""
-    made = tiny.loader(count, size=size, length=6, seed=seed)
+    made = nnx_job.loader(count, size=size, length=6, seed=seed)
     for i, batch in enumerate(made):
         for row in range(size):
             batch["attention_mask"][row, 2 + (row + i) % 5 :] = 0
@@ -48,31 +48,31 @@ def distillation(**options):
 
 
 JOBS = {
-    "trainer": lambda c: jaxbrewer.BasicTrainer(c, student(), tiny.adaptor),
+    "trainer": lambda c: jaxbrewer.BasicTrainer(c, student(), nnx_job.adaptor),
     "basic": lambda c: jaxbrewer.BasicDistiller(
-        c, distillation(), teacher(), student(), tiny.adaptor, tiny.adaptor
+        c, distillation(), teacher(), student(), nnx_job.adaptor, nnx_job.adaptor
     ),
     "general": lambda c: jaxbrewer.GeneralDistiller(
         c,
         distillation(intermediate_matches=HIDDEN),
         teacher(),
         student(),
-        tiny.adaptor,
-        tiny.adaptor,
+        nnx_job.adaptor,
+        nnx_job.adaptor,
     ),
     "teachers": lambda c: jaxbrewer.MultiTeacherDistiller(
-        c, distillation(), [teacher(1), teacher(5)], student(), tiny.adaptor, tiny.adaptor
+        c, distillation(), [teacher(1), teacher(5)], student(), nnx_job.adaptor, nnx_job.adaptor
     ),
     "tasks": lambda c: MultiTaskDistiller(
         c,
         distillation(),
         {"a": teacher(1), "b": teacher(5)},
         student(),
-        {"a": tiny.adaptor, "b": tiny.adaptor},
-        {"a": tiny.adaptor, "b": tiny.adaptor},
+        {"a": nnx_job.adaptor, "b": nnx_job.adaptor},
+        {"a": nnx_job.adaptor, "b": nnx_job.adaptor},
     ),
     "emd": lambda c: jaxbrewer.EMDDistiller(
-        c, distillation(), teacher(), student(), tiny.adaptor, tiny.adaptor, EMD
+        c, distillation(), teacher(), student(), nnx_job.adaptor, nnx_job.adaptor, EMD
     ),
 }
 
@@ -82,7 +82,7 @@ def train(distiller, loader, **options):
     if isinstance(distiller, MultiTaskDistiller):
         loaders = {"a": loader[::2], "b": loader[1::2]}
         with distiller:
-            distiller.train(tiny.SGD, loaders, num_steps=len(loader), **options)
+            distiller.train(nnx_job.SGD, loaders, num_steps=len(loader), **options)
         return
     with distiller:
-        distiller.train(tiny.SGD, loader, num_epochs=1, **options)
+        distiller.train(nnx_job.SGD, loader, num_epochs=1, **options)

@@ -11,7 +11,7 @@ from jaxbrewer.errors import AdaptorError
 from jaxbrewer.models.adaptors import Side
 from jaxbrewer.models.teachers import Teacher
 
-from . import small
+from .. import fn_job
 
 BATCH = own({"x": np.arange(6, dtype=np.float32).reshape(2, 3), "mask": np.ones((2, 3))})
 
@@ -112,8 +112,8 @@ def test_a_teacher_without_logits_leaves_none():
 
 def test_batches_that_feed_each_side_its_own(tmp_path):
     """The teacher's inputs apart, and its outputs computed before: the same training."""
-    loader = small.batches(3)
-    teacher = small.encoder(1)
+    loader = fn_job.batches(3)
+    teacher = fn_job.encoder(1)
     cached = [
         {"logits": np.asarray(teacher.function(teacher.params, **batch)["logits"])}
         for batch in loader
@@ -128,9 +128,9 @@ def test_batches_that_feed_each_side_its_own(tmp_path):
     }
     trained = []
     for name, batches in forms.items():
-        distiller = small.distiller(tmp_path / name, teacher=teacher)
+        distiller = fn_job.distiller(tmp_path / name, teacher=teacher)
         with distiller:
-            distiller.train(small.SGD, batches, num_epochs=1)
+            distiller.train(fn_job.SGD, batches, num_epochs=1)
         trained.append(distiller.model_S.params)
     for other in trained[1:]:
         jax.tree.map(

@@ -9,9 +9,9 @@ import jax
 import pytest
 
 from jaxbrewer.machine import memory as allocation
-from tests import small
+from tests import fn_job
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WIDTH = 4096  # the program's scratch memory is a matrix as wide and as high
 PROGRAM = f"""
 import resource
@@ -125,9 +125,9 @@ def test_a_process_that_grows_returns_what_is_free(calls, monkeypatch):
 def test_training_calls_it_after_each_step(calls, monkeypatch, tmp_path):
     looks = []
     monkeypatch.setattr(allocation, "_resident", lambda: looks.append(1) or 0)
-    distiller = small.distiller(tmp_path)
+    distiller = fn_job.distiller(tmp_path)
     with distiller:
-        distiller.train(small.SGD, small.batches(allocation.LOOK_EVERY), num_epochs=2)
+        distiller.train(fn_job.SGD, fn_job.batches(allocation.LOOK_EVERY), num_epochs=2)
     assert len(looks) == 2
     assert calls[:2] == [(-4, 0), (-1, -1)]
     assert calls[-1] == "trim"

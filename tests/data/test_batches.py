@@ -15,7 +15,7 @@ from jaxbrewer.data.batches import Static
 from jaxbrewer.errors import BatchError
 from jaxbrewer.zoo.outputs import SequenceClassifierOutput
 
-from . import small
+from .. import fn_job
 
 Pair = collections.namedtuple("Pair", ["ids", "mask"])
 
@@ -300,7 +300,7 @@ def aligned(array):
 def test_a_buffer_the_loader_reuses_does_not_corrupt_a_batch(tmp_path):
     import torch
 
-    made = small.batches(12, size=512)
+    made = fn_job.batches(12, size=512)
 
     class Reusing:
         """Yields one dict over and over, its arrays overwritten; numpy for two, torch for one."""
@@ -320,11 +320,11 @@ def test_a_buffer_the_loader_reuses_does_not_corrupt_a_batch(tmp_path):
 
     trained = {}
     for name, loader in (("copied", made), ("reused", Reusing())):
-        distiller = small.distiller(
+        distiller = fn_job.distiller(
             tmp_path / name, config={"hard_label_weight": 1}, keys=("logits", "losses")
         )
         with distiller:
-            distiller.train(small.SGD, loader, num_epochs=1)
+            distiller.train(fn_job.SGD, loader, num_epochs=1)
         trained[name] = distiller.model_S.params
     jax.tree.map(np.testing.assert_array_equal, trained["copied"], trained["reused"])
 

@@ -12,7 +12,7 @@ from jaxbrewer.data import buckets as data
 from jaxbrewer.data.buckets import bucket_by_length
 from jaxbrewer.errors import BatchError
 from jaxbrewer.training.checkpoints import steps_in
-from tests import small, tiny
+from tests import fn_job, nnx_job
 
 
 def examples(count=50, longest=30, seed=0):
@@ -298,24 +298,27 @@ def test_processes_share_the_batches_of_one(count):
 def bucketed():
     rng = np.random.default_rng(0)
     sentences = [
-        {"ids": rng.integers(0, small.VOCABULARY, n), "labels": int(n % small.CLASSES)}
+        {
+            "ids": rng.integers(0, fn_job.VOCABULARY, n),
+            "labels": int(n % fn_job.CLASSES),
+        }
         for n in rng.integers(1, 9, 21)
     ]
     return bucket_by_length(sentences, 4, (4, 8), mask="mask", seed=1)
 
 
 def distiller(folder, **training):
-    return small.distiller(
+    return fn_job.distiller(
         folder, config={"hard_label_weight": 1}, keys=("logits", "losses"), **training
     )
 
 
 def test_training_compiles_once_a_shape_and_never_after_the_first_epoch(tmp_path):
-    loader, counts, compiles = bucketed(), [], tiny.Compiles()
+    loader, counts, compiles = bucketed(), [], nnx_job.Compiles()
     mine = distiller(tmp_path)
     with mine, compiles:
         mine.train(
-            small.SGD,
+            fn_job.SGD,
             loader,
             num_epochs=3,
             callback=lambda model, step: counts.append(compiles.count),
@@ -328,7 +331,7 @@ def test_training_compiles_once_a_shape_and_never_after_the_first_epoch(tmp_path
 def test_a_run_resumes_in_the_middle_of_an_epoch(tmp_path):
     straight = distiller(tmp_path / "a")
     with straight:
-        straight.train(small.SGD, bucketed(), num_epochs=3)
+        straight.train(fn_job.SGD, bucketed(), num_epochs=3)
     middle = len(bucketed()) + 2
 
     def stop(model, step):
@@ -336,11 +339,11 @@ def test_a_run_resumes_in_the_middle_of_an_epoch(tmp_path):
 
     first = distiller(tmp_path / "b", ckpt_frequency=3)
     with first:
-        first.train(small.SGD, bucketed(), num_epochs=3, callback=stop)
+        first.train(fn_job.SGD, bucketed(), num_epochs=3, callback=stop)
     assert steps_in(tmp_path / "b" / "out")[-1] == middle
     second = distiller(tmp_path / "b", ckpt_frequency=3, resume=True)
     with second:
-        second.train(small.SGD, bucketed(), num_epochs=3)
+        second.train(fn_job.SGD, bucketed(), num_epochs=3)
     jax.tree.map(np.testing.assert_array_equal, straight.model_S.params, second.model_S.params)
 
 

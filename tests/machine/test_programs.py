@@ -10,9 +10,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxbrewer.machine import programs as compilation
-from tests import small
+from tests import fn_job
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OPTIONS = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", *compilation._DEFAULTS)
 
 
@@ -127,9 +127,9 @@ def test_what_was_not_used_for_longest_makes_room(home, monkeypatch):
 
 
 def test_training_keeps_what_it_compiles(home):
-    distiller = small.distiller(home / "run")
+    distiller = fn_job.distiller(home / "run")
     with distiller:
-        distiller.train(small.SGD, small.batches(2), num_epochs=1)
+        distiller.train(fn_job.SGD, fn_job.batches(2), num_epochs=1)
     kept = [path.name for path in (home / ".cache" / "jaxbrewer" / "xla").iterdir()]
     assert any(name.startswith("jit_step-") for name in kept)
 

@@ -26,21 +26,21 @@ from jaxbrewer.errors import BatchError, PreflightError, PreflightWarning
 from jaxbrewer.preflight import prepare
 from jaxbrewer.training import run as training
 
-from . import small
-from .small import adaptor, encoder
-from .tiny import read_events
+from .. import fn_job
+from ..fn_job import adaptor, encoder
+from ..nnx_job import read_events
 
 
 class Lengthless:
     """Batches without end or length, as a stream gives them."""
 
     def __iter__(self):
-        yield from small.batches(3)
+        yield from fn_job.batches(3)
 
 
 # ------------------------------------------------------------------------------------ arguments
 
-LOADER = small.batches(4)
+LOADER = fn_job.batches(4)
 EPOCH = {"num_epochs": 1}
 WARM_UP = {"num_warmup_steps": 1, "num_training_steps": 4}
 
@@ -107,9 +107,9 @@ def test_wrong_arguments_are_refused_before_anything_is_written(name, tmp_path):
 
 
 def refuses(tmp_path, error, message, arguments, config):
-    distiller = small.distiller(tmp_path, **config)
+    distiller = fn_job.distiller(tmp_path, **config)
     with distiller, pytest.raises(error) as caught:
-        distiller.train(small.SGD, **{"dataloader": LOADER, **arguments})
+        distiller.train(fn_job.SGD, **{"dataloader": LOADER, **arguments})
     assert re.search(message, str(caught.value), re.DOTALL), caught.value
     assert not (tmp_path / "out").exists()
 
@@ -136,7 +136,7 @@ def test_what_is_torchs_is_refused_before_anything_is_written(name, tmp_path):
 
     class Dataset(torch.utils.data.IterableDataset):
         def __iter__(self):
-            yield from small.batches(2)
+            yield from fn_job.batches(2)
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
@@ -157,7 +157,7 @@ def test_what_is_torchs_is_refused_before_anything_is_written(name, tmp_path):
 
 def test_custom_matches_of_another_kind(tmp_path):
     with pytest.raises(TypeError, match=r"custom_matches\[0\] is a int"):
-        small.distiller(tmp_path, cls=functools.partial(GeneralDistiller, custom_matches=[1]))
+        fn_job.distiller(tmp_path, cls=functools.partial(GeneralDistiller, custom_matches=[1]))
 
 
 CONFIGS = TrainingConfig(device="cpu"), DistillationConfig()
@@ -173,7 +173,7 @@ MODELS = encoder(1), encoder(2), adaptor("logits"), adaptor("logits")
         (lambda: GeneralDistiller(*CONFIGS, MODELS[0], None, *MODELS[2:]), "model_S is a .*NoneType"),
         (lambda: GeneralDistiller(*CONFIGS, *MODELS[:2], {}, MODELS[3]), "adaptor_T is a dict"),
         (lambda: GeneralDistiller(*CONFIGS, *MODELS[:3], None), "adaptor_S is a NoneType"),
-        (lambda: BasicTrainer(CONFIGS[0], small.encode, MODELS[2]), "model is a .*FunctionModel"),
+        (lambda: BasicTrainer(CONFIGS[0], fn_job.encode, MODELS[2]), "model is a .*FunctionModel"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_of_distillers(make, message):
@@ -190,16 +190,16 @@ def test_a_torch_module_is_no_teacher():
 
 
 def test_a_distiller_of_logits_refuses_matches(tmp_path):
-    config = {"intermediate_matches": [small.match(0, 0)]}
+    config = {"intermediate_matches": [fn_job.match(0, 0)]}
     with pytest.raises(ValueError, match=r"BasicDistiller matches logits only.*GeneralDistiller"):
-        small.distiller(tmp_path, cls=BasicDistiller, config=config)
+        fn_job.distiller(tmp_path, cls=BasicDistiller, config=config)
 
 
 def test_a_projection_must_be_a_module(tmp_path, monkeypatch):
     monkeypatch.setitem(jaxbrewer.PROJ_MAP, "mine", lambda dim_in, dim_out, *, rngs: jnp.tanh)
-    config = {"intermediate_matches": [small.match(0, 0, proj=["mine", 5, 5])]}
+    config = {"intermediate_matches": [fn_job.match(0, 0, proj=["mine", 5, 5])]}
     with pytest.raises(TypeError, match=r"'mine' made a .*\(dim_in, dim_out, \*, rngs\)"):
-        small.distiller(tmp_path, config=config)
+        fn_job.distiller(tmp_path, config=config)
 
 
 # ------------------------------------------------------------------------------------ the schedule
@@ -219,7 +219,7 @@ def test_rows_hold_weights_and_the_factor(tmp_path):
         "kd_loss_weight_scheduler": "linear_decay",
         "hard_label_weight": 2,
     }
-    distiller = small.distiller(tmp_path, config=config)
+    distiller = fn_job.distiller(tmp_path, config=config)
     table = rows(distiller)
     np.testing.assert_allclose(table[:, 0], [0.3, *(1 - np.arange(1, 9) / 8)], rtol=1e-6)
     np.testing.assert_allclose(table[:, 1:], [[2, 1]] * 9)
@@ -235,7 +235,7 @@ def test_rows_hold_weights_and_the_factor(tmp_path):
 def test_small_factors_that_rise_later_are_factors(tmp_path):
     """A run that ends inside its warm-up stays below 0.1, and is no absolute rate."""
     table = rows(
-        small.distiller(tmp_path),
+        fn_job.distiller(tmp_path),
         scheduler_class=schedulers.get_constant_schedule_with_warmup,
         scheduler_args={"num_warmup_steps": 1000},
     )
@@ -244,7 +244,7 @@ def test_small_factors_that_rise_later_are_factors(tmp_path):
 
 def test_no_learning_rate_is_asked_for_after_the_last_update(tmp_path):
     asked = []
-    distiller = small.distiller(tmp_path)
+    distiller = fn_job.distiller(tmp_path)
     distiller._resolve()
     table = training._rows(distiller, lambda step: asked.append(step) or 1 / (8 - step), 8)
     assert max(asked) == 7
@@ -254,14 +254,14 @@ def test_no_learning_rate_is_asked_for_after_the_last_update(tmp_path):
 def test_batches_after_the_last_update_train_nothing(tmp_path):
     """The weights at the end are those of the last checkpoint, which is saved before them."""
     saved = []
-    distiller = small.distiller(
+    distiller = fn_job.distiller(
         tmp_path,
         config={"kd_loss_weight_scheduler": "linear_growth"},
         gradient_accumulation_steps=3,
     )
     with distiller:
         distiller.train(
-            small.SGD,
+            fn_job.SGD,
             LOADER,
             num_epochs=2,
             callback=lambda model, step: saved.append(jax.tree.map(np.array, model.params)),
@@ -280,8 +280,8 @@ def test_the_byte_order_of_batches_and_weights_does_not_matter(tmp_path):
         return jax.tree.map(lambda x: np.asarray(x).astype(np.dtype(x.dtype).newbyteorder()), tree)
 
     def train(folder, change, loader):
-        models = [FunctionModel(small.encode, change(small.encoder(i).params)) for i in (1, 2)]
-        distiller = small.distiller(
+        models = [FunctionModel(fn_job.encode, change(fn_job.encoder(i).params)) for i in (1, 2)]
+        distiller = fn_job.distiller(
             folder,
             config={"hard_label_weight": 1},
             keys=("logits", "losses"),
@@ -290,7 +290,7 @@ def test_the_byte_order_of_batches_and_weights_does_not_matter(tmp_path):
             log_dir=folder / "log",
         )
         with distiller:
-            distiller.train(small.SGD, loader, num_epochs=1)
+            distiller.train(fn_job.SGD, loader, num_epochs=1)
         return read_events(folder / "log")
 
     wanted = train(tmp_path / "native", lambda params: params, LOADER)
@@ -307,10 +307,10 @@ class Noisy(nnx.Module):
 
     def __init__(self):
         rngs = nnx.Rngs(0)
-        self.embed = nnx.Embed(small.VOCABULARY, 8, rngs=rngs)
+        self.embed = nnx.Embed(fn_job.VOCABULARY, 8, rngs=rngs)
         self.norm = nnx.BatchNorm(8, rngs=rngs)
         self.drop = nnx.Dropout(0.5, rngs=rngs)
-        self.head = nnx.Linear(8, small.CLASSES, rngs=rngs)
+        self.head = nnx.Linear(8, fn_job.CLASSES, rngs=rngs)
 
     def __call__(self, ids, mask=None, labels=None):
         dropped = self.drop(self.norm(self.embed(ids).mean(1)))
@@ -333,10 +333,10 @@ def test_outside_with_dropout_is_off_and_a_warning_says_so(tmp_path):
         if place == "inside":
             with trainer, warnings.catch_warnings():
                 warnings.simplefilter("error", PreflightWarning)
-                trainer.train(small.SGD, LOADER, num_epochs=1)
+                trainer.train(fn_job.SGD, LOADER, num_epochs=1)
         else:
             with pytest.warns(PreflightWarning, match="outside `with distiller:`.*dropout is off"):
-                trainer.train(small.SGD, LOADER, num_epochs=1)
+                trainer.train(fn_job.SGD, LOADER, num_epochs=1)
         (curves[place],) = read_events(tmp_path / place / "log").values()
         moved[place] = bool(np.any(trainer.model.norm.mean[...]))
     assert curves["outside"] == [0] * 4
@@ -346,7 +346,7 @@ def test_outside_with_dropout_is_off_and_a_warning_says_so(tmp_path):
 
 
 def test_the_context_ends_with_the_block(tmp_path):
-    distiller = small.distiller(tmp_path)
+    distiller = fn_job.distiller(tmp_path)
     with distiller as same:
         assert same is distiller
         assert distiller._in_context
@@ -357,12 +357,12 @@ def test_the_context_ends_with_the_block(tmp_path):
 
 def test_ids_are_checked_in_every_batch(tmp_path):
     """Beyond the first: an id outside would give NaN or another row, and no error."""
-    student = encoder(2, id_limits={"ids": small.VOCABULARY})
-    distiller = small.distiller(tmp_path, student=student)
-    loader = small.batches(3)
+    student = encoder(2, id_limits={"ids": fn_job.VOCABULARY})
+    distiller = fn_job.distiller(tmp_path, student=student)
+    loader = fn_job.batches(3)
     loader[2]["ids"] = np.where(loader[2]["ids"] == loader[2]["ids"].max(), 11, loader[2]["ids"])
     with distiller, pytest.raises(BatchError, match="ids holds 11, but model_S knows ids 0 to 10"):
-        distiller.train(small.SGD, loader, num_epochs=1)
+        distiller.train(fn_job.SGD, loader, num_epochs=1)
 
 
 # ---------------------------------------------------------------------------------- subclasses
@@ -405,7 +405,7 @@ class OnlyMine(BasicDistiller):
 
 @pytest.mark.parametrize("cls", [WithPenalty, OnlyMine])
 def test_a_loss_of_ones_own_is_trained_on_and_logged(cls, tmp_path):
-    distiller = small.distiller(tmp_path, cls=cls, log_dir=tmp_path / "log")
+    distiller = fn_job.distiller(tmp_path, cls=cls, log_dir=tmp_path / "log")
     student = encoder(2)
     teacher = encoder(1)
     with distiller:
@@ -439,9 +439,9 @@ def test_a_loss_that_is_no_scalar_is_refused(total, message, tmp_path):
         def compute_loss(self, results_S, results_T, project, weights):
             return total(results_S["logits"][0]), {}
 
-    distiller = small.distiller(tmp_path, cls=Wrong)
+    distiller = fn_job.distiller(tmp_path, cls=Wrong)
     with distiller, pytest.raises(PreflightError, match=message):
-        distiller.train(small.SGD, LOADER, num_epochs=1)
+        distiller.train(fn_job.SGD, LOADER, num_epochs=1)
 
 
 # ------------------------------------------------------------------------------ what clients read
@@ -451,11 +451,11 @@ def test_the_attributes_clients_read(tmp_path):
     config = {
         "kd_loss_type": "mse",
         "intermediate_matches": [
-            small.match(0, 0),
-            small.match(2, 2, proj=["linear", 5, 5, {"lr": 0.1}]),
+            fn_job.match(0, 0),
+            fn_job.match(2, 2, proj=["linear", 5, 5, {"lr": 0.1}]),
         ],
     }
-    distiller = small.distiller(tmp_path, config=config)
+    distiller = fn_job.distiller(tmp_path, config=config)
     assert distiller.t_config.device == "cpu"
     assert distiller.d_config.kd_loss_type == "mse"
     assert distiller.kd_loss is jaxbrewer.KD_LOSS_MAP["mse"]
@@ -470,11 +470,11 @@ def test_the_attributes_clients_read(tmp_path):
 
 
 def test_projections_are_drawn_from_the_seed(tmp_path):
-    config = {"intermediate_matches": [small.match(1, 1, proj=["linear", 5, 5]) for _ in range(2)]}
+    config = {"intermediate_matches": [fn_job.match(1, 1, proj=["linear", 5, 5]) for _ in range(2)]}
     drawn = [
         [
             np.asarray(p.kernel[...])
-            for p in small.distiller(tmp_path, config=config, seed=seed).projs
+            for p in fn_job.distiller(tmp_path, config=config, seed=seed).projs
         ]
         for seed in (0, 0, 1)
     ]
@@ -484,10 +484,10 @@ def test_projections_are_drawn_from_the_seed(tmp_path):
 
 
 def test_presets_changed_after_the_config_count(tmp_path, monkeypatch):
-    distiller = small.distiller(tmp_path)
+    distiller = fn_job.distiller(tmp_path)
     monkeypatch.setitem(jaxbrewer.KD_LOSS_MAP, "ce", lambda S, T, t: jnp.float32(7) + 0 * S.sum())
     with distiller:
-        program = prepare(distiller.job(), {"": own(LOADER[0])}, small.SGD).programs[""]
+        program = prepare(distiller.job(), {"": own(LOADER[0])}, fn_job.SGD).programs[""]
     model = distiller.model_S
     _, (loss, _) = program.loss(
         {"student": model.params, "projections": {}},

@@ -9,15 +9,15 @@ import pytest
 import jaxbrewer
 from jaxbrewer import CustomMatch, LinenModel
 from jaxbrewer.errors import ConfigError, PreflightError
-from tests import tiny
-from tests.tiny import read_events
+from tests import nnx_job
+from tests.nnx_job import read_events
 
 
-class Inherits(tiny.Encoder):
+class Inherits(nnx_job.Encoder):
     """Its ``__call__`` is inherited; so is that of its layers."""
 
 
-def make(folder, matches, student=None, teacher=None, adaptor=tiny.adaptor):
+def make(folder, matches, student=None, teacher=None, adaptor=nnx_job.adaptor):
     return jaxbrewer.GeneralDistiller(
         jaxbrewer.TrainingConfig(
             output_dir=str(folder / "out"), log_dir=str(folder / "log"), device="cpu"
@@ -33,13 +33,13 @@ def make(folder, matches, student=None, teacher=None, adaptor=tiny.adaptor):
 
 def run(distiller, **how):
     with distiller:
-        distiller.train(tiny.SGD, tiny.loader(4), **(how or {"num_epochs": 1}))
+        distiller.train(nnx_job.SGD, nnx_job.loader(4), **(how or {"num_epochs": 1}))
     return read_events(distiller.t_config.log_dir)
 
 
 def test_by_path_and_by_object_equal_the_loss_on_what_the_modules_return(tmp_path):
     teacher, student = Inherits(3, 4, seed=1), Inherits(2, 4, seed=2)
-    batch = tiny.loader(1)[0]
+    batch = nnx_job.loader(1)[0]
     ids = batch["input_ids"]
     expected_T = teacher.layers[0](teacher.embed(ids))
     expected_S = student.layers[1](jnp.tanh(student.layers[0](student.embed(ids))))
@@ -70,10 +70,10 @@ def test_patterns_projections_and_their_rates(tmp_path):
     for tag in (t for t in curves if "hidden_mse" in t):
         assert curves[tag][-1] < curves[tag][0]
     assert len([p for p in distiller.projs if p is not None]) == 2
-    trained = tiny.weights(distiller.projs[0])
+    trained = nnx_job.weights(distiller.projs[0])
     run(distiller, num_epochs=1)  # goes on with the same projections
     assert len([p for p in distiller.projs if p is not None]) == 2
-    assert (tiny.weights(distiller.projs[0])["kernel"] != trained["kernel"]).any()
+    assert (nnx_job.weights(distiller.projs[0])["kernel"] != trained["kernel"]).any()
 
 
 class Net(nn.Module):
@@ -81,14 +81,14 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, input_ids, attention_mask=None, labels=None):
-        x = nn.Embed(tiny.VOCABULARY, self.width, name="embed")(input_ids)
+        x = nn.Embed(nnx_job.VOCABULARY, self.width, name="embed")(input_ids)
         x = jnp.tanh(nn.Dense(self.width, name="dense")(x))
         return {"logits": nn.Dense(3)(x[:, 0])}
 
 
 def linen(width, seed):
     module = Net(width)
-    variables = module.init(jax.random.key(seed), tiny.loader(1)[0]["input_ids"])
+    variables = module.init(jax.random.key(seed), nnx_job.loader(1)[0]["input_ids"])
     return LinenModel(module, variables)
 
 
@@ -105,7 +105,7 @@ def test_linen_modules_by_path(tmp_path):
 
 
 def test_what_cannot_be_found_is_named_with_what_is_near(tmp_path):
-    other = tiny.Encoder(1, 4)
+    other = nnx_job.Encoder(1, 4)
     matches = [
         CustomMatch("layers.7", "layers.0", 1.0, "hidden_mse"),
         CustomMatch("layers.*", "layers.*", 1.0, "hidden_mse"),
@@ -136,7 +136,7 @@ def test_what_cannot_be_found_is_named_with_what_is_near(tmp_path):
 def test_function_models_have_no_submodules(tmp_path):
     student = jaxbrewer.FunctionModel(
         lambda params, input_ids, attention_mask, labels: {"logits": params[input_ids[:, 0]]},
-        jnp.zeros((tiny.VOCABULARY, 3)),
+        jnp.zeros((nnx_job.VOCABULARY, 3)),
     )
     distiller = make(
         tmp_path, [CustomMatch("embed", "embed", 1, "cos")], student, adaptor=logits_only

@@ -617,7 +617,7 @@ def test_calls_and_subclasses_are_spoken_of(tmp_path, run, text, code, expected)
 
 # -------------------------------------------------------------------------------------- the guide
 
-GUIDE = (Path(__file__).parent.parent / "docs" / "porting.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "docs" / "porting.md").read_text()
 SCRIPTS = dict(re.findall(r"<!-- script: (\S+) -->\n```diff\n(.*?)```", GUIDE, re.DOTALL))
 TINY = {
     "vocab_size": 40,

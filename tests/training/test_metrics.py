@@ -14,7 +14,7 @@ from tensorboardX import SummaryWriter
 from jaxbrewer.training import metrics
 from jaxbrewer.training.metrics import EventWriter, MetricsWriter, read_scalars
 
-from . import small
+from .. import fn_job
 
 
 @pytest.fixture
@@ -106,9 +106,9 @@ def open_now():
 @pytest.mark.skipif(sys.platform != "linux", reason="open files are listed on Linux only")
 def test_trainings_leave_no_thread_and_no_open_file(tmp_path):
     def train():
-        distiller = small.distiller(tmp_path, log_dir=tmp_path / "log")
+        distiller = fn_job.distiller(tmp_path, log_dir=tmp_path / "log")
         with distiller:
-            distiller.train(small.SGD, small.batches(2), num_epochs=1)
+            distiller.train(fn_job.SGD, fn_job.batches(2), num_epochs=1)
         return distiller
 
     train()  # what JAX opens once
@@ -124,7 +124,7 @@ def test_trainings_leave_no_thread_and_no_open_file(tmp_path):
 
 
 def test_the_distillers_writer_is_there_for_its_user_at_any_time(tmp_path):
-    distiller = small.distiller(tmp_path, log_dir=tmp_path / "log")
+    distiller = fn_job.distiller(tmp_path, log_dir=tmp_path / "log")
     seen = []
 
     def callback(model, step):
@@ -135,7 +135,7 @@ def test_the_distillers_writer_is_there_for_its_user_at_any_time(tmp_path):
 
     def train():
         with distiller:
-            distiller.train(small.SGD, small.batches(2), num_epochs=2, callback=callback)
+            distiller.train(fn_job.SGD, fn_job.batches(2), num_epochs=2, callback=callback)
 
     train()
     assert len(set(seen)) == 1

@@ -16,18 +16,18 @@ import pytest
 import jaxbrewer
 from jaxbrewer.errors import BatchError, CheckpointError
 from jaxbrewer.training.checkpoints import Checkpoints, checkpoint_path, steps_in
-from tests import small, tiny
-from tests.tiny import read_events
+from tests import fn_job, nnx_job
+from tests.nnx_job import read_events
 
 ADAMW = optax.adamw(1e-2)
-MATCHES = [{k: v for k, v in m.items() if k != "proj"} for m in tiny.MATCHES[1:]] + [
-    tiny.MATCHES[0] | {"proj": ["linear", 4, 6]}
+MATCHES = [{k: v for k, v in m.items() if k != "proj"} for m in nnx_job.MATCHES[1:]] + [
+    nnx_job.MATCHES[0] | {"proj": ["linear", 4, 6]}
 ]
 
 
 def make(folder, **training):
     training = {"gradient_accumulation_steps": 2, "ckpt_frequency": 2, **training}
-    return tiny.distiller(folder, distillation={"intermediate_matches": MATCHES}, **training)
+    return nnx_job.distiller(folder, distillation={"intermediate_matches": MATCHES}, **training)
 
 
 class Killed(Exception):
@@ -37,7 +37,7 @@ class Killed(Exception):
 def train(distiller, *, loader=None, callback=None, **how):
     how = how or {"num_epochs": 3}
     with distiller:
-        distiller.train(ADAMW, loader or tiny.loader(7), callback=callback, **how)
+        distiller.train(ADAMW, loader or nnx_job.loader(7), callback=callback, **how)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     distiller = make(folder)
     train(distiller)
-    return folder, read_events(folder / "log"), tiny.weights(distiller.model_S)
+    return folder, read_events(folder / "log"), nnx_job.weights(distiller.model_S)
 
 
 def kill_at(when):
@@ -66,7 +66,7 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path, whole, when):
     assert steps_in(tmp_path / "out")[-1] == when
     resumed = make(tmp_path, resume=True)
     train(resumed)
-    for name, value in tiny.weights(resumed.model_S).items():
+    for name, value in nnx_job.weights(resumed.model_S).items():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
     again = read_events(tmp_path / "log")
     for tag, curve in curves.items():
@@ -82,8 +82,8 @@ def test_run_by_steps_resumes_with_the_same_bits(tmp_path):
         train(make(tmp_path / "b", ckpt_steps=3), callback=kill_at(6), **how)
     two = make(tmp_path / "b", ckpt_steps=3, resume=True)
     train(two, **how)
-    for name, value in tiny.weights(two.model_S).items():
-        np.testing.assert_array_equal(value, tiny.weights(one.model_S)[name])
+    for name, value in nnx_job.weights(two.model_S).items():
+        np.testing.assert_array_equal(value, nnx_job.weights(one.model_S)[name])
 
 
 def test_shuffling_loader_resumes_in_its_own_order(tmp_path):
@@ -92,7 +92,7 @@ def test_shuffling_loader_resumes_in_its_own_order(tmp_path):
     class Shuffled:
         def __init__(self):
             self.rng = np.random.default_rng(5)
-            self.batches = tiny.loader(7)
+            self.batches = nnx_job.loader(7)
 
         def __len__(self):
             return len(self.batches)
@@ -101,7 +101,7 @@ def test_shuffling_loader_resumes_in_its_own_order(tmp_path):
             return iter([self.batches[i] for i in self.rng.permutation(7)])
 
     def noisy(batch):
-        return batch | {"input_ids": np.random.randint(0, tiny.VOCABULARY, (4, 5))}
+        return batch | {"input_ids": np.random.randint(0, nnx_job.VOCABULARY, (4, 5))}
 
     def run(folder, callback=None, **training):
         np.random.seed(0)
@@ -110,7 +110,7 @@ def test_shuffling_loader_resumes_in_its_own_order(tmp_path):
             distiller.train(
                 ADAMW, Shuffled(), num_epochs=2, callback=callback, batch_postprocessor=noisy
             )
-        return tiny.weights(distiller.model_S)
+        return nnx_job.weights(distiller.model_S)
 
     expected = run(tmp_path / "a")
     with pytest.raises(Killed):
@@ -123,7 +123,7 @@ def test_resume_after_the_end_gives_the_trained_student(whole):
     folder, _, expected = whole
     finished = make(folder, resume=True)
     train(finished)
-    for name, value in tiny.weights(finished.model_S).items():
+    for name, value in nnx_job.weights(finished.model_S).items():
         np.testing.assert_array_equal(value, expected[name])
 
 
@@ -143,8 +143,8 @@ def test_resume_after_the_end_gives_all_the_run_would_have_left(tmp_path, custom
             made.d_config,
             made.model_T,
             made.model_S,
-            tiny.adaptor,
-            tiny.adaptor,
+            nnx_job.adaptor,
+            nnx_job.adaptor,
             custom_matches=custom,
         )
         train(
@@ -161,8 +161,8 @@ def test_resume_after_the_end_gives_all_the_run_would_have_left(tmp_path, custom
         if expected is None:
             assert found is None
             continue
-        for name, value in tiny.weights(expected).items():
-            np.testing.assert_array_equal(tiny.weights(found)[name], value, err_msg=name)
+        for name, value in nnx_job.weights(expected).items():
+            np.testing.assert_array_equal(nnx_job.weights(found)[name], value, err_msg=name)
     assert resumed.best_checkpoint == whole.best_checkpoint == tmp_path / "out" / "gs1"
     assert resumed.rank == whole.rank == 0
 
@@ -170,7 +170,7 @@ def test_resume_after_the_end_gives_all_the_run_would_have_left(tmp_path, custom
 def test_resume_with_nothing_saved_starts_anew(tmp_path, whole):
     fresh = make(tmp_path, resume=True)
     train(fresh)
-    for name, value in tiny.weights(fresh.model_S).items():
+    for name, value in nnx_job.weights(fresh.model_S).items():
         np.testing.assert_array_equal(value, whole[2][name])
 
 
@@ -179,17 +179,17 @@ def test_resume_is_refused_where_it_would_not_be_the_same_run(tmp_path, whole):
     folder, *_ = whole
     with pytest.raises(CheckpointError, match="gradient_accumulation_steps=2, not 1"):
         train(make(folder, resume=True, gradient_accumulation_steps=1))
-    other = tiny.distiller(
+    other = nnx_job.distiller(
         folder,
         resume=True,
         gradient_accumulation_steps=2,
         distillation={"intermediate_matches": MATCHES},
-        student=tiny.Encoder(3, 4, seed=2),
+        student=nnx_job.Encoder(3, 4, seed=2),
     )
     with pytest.raises(CheckpointError, match=r"layers\.2\.kernel: not in the checkpoint"):
         train(other, num_epochs=4)
     with pytest.raises(BatchError, match="saved after batch 6"):
-        train(make(folder, resume=True), loader=tiny.loader(2), num_epochs=40)
+        train(make(folder, resume=True), loader=nnx_job.loader(2), num_epochs=40)
 
 
 def test_new_run_in_a_used_folder_loses_nothing(tmp_path, caplog):
@@ -232,9 +232,9 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_finished(tmp_path, monkey
         finished.append(steps_in(tmp_path / "out"))
 
     def train():
-        distiller = small.distiller(tmp_path, max_to_keep=1)
+        distiller = fn_job.distiller(tmp_path, max_to_keep=1)
         with distiller:
-            distiller.train(small.SGD, small.batches(2), num_epochs=3, callback=callback)
+            distiller.train(fn_job.SGD, fn_job.batches(2), num_epochs=3, callback=callback)
 
     train()
     assert all(finished[1:])
@@ -258,8 +258,8 @@ def test_a_deletion_that_was_killed_is_finished_by_the_next_run(tmp_path):
 
 def test_no_kill_leaves_the_folder_without_a_checkpoint(tmp_path):
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.killed", tmp_path, "6", "0"],
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-W", "ignore", "-m", "tests.training.killed", tmp_path, "6", "0"],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "XLA_FLAGS": "", "NPROC": "1"},
         capture_output=True,
         text=True,
@@ -275,12 +275,12 @@ def test_no_kill_leaves_the_folder_without_a_checkpoint(tmp_path):
 
 def test_load_student_by_checkpoint_and_by_folder(whole):
     folder, _, expected = whole
-    student = tiny.Encoder(2, 4, seed=9)
+    student = nnx_job.Encoder(2, 4, seed=9)
     assert jaxbrewer.load_student(folder / "out", student) is student
-    for name, value in tiny.weights(student).items():
+    for name, value in nnx_job.weights(student).items():
         np.testing.assert_array_equal(value, expected[name])
     jaxbrewer.load_student(folder / "out" / "gs1", student)
-    assert any((tiny.weights(student)[name] != expected[name]).any() for name in expected)
+    assert any((nnx_job.weights(student)[name] != expected[name]).any() for name in expected)
 
 
 def test_load_student_refuses_what_does_not_fit(tmp_path, whole):
@@ -288,14 +288,14 @@ def test_load_student_refuses_what_does_not_fit(tmp_path, whole):
     with pytest.raises(
         CheckpointError, match=r"embed\.embedding: saved as \[20, 4\], wanted \[20, 5\]"
     ):
-        jaxbrewer.load_student(folder / "out", tiny.Encoder(2, 5))
+        jaxbrewer.load_student(folder / "out", nnx_job.Encoder(2, 5))
     with pytest.raises(CheckpointError, match="is not there"):
-        jaxbrewer.load_student(tmp_path / "nowhere", tiny.Encoder(2, 4))
+        jaxbrewer.load_student(tmp_path / "nowhere", nnx_job.Encoder(2, 4))
     (tmp_path / "gs9").mkdir()
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
         checkpoint_path(tmp_path)
     with pytest.raises(TypeError, match="save_pretrained"):
-        jaxbrewer.export_hf(folder / "out", tiny.Encoder(2, 4), tmp_path / "hf")
+        jaxbrewer.export_hf(folder / "out", nnx_job.Encoder(2, 4), tmp_path / "hf")
 
 
 def test_damaged_checkpoint_is_named(tmp_path):
@@ -304,7 +304,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
         if path.is_file() and path.stat().st_size > 200 and "d" in path.parts[-2:]:
             path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(CheckpointError, match=r"gs3 cannot be read .*gs1"):
-        jaxbrewer.load_student(tmp_path / "out", tiny.Encoder(2, 4))
+        jaxbrewer.load_student(tmp_path / "out", nnx_job.Encoder(2, 4))
 
 
 def test_position_is_readable_json(whole):
@@ -324,8 +324,8 @@ def test_output_dir_that_cannot_be_made(tmp_path):
 def test_checkpoint_holds_projections(whole):
     folder, *_ = whole
     distiller = make(folder, resume=True)
-    before = tiny.weights(distiller.projs[1])
+    before = nnx_job.weights(distiller.projs[1])
     train(distiller, num_epochs=4)
     assert jax.tree.all(
-        jax.tree.map(lambda a, b: bool((a != b).any()), before, tiny.weights(distiller.projs[1]))
+        jax.tree.map(lambda a, b: bool((a != b).any()), before, nnx_job.weights(distiller.projs[1]))
     )
