@@ -9,6 +9,8 @@ from jaxbrewer.presets import WEIGHT_SCHEDULER
 from .reference import Job, adaptor, assert_equal_runs, configs, run, run_both
 from .twins import batches, twins
 
+pytestmark = pytest.mark.torch
+
 COUNT = 5  # batches, of which one is left over by windows of 2, and two by windows of 3
 POOLED = {"layers": 2, "width": 8}
 MATCH = {"layer_T": 1, "layer_S": 1, "feature": "hidden", "loss": "hidden_mse", "weight": 1}
