@@ -1,4 +1,7 @@
-"""Which room may import which: the direction of things, from text to losses to the loop."""
+"""Which room may import which: the direction of things, from text to losses to the loop.
+
+``python -m tests.test_imports`` prints the measures of the house.
+"""
 
 import ast
 import subprocess
@@ -147,24 +150,32 @@ def climbs(module):
     return found + [other for other in imports(module)[0] if room_of(other) == "distillers"]
 
 
+def upwards(module):
+    """The modules that a module imports from rooms above its own."""
+    rank = ROOMS.index(room_of(module))
+    return [other for other in imports(module)[0] if ROOMS.index(room_of(other)) > rank]
+
+
+def circles():
+    """A circle of modules and one of rooms; empty where there is none."""
+    arrows = {module: imports(module)[0] for module in MODULES if module != "__init__"}
+    rooms = {}
+    for module, others in arrows.items():
+        rooms.setdefault(room_of(module), set()).update(map(room_of, others))
+    return circle(arrows), circle({room: others - {room} for room, others in rooms.items()})
+
+
 @pytest.mark.parametrize("module", [m for m in MODULES if m != "__init__"])
 def test_a_module_imports_only_what_it_may(module):
     assert room_of(module) in ROOMS, f"{module} is new: give it a room"
-    ours, libraries = imports(module)
-    rank = ROOMS.index(room_of(module))
-    up = [other for other in ours if ROOMS.index(room_of(other)) > rank]
-    assert not up, f"{module} imports {up}, upwards"
+    libraries = imports(module)[1]
+    assert not (up := upwards(module)), f"{module} imports {up}, upwards"
     for library in libraries & set(KEPT_APART):
         assert module in KEPT_APART[library], f"{module} must not know {library}"
 
 
 def test_there_is_no_circle_of_modules_or_rooms():
-    arrows = {module: imports(module)[0] for module in MODULES if module != "__init__"}
-    assert not circle(arrows)
-    rooms = {}
-    for module, others in arrows.items():
-        rooms.setdefault(room_of(module), set()).update(map(room_of, others))
-    assert not circle({room: others - {room} for room, others in rooms.items()})
+    assert circles() == ([], [])
 
 
 def test_no_room_takes_an_underscore_of_another():
@@ -222,3 +233,24 @@ def test_public_names_are_there():
     assert len(set(jaxbrewer.__all__)) == len(jaxbrewer.__all__)
     for name in jaxbrewer.__all__:
         assert hasattr(jaxbrewer, name)
+
+
+def functions(module):
+    """The functions of a module with their lengths in lines."""
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.FunctionDef):
+            yield node.end_lineno - node.lineno + 1, f"{module}.{node.name}"
+
+
+if __name__ == "__main__":
+    inside = [module for module in MODULES if module != "__init__"]
+    files = {m: PACKAGE.joinpath(*m.split(".")).with_suffix(".py") for m in MODULES}
+    longest = max(MODULES, key=lambda m: files[m].read_text().count("\n"))
+    function = max(f for m in MODULES for f in functions(m))
+    print("rooms at the top:", len({room_of(m) for m in inside} - {"__main__"}))
+    print("longest file:", longest, files[longest].read_text().count("\n"), "lines")
+    print("longest function:", function[1], function[0], "lines")
+    print("imports that run up:", sum(len(upwards(m)) for m in inside))
+    print("circles:", sum(map(bool, circles())))
+    engine = [m for m in MODULES if room_of(m) in ENGINE]
+    print("climbs from the engine into distillers:", sum(len(climbs(m)) for m in engine))
