@@ -288,6 +288,14 @@ def test_an_unknown_key_suggests_the_nearest():
         IntermediateMatch(layer_t=3, **MATCH)
     (problem,) = problems_of(lambda: TrainingConfig.from_dict({3: 1}))
     assert problem.startswith("unknown key 3; choose from 'gradient_accumulation_steps', ")
+    far, near = problems_of(lambda: TrainingConfig.from_dict({3: 1, "sed": 2, "zzz": 3}))
+    assert far.startswith("unknown keys 3, 'zzz'; choose from 'gradient_accumulation_steps', ")
+    assert near == "unknown key 'sed'; did you mean 'seed'?"
+
+
+@pytest.mark.parametrize("config", [TrainingConfig, DistillationConfig, IntermediateMatch])
+def test_every_field_has_its_check(config):
+    assert list(config._checks) == [field.name for field in dataclasses.fields(config)]
 
 
 def test_everything_wrong_is_in_one_report():

@@ -8,7 +8,7 @@ import pytest
 
 import jaxbrewer
 from jaxbrewer import CustomMatch, LinenModel
-from jaxbrewer.errors import PreflightError
+from jaxbrewer.errors import ConfigError, PreflightError
 from tests import tiny
 from tests.parity.reference import read_events
 
@@ -125,8 +125,12 @@ def test_what_cannot_be_found_is_named_with_what_is_near(tmp_path):
         "expected one width, got 4 and 6",
     ):
         assert part in message
-    with pytest.raises(ValueError, match=r"unknown key 'modul_T'; did you mean 'module_T'"):
+    with pytest.raises(ConfigError) as refused:
         make(tmp_path, [{"modul_T": "a", "module_S": "b", "weight": 1, "loss": "cos"}])
+    assert refused.value.problems == (
+        "unknown key 'modul_T'; did you mean 'module_T'?",
+        "missing key 'module_T'",
+    )
 
 
 def test_function_models_have_no_submodules(tmp_path):

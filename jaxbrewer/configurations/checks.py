@@ -1,7 +1,8 @@
-"""Checks of single values in a config.
+"""Checks of what a config is made from: of its keys, of its values, and of single values.
 
-Each check takes the value that was given and returns the value to keep: plain text and numbers,
-frozen and apart from the caller's. A wrong value is a ValueError that says what was expected.
+A check of a single value takes the value that was given and returns the value to keep: plain text
+and numbers, frozen and apart from the caller's. A wrong value is a ValueError that says what was
+expected.
 """
 
 import math
@@ -9,20 +10,58 @@ import operator
 import os
 import re
 import reprlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxbrewer import presets
-from jaxbrewer.errors import suggest
+from jaxbrewer.errors import ConfigError, suggest
 from jaxbrewer.schedulers import TEMPERATURE_BUILDERS
 
 _MAX_INT = 2**31 - 1
 _MAX_DEPTH = 16
 
 Check = Callable[[Any], Any]
+
+
+def keys(given: Iterable[Any], known: Collection[str], required: Collection[str] = ()) -> list[str]:
+    """Returns what is wrong with the keys that were given, one sentence each.
+
+    Unknown ones come with the nearest known name; those that are near none share one sentence,
+    which lists the known names. Missing ones follow.
+    """
+    given = list(given)
+    by_hint: dict[str, list[str]] = {}
+    for key in given:
+        if key not in known:
+            by_hint.setdefault(suggest(key, known), []).append(short(key))
+    return [
+        f"unknown key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}; {hint}"
+        for hint, unknown in by_hint.items()
+    ] + [f"missing key {name!r}" for name in required if name not in given]
+
+
+def values(
+    given: Mapping[str, Any], checks: Mapping[str, Check]
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the values to keep, and what is wrong with the others, one sentence each.
+
+    Args:
+        given: values by name.
+        checks: by the same names; a value without a check is kept as it is.
+    """
+    kept: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, value in given.items():
+        try:
+            kept[name] = checks[name](value) if name in checks else value
+        except ConfigError as error:
+            problems += error.problems
+        except ValueError as error:
+            problems.append(f"{name} is {short(value)}: {error}")
+    return kept, problems
 
 
 class Options(dict):
@@ -77,6 +116,22 @@ def positive(value: Any) -> int | float:
     value = number(value)
     if value <= 0:
         raise ValueError("expected a number above 0")
+    return value
+
+
+def not_negative(value: Any) -> int | float:
+    """Accepts a finite number of 0 or more."""
+    value = number(value)
+    if value < 0:
+        raise ValueError("expected a number of 0 or more")
+    return value
+
+
+def rate(value: Any) -> int | float:
+    """Accepts a rate of dropout: a number of 0 or more and below 1."""
+    value = number(value)
+    if not 0 <= value < 1:
+        raise ValueError("expected a rate of 0 or more and below 1")
     return value
 
 

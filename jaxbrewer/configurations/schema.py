@@ -2,11 +2,11 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self, cast
 
 from jaxbrewer.configurations import checks
-from jaxbrewer.errors import ConfigError, suggest
+from jaxbrewer.errors import ConfigError
 from jaxbrewer.files import UnreadableFileError, read_json, write_json
 
 
@@ -17,7 +17,7 @@ class Config:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Refuses unknown keywords with the nearest known one, which Python does not offer."""
-        unknown = _unknown(kwargs, _field_names(cls))
+        unknown = checks.keys(kwargs, _field_names(cls))
         if unknown:
             raise TypeError(f"{cls.__name__}: " + "; ".join(unknown))
         return super().__new__(cls)
@@ -33,15 +33,7 @@ class Config:
     @classmethod
     def _checked(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Returns the values to keep, and what is wrong with the others."""
-        kept: dict[str, Any] = {}
-        problems: list[str] = []
-        for name, value in values.items():
-            try:
-                kept[name] = cls._checks[name](value)
-            except ConfigError as error:
-                problems += error.problems
-            except ValueError as error:
-                problems.append(f"{name} is {checks.short(value)}: {error}")
+        kept, problems = checks.values(values, cls._checks)
         return kept, problems + cls._check_together(kept)
 
     @classmethod
@@ -64,8 +56,7 @@ class Config:
         names = _field_names(cls)
         known = {key: value for key, value in dict_object.items() if key in names}
         kept, problems = cls._checked(known)
-        problems += _unknown(dict_object, names)
-        problems += [f"missing key {name!r}" for name in _required(cls) if name not in known]
+        problems += checks.keys(dict_object, names, _required(cls))
         if problems:
             raise ConfigError(cls.__name__, problems)
         return cls(**kept)
@@ -123,11 +114,6 @@ def _field_names(cls: Any) -> list[str]:
 
 def _required(cls: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-
-
-def _unknown(keys: Iterable[Any], names: Sequence[str]) -> list[str]:
-    unknown = [key for key in keys if key not in names]
-    return [f"unknown key {checks.short(key)}; {suggest(key, names)}" for key in unknown]
 
 
 def _thawed(value: Any) -> Any:

@@ -6,14 +6,13 @@ from typing import Any
 import jax
 
 from .. import presets
+from ..configurations import checks
 from ..configurations.configs import DistillationConfig, TrainingConfig
-from ..errors import ConfigError, suggest
+from ..errors import ConfigError
 from ..objective.emd import EMD
 from ..objective.objectives import Objective, PlanObjective
 from ..objective.plan import make_projection
 from .classes import BasicDistiller
-
-_REQUIRED = ("layer_num_S", "layer_num_T", "feature", "loss", "weight")
 
 
 class EMDDistiller(BasicDistiller):
@@ -69,26 +68,30 @@ class EMDDistiller(BasicDistiller):
         return EMD(plan, self.emd, is_projected=bool(self.projs))
 
 
+def _layers(value: Any) -> int:
+    try:
+        return checks.integer(2)(value)
+    except ValueError:
+        raise ValueError(
+            "expected the number of layers plus one, for the embeddings' output"
+        ) from None
+
+
+_CHECKS: Mapping[str, checks.Check] = {
+    "layer_num_S": _layers,
+    "layer_num_T": _layers,
+    "feature": checks.one_of(presets.FEATURES),
+    "loss": checks.one_of(presets.MATCH_LOSS_MAP),
+    "weight": checks.number,
+}
+
+
 def _checked(emd: Mapping[str, Any]) -> dict[str, Any]:
     """Checks the ``emd`` dict; one error for all of it."""
     if not isinstance(emd, Mapping):
-        raise ConfigError("emd", [f"expected a dict with {', '.join(_REQUIRED)}, got {emd!r}"])
-    known = (*_REQUIRED, "proj")
-    problems = [f"unknown key {key!r}; {suggest(key, known)}" for key in emd if key not in known]
-    problems += [f"missing key {key!r}" for key in _REQUIRED if key not in emd]
-    if not problems:
-        for key in ("layer_num_S", "layer_num_T"):
-            if not isinstance(emd[key], int) or emd[key] < 2:
-                problems.append(
-                    f"{key} is {emd[key]!r}: expected the number of layers plus one, for the "
-                    "embeddings' output"
-                )
-        if emd["loss"] not in presets.MATCH_LOSS_MAP:
-            problems.append(f"loss: {suggest(emd['loss'], presets.MATCH_LOSS_MAP)}")
-        if emd["feature"] not in presets.FEATURES:
-            problems.append(f"feature: {suggest(emd['feature'], presets.FEATURES)}")
-        if isinstance(emd["weight"], bool) or not isinstance(emd["weight"], int | float):
-            problems.append(f"weight is {emd['weight']!r}: expected a number")
+        raise ConfigError("emd", [f"expected a dict with {', '.join(_CHECKS)}, got {emd!r}"])
+    kept, problems = checks.values(emd, _CHECKS)
+    problems += checks.keys(emd, [*_CHECKS, "proj"], required=_CHECKS)
     if problems:
         raise ConfigError("emd", problems)
-    return dict(emd)
+    return kept

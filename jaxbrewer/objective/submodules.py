@@ -3,11 +3,12 @@
 import fnmatch
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from .. import presets
-from ..errors import suggest
+from ..configurations import checks
+from ..errors import ConfigError, suggest
 from ..models.handle import Model
 from .plan import Match
 
@@ -45,12 +46,12 @@ class CustomMatch:
         """Makes one from a dict of its fields.
 
         Raises:
-            ValueError: naming an unknown key.
+            ConfigError: a ValueError that names every unknown or missing key.
         """
-        names = list(cls.__dataclass_fields__)
-        for key in dict_object:
-            if key not in names:
-                raise ValueError(f"custom match: unknown key {key!r}; {suggest(key, names)}")
+        names = [field.name for field in fields(cls)]
+        required = [field.name for field in fields(cls) if field.default is MISSING]
+        if problems := checks.keys(dict_object, names, required):
+            raise ConfigError("custom match", problems)
         return cls(**dict_object)
 
 

@@ -6,6 +6,7 @@ it is under ``bigru.embeddings``, ``bigru.gru`` and ``classifier``.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar, Unpack
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from jaxbrewer.configurations import checks
 from jaxbrewer.zoo import heads
 from jaxbrewer.zoo.blocks import Build, Table, linear, resolved
 from jaxbrewer.zoo.configuration import ModelConfig
@@ -50,6 +52,13 @@ class BiGRUConfig(ModelConfig):
     embedding_size: int = 768
     hidden_size: int = 768
     hidden_dropout_prob: float = 0.1
+
+    _checks: ClassVar[Mapping[str, checks.Check]] = {
+        **ModelConfig._checks,
+        "embedding_size": checks.integer(1),
+        "hidden_size": checks.integer(1),
+        "hidden_dropout_prob": checks.rate,
+    }
 
 
 class Direction(nnx.Module):

@@ -2,15 +2,15 @@
 
 import abc
 import dataclasses
-import difflib
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from jaxbrewer.configurations import checks
+from jaxbrewer.errors import ConfigError
+from jaxbrewer.files import read_json_object, write_json
 from jaxbrewer.zoo.activations import ACTIVATIONS
-
-from ..files import read_json_object, write_json
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Keys of Hugging Face config files that do not change what an encoder computes.
@@ -48,6 +48,20 @@ FIXED_VALUES: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+def activation_name(value: Any) -> str:
+    """Accepts the name of an activation function."""
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise ValueError(f"expected one of {', '.join(ACTIVATIONS)}")
+    return value
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Accepts a tuple of text."""
+    if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+        raise ValueError("expected a tuple of strings")
+    return value
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What the config of every model has: fields under Hugging Face's names, frozen and hashable.
@@ -59,7 +73,10 @@ class ModelConfig:
     ``config.output_hidden_states = True``, write ``config.replace(output_hidden_states=True)`` or
     give the readers the change: ``from_json_file(path, output_hidden_states=True)``.
 
-    Raises ``ValueError`` that lists every field that is wrong.
+    A subclass adds the checks of its fields to ``_checks``: by a field's name, what returns the
+    value to keep or raises ``ValueError`` that says what was expected.
+
+    Raises ``ConfigError``, a ``ValueError`` that lists every field that is wrong.
     """
 
     model_type: ClassVar[str] = ""
@@ -75,21 +92,29 @@ class ModelConfig:
     output_hidden_states: bool = False
     return_dict: bool = True
 
+    _checks: ClassVar[Mapping[str, checks.Check]] = {
+        "vocab_size": checks.integer(1),
+        "initializer_range": checks.not_negative,
+        "pad_token_id": checks.optional(checks.integer(0)),
+        "num_labels": checks.integer(1),
+        "label_names": checks.optional(_names),
+        "problem_type": checks.optional(checks.one_of(PROBLEM_TYPES)),
+        "output_hidden_states": checks.boolean,
+        "return_dict": checks.boolean,
+    }
+
     def __post_init__(self):
-        each = (
-            _field_problem(field.name, field.type, getattr(self, field.name))
-            for field in dataclasses.fields(self)
-        )
-        problems = [problem for problem in each if problem] or list(self._problems())
-        if problems:
-            raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        kept, problems = checks.values(given, self._checks)
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
+        if problems := problems or list(self._problems()):
+            raise ConfigError(type(self).__name__, problems)
         if self.label_names == _default_label_names(self.num_labels):
             object.__setattr__(self, "label_names", None)
 
     def _problems(self) -> Iterable[str]:
         """What is wrong with fields that are right each alone, one sentence each."""
-        if self.problem_type not in (None, *PROBLEM_TYPES):
-            yield f"problem_type={self.problem_type!r} is not one of {', '.join(PROBLEM_TYPES)}"
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             yield "single_label_classification needs num_labels of 2 or more"
         if self.label_names is not None and len(self.label_names) != self.num_labels:
@@ -114,9 +139,9 @@ class ModelConfig:
 
     def replace(self, **changes: Any) -> Self:
         """The same config with some fields changed; a new ``num_labels`` drops the old names."""
-        names = {field.name for field in dataclasses.fields(self)}
-        if unknown := [name for name in changes if name not in names]:
-            raise ValueError(_unknown_keys(type(self), unknown, names))
+        names = [field.name for field in dataclasses.fields(self)]
+        if problems := checks.keys(changes, names):
+            raise ConfigError(type(self).__name__, problems)
         if changes.get("num_labels", self.num_labels) != self.num_labels:
             changes.setdefault("label_names", None)
         return dataclasses.replace(self, **changes)
@@ -145,16 +170,14 @@ class ModelConfig:
         for key, allowed in cls.fixed_values.items():
             if (value := given.pop(key, allowed[0])) not in allowed:
                 raise ValueError(f"{key}={value!r} is not supported, only {allowed[0]!r} is")
-        fields = {field.name for field in dataclasses.fields(cls)}
-        chosen = {key: given[key] for key in fields & set(given)}
+        fields = [field.name for field in dataclasses.fields(cls)]
+        chosen = {key: given[key] for key in fields if key in given}
         chosen.update(_labels_from(given))
-        unknown = [
-            key
-            for key in given
-            if key not in fields and key not in cls.bookkeeping_keys and key != "id2label"
-        ]
+        unknown = sorted(given.keys() - {*fields, *cls.bookkeeping_keys, "id2label"})
         if unknown:
-            raise ValueError(_unknown_keys(cls, unknown, fields))
+            *others, last = checks.keys(unknown, fields)
+            advice = f"(or pass ignore={unknown!r} if the model does not depend on it)"
+            raise ConfigError(cls.__name__, [*others, f"{last} {advice}"])
         return cls(**chosen).replace(**changes)
 
     @classmethod
@@ -217,6 +240,14 @@ class TransformerConfig(ModelConfig, abc.ABC):
     output_attention_scores: bool = False
     gradient_checkpointing: bool = False
 
+    _checks: ClassVar[Mapping[str, checks.Check]] = {
+        **ModelConfig._checks,
+        "max_position_embeddings": checks.integer(1),
+        "output_attentions": checks.boolean,
+        "output_attention_scores": checks.boolean,
+        "gradient_checkpointing": checks.boolean,
+    }
+
     @property
     @abc.abstractmethod
     def sizes(self) -> "EncoderConfig":
@@ -243,13 +274,27 @@ class EncoderConfig(TransformerConfig):
     layer_norm_eps: float = 1e-12
     classifier_dropout: float | None = None
 
+    _checks: ClassVar[Mapping[str, checks.Check]] = {
+        **TransformerConfig._checks,
+        "hidden_size": checks.integer(1),
+        "num_hidden_layers": checks.integer(1),
+        "num_attention_heads": checks.integer(1),
+        "intermediate_size": checks.integer(1),
+        "hidden_act": activation_name,
+        "hidden_dropout_prob": checks.rate,
+        "attention_probs_dropout_prob": checks.rate,
+        "type_vocab_size": checks.integer(1),
+        "layer_norm_eps": checks.not_negative,
+        "classifier_dropout": checks.optional(checks.rate),
+    }
+
     def _problems(self) -> Iterable[str]:
         yield from super()._problems()
-        yield from shape_problems(
-            ("hidden_size", self.hidden_size),
-            ("num_attention_heads", self.num_attention_heads),
-            ("hidden_act", self.hidden_act),
-        )
+        if self.hidden_size % self.num_attention_heads:
+            yield (
+                f"hidden_size={self.hidden_size} is not a multiple of "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
 
     @property
     def sizes(self) -> "EncoderConfig":
@@ -273,16 +318,6 @@ class EncoderConfig(TransformerConfig):
         return {**super().id_limits, "token_type_ids": self.type_vocab_size}
 
 
-def shape_problems(
-    width: tuple[str, int], heads: tuple[str, int], activation: tuple[str, str]
-) -> Iterable[str]:
-    """What is wrong with a transformer's width, its heads and its activation, each by its name."""
-    if width[1] % heads[1]:
-        yield f"{width[0]}={width[1]} is not a multiple of {heads[0]}={heads[1]}"
-    if activation[1] not in ACTIVATIONS:
-        yield f"{activation[0]}={activation[1]!r} is not one of {', '.join(ACTIVATIONS)}"
-
-
 def _default_label_names(number: int) -> tuple[str, ...]:
     return tuple(f"LABEL_{index}" for index in range(number))
 
@@ -304,53 +339,3 @@ def _labels_from(values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key}={count} but id2label has {len(by_number)}: make them agree")
     names = tuple(by_number[number] for number in range(len(by_number)))
     return {"num_labels": len(names), "label_names": names}
-
-
-def _unknown_keys(cls: type, unknown: Collection[str], known: Collection[str]) -> str:
-    """A sentence for keys that are not known, with the nearest known ones."""
-    parts = []
-    for key in unknown:
-        near = difflib.get_close_matches(key, known, n=1)
-        parts.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-    return (
-        f"{cls.__name__} does not know {', '.join(parts)}; correct the name, or pass "
-        f"ignore={sorted(unknown)!r} if the model does not depend on it"
-    )
-
-
-_RATES = (
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "classifier_dropout",
-    "dropout",
-    "attention_dropout",
-    "qa_dropout",
-    "seq_classif_dropout",
-)
-
-
-def _field_problem(name: str, kind: Any, value: Any) -> str | None:
-    """What is wrong with one field's value, or None."""
-    kind = kind.__name__ if isinstance(kind, type) else str(kind)
-    if value is None:
-        return None if "None" in kind else f"{name} is null, expected {kind}"
-    if kind == "bool":
-        return None if isinstance(value, bool) else f"{name}={value!r}, expected true or false"
-    if kind.startswith("int"):
-        smallest = 0 if name == "pad_token_id" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-            return f"{name}={value!r}, expected an integer of {smallest} or more"
-    elif kind.startswith("float"):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return f"{name}={value!r}, expected a number"
-        if name in _RATES and not 0 <= value < 1:
-            return f"{name}={value!r}, expected a rate of 0 or more and below 1"
-        if value < 0:
-            return f"{name}={value!r}, expected 0 or more"
-    elif kind.startswith("str") and not isinstance(value, str):
-        return f"{name}={value!r}, expected a string"
-    elif kind.startswith("tuple") and not (
-        isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    ):
-        return f"{name}={value!r}, expected a tuple of strings"
-    return None

@@ -7,7 +7,7 @@ perceptron, but not to what attention adds.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import jax
@@ -17,6 +17,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Num
 
+from jaxbrewer.configurations import checks
 from jaxbrewer.zoo.bert import BERT_EXTRAS
 from jaxbrewer.zoo.blocks import Build, linear
 from jaxbrewer.zoo.configuration import (
@@ -24,7 +25,7 @@ from jaxbrewer.zoo.configuration import (
     EncoderConfig,
     ModelConfig,
     TransformerConfig,
-    shape_problems,
+    activation_name,
 )
 from jaxbrewer.zoo.dropout import Dropout
 from jaxbrewer.zoo.encoder import EncoderModel
@@ -77,11 +78,24 @@ class DistilBertConfig(TransformerConfig):
     seq_classif_dropout: float = 0.2
     sinusoidal_pos_embds: bool = False
 
+    _checks: ClassVar[Mapping[str, checks.Check]] = {
+        **TransformerConfig._checks,
+        "dim": checks.integer(1),
+        "n_layers": checks.integer(1),
+        "n_heads": checks.integer(1),
+        "hidden_dim": checks.integer(1),
+        "activation": activation_name,
+        "dropout": checks.rate,
+        "attention_dropout": checks.rate,
+        "qa_dropout": checks.rate,
+        "seq_classif_dropout": checks.rate,
+        "sinusoidal_pos_embds": checks.boolean,
+    }
+
     def _problems(self) -> Iterable[str]:
         yield from super()._problems()
-        yield from shape_problems(
-            ("dim", self.dim), ("n_heads", self.n_heads), ("activation", self.activation)
-        )
+        if self.dim % self.n_heads:
+            yield f"dim={self.dim} is not a multiple of n_heads={self.n_heads}"
 
     @property
     def hidden_size(self) -> int:

@@ -7,12 +7,14 @@ goes in and comes out: `jaxbrewer.zoo.encoder` and `jaxbrewer.zoo.tasks`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
+from jaxbrewer.configurations import checks
 from jaxbrewer.zoo.bert import BERT_EXTRAS, BERT_HEADS, BERT_MODULES
 from jaxbrewer.zoo.blocks import Build, linear
 from jaxbrewer.zoo.configuration import (
@@ -56,6 +58,11 @@ class ElectraConfig(EncoderConfig):
     hidden_size: int = 256
     num_attention_heads: int = 4
     intermediate_size: int = 1024
+
+    _checks: ClassVar[Mapping[str, checks.Check]] = {
+        **EncoderConfig._checks,
+        "embedding_size": checks.integer(1),
+    }
 
     @property
     def embedding_width(self) -> int:

@@ -97,6 +97,14 @@ def test_mistakes_are_named(tmp_path):
         make(tmp_path, EMD | {"layer_nums_S": 3})
     with pytest.raises(ConfigError, match="missing key 'weight'"):
         make(tmp_path, {k: v for k, v in EMD.items() if k != "weight"})
+    with pytest.raises(ConfigError) as caught:
+        make(tmp_path, EMD | {"layer_num_S": 1, "loss": "hiden_mse", "feature": "x", "weight": "1"})
+    assert caught.value.problems == (
+        "layer_num_S is 1: expected the number of layers plus one, for the embeddings' output",
+        "feature is 'x': choose from 'hidden', 'attention'",
+        "loss is 'hiden_mse': did you mean 'hidden_mse'?",
+        "weight is '1': expected a number",
+    )
     wrong = make(tmp_path, EMD | {"layer_num_T": 3})
     with (
         wrong,

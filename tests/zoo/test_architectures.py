@@ -231,9 +231,9 @@ def test_published_files_are_read(family, given, tmp_path):
     ("changes", "message"),
     [
         ({"dim": 25}, "dim=25 is not a multiple of n_heads=4"),
-        ({"activation": "mish"}, "activation='mish' is not one of gelu"),
-        ({"dropout": 1.0}, "dropout=1.0, expected a rate"),
-        ({"n_layers": 0}, "n_layers=0, expected an integer of 1 or more"),
+        ({"activation": "mish"}, "activation is 'mish': expected one of gelu"),
+        ({"dropout": 1.0}, "dropout is 1.0: expected a rate"),
+        ({"n_layers": 0}, "n_layers is 0: expected an integer from 1"),
     ],
 )
 def test_distilberts_refusals(changes, message):

@@ -6,7 +6,7 @@ import json
 import pytest
 import transformers
 
-from jaxbrewer.zoo import BertConfig
+from jaxbrewer.zoo import MODELS, BertConfig
 
 # A student of TextBrewer's, and the keys of Google's Chinese BERT, which its files carry.
 T4_TINY = {
@@ -96,23 +96,27 @@ def test_every_field_survives_a_round_trip():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"hiden_size": 3}, r"'hiden_size' \(did you mean 'hidden_size'\?\).*ignore="),
+        (
+            {"hiden_size": 3},
+            r"unknown key 'hiden_size'; did you mean 'hidden_size'\?.*ignore=\['hiden_size'",
+        ),
+        ({"color": 1, "shape": 2}, "unknown keys 'color', 'shape'; choose from 'vocab_size', "),
         ({"model_type": "roberta"}, "model_type 'roberta'"),
         ({"position_embedding_type": "relative_key"}, "'relative_key' is not supported"),
         ({"is_decoder": True}, "is_decoder=True is not supported"),
         ({"pruned_heads": {"1": [0]}}, "pruned_heads"),
         ({"pooler_type": "mean"}, "pooler_type='mean'"),
-        ({"hidden_act": "mish"}, "hidden_act='mish' is not one of gelu,"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish': expected one of gelu,"),
         ({"hidden_size": 100}, "not a multiple of num_attention_heads=12"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers=0, expected an integer of 1 or more"),
-        ({"num_hidden_layers": True}, "num_hidden_layers=True"),
-        ({"vocab_size": "30522"}, "vocab_size='30522'"),
-        ({"hidden_size": None}, "hidden_size is null"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0: expected an integer from 1"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True: expected an integer"),
+        ({"vocab_size": "30522"}, "vocab_size is '30522': expected an integer"),
+        ({"hidden_size": None}, "hidden_size is None: expected an integer"),
         ({"hidden_dropout_prob": 1.0}, "a rate of 0 or more and below 1"),
-        ({"layer_norm_eps": -1}, "layer_norm_eps=-1"),
+        ({"layer_norm_eps": -1}, "layer_norm_eps is -1: expected a number of 0 or more"),
         ({"layer_norm_eps": "1e-12"}, "expected a number"),
-        ({"output_attentions": "yes"}, "expected true or false"),
-        ({"problem_type": "ranking"}, "problem_type='ranking' is not one of"),
+        ({"output_attentions": "yes"}, "output_attentions is 'yes': expected True or False"),
+        ({"problem_type": "ranking"}, "problem_type is 'ranking': choose from 'regression', "),
         ({"num_labels": 1, "problem_type": "single_label_classification"}, "2 or more"),
         ({"num_labels": 3, "id2label": {"0": "a", "1": "b"}}, "num_labels=3 but id2label has 2"),
         ({"id2label": {"0": "a", "2": "b"}}, r"id2label numbers \[0, 2\]"),
@@ -144,9 +148,23 @@ def test_files_that_cannot_be_read(tmp_path):
     path.write_text('{"hidden_size": 25}')
     with pytest.raises(ValueError, match=r"config\.json: BertConfig: hidden_size=25"):
         BertConfig.from_json_file(path)
-    with pytest.raises(ValueError, match="label_names='ab', expected a tuple"):
+    with pytest.raises(ValueError, match="label_names is 'ab': expected a tuple"):
         BertConfig(label_names="ab")
     with pytest.raises(ValueError, match="num_labels=2 but label_names has 1"):
         BertConfig(label_names=("a",))
-    with pytest.raises(ValueError, match="did you mean 'hidden_size'"):
+    with pytest.raises(ValueError, match=r"did you mean 'hidden_size'\?$"):
         BertConfig().replace(hiddensize=3)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_every_field_has_its_check(model_type):
+    config = MODELS[model_type][None].config_class
+    assert list(config._checks) == [field.name for field in dataclasses.fields(config)]
+
+
+def test_a_field_of_a_users_own_config_needs_no_check():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(BertConfig):
+        mood: str = "good"
+
+    assert Mine.from_dict({"mood": "bad"}).mood == "bad"
