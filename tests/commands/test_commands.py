@@ -367,7 +367,7 @@ def test_check_takes_the_task_from_the_configs(run, job, quick):
         ("student.json", SHAPE | {"num_labels": 5}, "the student has 5 classes"),
         ("student.json", SHAPE | {"max_position_embeddings": 4}, "a sequence of 10 is longer"),
         ("student.json", SHAPE | {"model_type": "xlnet"}, "the zoo has bert"),
-        ("student.json", SHAPE | {"hidden_size": 0}, "hidden_size=0"),
+        ("student.json", SHAPE | {"hidden_size": 0}, "hidden_size is 0: expected an integer"),
     ],
 )
 def test_check_finds_what_would_go_wrong(run, job, quick, file, values, expected):

@@ -189,7 +189,7 @@ def test_refusals(model):
         model()
     with pytest.raises(TypeError, match="output_attentions"):
         model(np.ones((1, 4), np.int32), output_attentions=True)
-    with pytest.raises(ValueError, match="embedding_size=0"):
+    with pytest.raises(ValueError, match="embedding_size is 0: expected an integer"):
         BiGRUConfig(embedding_size=0)
     assert model.id_limits == {"input_ids": 30}
     with pytest.raises(ValueError, match="only within one architecture of transformer"):
