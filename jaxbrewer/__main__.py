@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 fine, 1 something needs the user's hand, 2 wrong usage or an unreadable
-        file. ``--help`` and ``--version`` end the program, as argparse does.
+        file, 130 interrupted. ``--help`` and ``--version`` end the program, as argparse does.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -74,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UnreadableFileError as error:
         print(f"jaxbrewer: {error}", file=sys.stderr)
         return UNUSABLE
+    except KeyboardInterrupt:
+        print("jaxbrewer: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:

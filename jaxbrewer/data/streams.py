@@ -38,7 +38,8 @@ class Position:
 class Micro(NamedTuple):
     """A batch: the `batch`-th (from 0) of `epoch` (from 0), of a task where there are several.
 
-    `host_random` is the random state just after it was drawn, where more were drawn since.
+    `host_random` is the random state just after it was drawn, where more were drawn since. `stop` says
+    that one of several processes has been asked to stop.
     """
 
     epoch: int
@@ -46,6 +47,7 @@ class Micro(NamedTuple):
     inputs: Any
     task: str = ""
     host_random: Any = None
+    stop: bool = False
 
 
 class EpochEnd(NamedTuple):

@@ -87,7 +87,13 @@ class Processes:
 
 
 def joined(
-    events: Iterator[Event], processes: Processes, *, share: int, start: Position, like: Batch
+    events: Iterator[Event],
+    processes: Processes,
+    *,
+    share: int,
+    start: Position,
+    like: Batch,
+    is_asked: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """Joins this process's stream with those of the others.
 
@@ -100,6 +106,7 @@ def joined(
         share: devices of a process; rows that do not divide by it are gathered.
         start: where this process's stream starts.
         like: a batch, whose structure those of all processes have.
+        is_asked: whether this process has been asked to stop; all are told, with the same batch.
 
     Yields:
         The events, a batch as it is where it fits, and as `Whole` where it was gathered.
@@ -112,9 +119,9 @@ def joined(
     while True:
         while len(ahead) <= AHEAD:
             turn = source.next()
-            ahead.append((turn, processes.send(turn.header())))
+            ahead.append((turn, processes.send(turn.header(is_asked()))))
         turn, sent = ahead.popleft()
-        kinds, rows, digests = sent().view(np.int64).T
+        kinds, rows, digests, stops = sent().view(np.int64).T
         if (kinds == _FAILED).any():
             if turn.error is not None:
                 raise turn.error
@@ -130,7 +137,8 @@ def joined(
         if len(set(digests[has])) > 1:
             raise BatchError(_disagreement(processes, turn))
         fits = has.all() and len(set(rows)) == 1 and rows[0] % share == 0
-        yield turn.micro._replace(inputs=turn.inputs if fits else _whole(processes, turn, like))
+        inputs = turn.inputs if fits else _whole(processes, turn, like)
+        yield turn.micro._replace(inputs=inputs, stop=bool(stops.any()))
 
 
 class _Turn:
@@ -146,8 +154,8 @@ class _Turn:
         self.inputs = jax.tree.map(np.asarray, micro.inputs) if kind == _BATCH else None
         self.rows = rows_of(self.inputs) if kind == _BATCH else 0
 
-    def header(self) -> np.ndarray:
-        """The kind, the rows (at an end: batches in this epoch), and a digest, as bytes.
+    def header(self, is_asked: bool) -> np.ndarray:
+        """The kind, the rows (at an end: batches in this epoch), a digest, and a flag, as bytes.
 
         The digest is of what must be the same in all processes.
         """
@@ -159,7 +167,7 @@ class _Turn:
             for leaf in jax.tree.leaves(self.inputs):
                 if not has_rows(leaf, self.rows):
                     digest = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), digest)
-        return np.array([self.kind, count, digest], np.int64).view(np.uint8)
+        return np.array([self.kind, count, digest, is_asked], np.int64).view(np.uint8)
 
     def shapes(self) -> list:
         """Of every array: its type, whether it has rows, and its shape or that of a row."""

@@ -97,6 +97,7 @@ class Loop:
         batches_per_epoch: for the progress bar, where it is known.
         placement: where arrays lie; `state` is as the step takes it.
         processes: this process and the others.
+        is_asked: whether this process has been asked to stop; of several, batches tell it.
         print_freq: log lines in an epoch, or between two checkpoints of a run by steps.
     """
 
@@ -112,13 +113,15 @@ class Loop:
     batches_per_epoch: int | None
     placement: Placement
     processes: Processes
+    is_asked: Callable[[], bool] = lambda: False
     print_freq: int = 20
     _pending: deque[tuple[CompiledTask, int, int, jax.Array]] = field(default_factory=deque)
     _opened: int = 0  # micro-batches in the current accumulation window
+    _stops: bool = False  # one of several processes has been asked to stop
     _drawn: Any = None  # the host's random state after the last batch, if later ones are drawn
 
     def run(self, events: Iterator[Event], after_step: Callable[[], None]) -> None:
-        """Trains until the stream or the timeline ends, or a callback stops it.
+        """Trains until the stream or the timeline ends, or a callback or a signal stops it.
 
         Args:
             events: batches and the ends of epochs.
@@ -144,6 +147,7 @@ class Loop:
                 bar.update(1)
                 done = self._opened == self.timeline.accumulation
                 self._move(event.epoch, event.batch + 1, done)
+                self._stops |= event.stop
                 if done and self._after_update(event.epoch):
                     break
             self._look(0)
@@ -180,16 +184,27 @@ class Loop:
         if step % self._print_every() == 0:
             self._say("Global step %d of %d", step, self.timeline.total_steps)
         ends = self.timeline.epochs is None and step >= self.timeline.total_steps
-        if self.timeline.saves_at(step, epoch):
-            self._look(0)
-            self._say("Saving at global step %d, epoch %d", step, epoch + 1)
-            saved = self.placement.leave(self.state)
-            self.checkpoints.save(step, saved, self._saved_position())
+        is_due = self.timeline.saves_at(step, epoch)
+        if is_due:
+            saved = self._save(step, epoch)
             stop = self.after_save(self, saved, step)
             if self.processes.numbers(stop).any():
                 self._say("The callback stopped training at step %d", step)
                 return True
+        if self._stops or (self.processes.count == 1 and self.is_asked()):
+            if not is_due:
+                self._save(step, epoch)
+            self._say("A signal stopped training at step %d, which is saved", step)
+            return True
         return ends
+
+    def _save(self, step: int, epoch: int) -> TrainState:
+        """Saves the state, and returns it as checkpoints hold it."""
+        self._look(0)
+        self._say("Saving at global step %d, epoch %d", step, epoch + 1)
+        saved = self.placement.leave(self.state)
+        self.checkpoints.save(step, saved, self._saved_position())
+        return saved
 
     def _saved_position(self) -> dict[str, Any]:
         p = self.position

@@ -31,7 +31,7 @@ from ..preflight.prepare import Prepared, prepare
 from ..preflight.report import describe
 from ..step.optimizer import Optimizer
 from ..step.program import Program, TrainState
-from . import teacher_cache
+from . import signals, teacher_cache
 from .checkpoints import Checkpoints, read_variables
 from .loop import CallbackResult, CompiledTask, Loop
 from .metrics import MetricsWriter
@@ -133,11 +133,20 @@ def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> 
         first, events = open_streams(request, timeline, start, job.config.seed)
         prepared = _prepared(progress, first, request, placement)
         programs, events = _fed(prepared, events, request, timeline, start, placement, processes)
-    if processes.count > 1:
-        like = next(iter(first.values()))
-        share = len(placement.devices) // processes.count
-        events = joined(events, processes, share=share, start=start, like=like)
-    with _checkpoints(progress, processes) as checkpoints, _metrics(job, processes) as metrics:
+    with (
+        signals.waiting() as asked,
+        _checkpoints(progress, processes) as checkpoints,
+        _metrics(job, processes) as metrics,
+    ):
+        if processes.count > 1:
+            events = joined(
+                events,
+                processes,
+                share=len(placement.devices) // processes.count,
+                start=start,
+                like=next(iter(first.values())),
+                is_asked=lambda: bool(asked),
+            )
         program = next(iter(programs.values()))
         state = placement.start(program, job.config.seed)
         if latest is not None:
@@ -156,6 +165,7 @@ def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> 
             batches_per_epoch=next(iter(request.feeds.values())).length,
             placement=placement,
             processes=processes,
+            is_asked=lambda: bool(asked),
             print_freq=job.print_freq,
         )
         del state  # the loop's steps own it
