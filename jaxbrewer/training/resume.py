@@ -82,6 +82,6 @@ def open_streams(
     firsts, streams = {}, {}
     for task, feed in request.feeds.items():
         stream = islice(by_steps(feed.loader, Position()), done.count(task), None)
-        firsts[task], streams[task] = peek(taken(stream, feed.postprocess))
+        firsts[task], streams[task] = peek(taken(stream, feed.postprocess, task))
     restore_host_random(start)
     return firsts, by_tasks(streams, order)
