@@ -224,14 +224,26 @@ def check_ids(
         named = dict(zip(signature.parameters, as_call(batch, {})[0], strict=False))
     for name, limit in limits.items():
         ids = _on_host(named.get(name))
-        if ids is None or ids.dtype.kind not in "iu" or not ids.size:
+        if ids is None or not ids.size:
             continue
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= limit:
+        if ids.dtype.kind == "b":
+            raise BatchError(
+                f"{name} is {_describe(ids)}, but {role} looks whole numbers up by it; is it a mask?"
+            )
+        if ids.dtype.kind in "iu" and not _all_below(ids, limit):
+            low, high = int(ids.min()), int(ids.max())
             raise BatchError(
                 f"{name} holds {low if low < 0 else high}, but {role} knows ids 0 to {limit - 1}. "
                 "Is the batch tokenised with this model's vocabulary? Padding must be a real id too"
             )
+
+
+def _all_below(ids: np.ndarray, limit: int) -> bool:
+    """Whether whole numbers are all from 0 to below a limit; seen without a sign, -1 is large."""
+    if ids.dtype.kind == "u":
+        return bool(ids.max() < limit)
+    size = ids.dtype.itemsize
+    return bool(ids.view(f"u{size}").max() < min(limit, 1 << (8 * size - 1)))
 
 
 def _on_host(value: Any) -> np.ndarray | None:
@@ -242,7 +254,7 @@ def _on_host(value: Any) -> np.ndarray | None:
         return None
     if any(device.platform != "cpu" for device in value.devices()):
         return None
-    return np.asarray(value) if jax.numpy.issubdtype(value.dtype, np.integer) else None
+    return np.asarray(value) if getattr(value.dtype, "kind", "") in "biu" else None
 
 
 def signature_of(batch: Batch) -> str:
