@@ -218,6 +218,19 @@ def as_json(state: Any) -> Any:
     }
 
 
+def is_host_random(state: Any) -> bool:
+    """Whether `restore_host_random` can take what a file holds: None, or what `as_json` gave."""
+    if state is None:
+        return True
+    try:
+        np.random.RandomState(0).set_state(tuple(state["numpy"]))
+        version, internal, gauss_next = state["python"]
+        random.Random(0).setstate((version, tuple(internal), gauss_next))
+    except (TypeError, ValueError, KeyError, OverflowError, IndexError):
+        return False
+    return gauss_next is None or isinstance(gauss_next, float)
+
+
 def restore_host_random(position: Position) -> None:
     """Sets the global random states to those of a position, if it has them."""
     if position.host_random is None:

@@ -53,7 +53,9 @@ def position_to_resume(config: TrainingConfig, processes: Processes) -> Position
             mine["batch"],
             mine["epoch"] + 1,
         )
-    return Position(global_step=step, micro_step=saved["micro_step"], **mine)
+    return Position(
+        mine["epoch"], mine["batch"], step, saved["micro_step"], mine.get("host_random")
+    )
 
 
 def open_streams(

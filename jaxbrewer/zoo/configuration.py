@@ -4,6 +4,8 @@ import abc
 import dataclasses
 import difflib
 import os
+import reprlib
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -83,7 +85,8 @@ class ModelConfig:
         problems = [problem for problem in each if problem] or list(self._problems())
         if problems:
             raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
-        if self.label_names == _default_label_names(self.num_labels):
+        names = self.label_names
+        if names is not None and names == _default_label_names(self.num_labels):
             object.__setattr__(self, "label_names", None)
 
     def _problems(self) -> Iterable[str]:
@@ -295,10 +298,16 @@ def _labels_from(values: Mapping[str, Any]) -> dict[str, Any]:
         return {"num_labels": next(iter(counts.values()))} if counts else {}
     try:
         by_number = {int(number): str(name) for number, name in id2label.items()}
+        if len(by_number) < len(id2label) or any(
+            name is None or isinstance(name, dict | list) for name in id2label.values()
+        ):
+            raise ValueError
     except (AttributeError, ValueError):
-        raise ValueError(f"id2label={id2label!r} is not a map from number to name") from None
+        shown = reprlib.repr(id2label)
+        raise ValueError(f"id2label={shown} is not a map from number to name") from None
     if sorted(by_number) != list(range(len(by_number))):
-        raise ValueError(f"id2label numbers {sorted(by_number)}, expected 0, 1, 2 and so on")
+        shown = reprlib.repr(sorted(by_number))
+        raise ValueError(f"id2label numbers {shown}, expected 0, 1, 2 and so on")
     for key, count in counts.items():
         if count != len(by_number):
             raise ValueError(f"{key}={count} but id2label has {len(by_number)}: make them agree")
@@ -309,12 +318,14 @@ def _labels_from(values: Mapping[str, Any]) -> dict[str, Any]:
 def _unknown_keys(cls: type, unknown: Collection[str], known: Collection[str]) -> str:
     """A sentence for keys that are not known, with the nearest known ones."""
     parts = []
-    for key in unknown:
+    for key in list(unknown)[:10]:
         near = difflib.get_close_matches(key, known, n=1)
         parts.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    if len(unknown) > 10:
+        parts.append(f"and {len(unknown) - 10} more")
     return (
         f"{cls.__name__} does not know {', '.join(parts)}; correct the name, or pass "
-        f"ignore={sorted(unknown)!r} if the model does not depend on it"
+        f"ignore={sorted(unknown)[:10]!r} if the model does not depend on it"
     )
 
 
@@ -340,9 +351,13 @@ def _field_problem(name: str, kind: Any, value: Any) -> str | None:
         smallest = 0 if name == "pad_token_id" else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
             return f"{name}={value!r}, expected an integer of {smallest} or more"
+        if value > 2**31 - 1:
+            return f"{name}={value!r}, expected an integer of {2**31 - 1} or less"
     elif kind.startswith("float"):
         if isinstance(value, bool) or not isinstance(value, int | float):
             return f"{name}={value!r}, expected a number"
+        if not abs(value) <= sys.float_info.max:
+            return f"{name}={value!r}, expected a finite number"
         if name in _RATES and not 0 <= value < 1:
             return f"{name}={value!r}, expected a rate of 0 or more and below 1"
         if value < 0:
