@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -269,6 +269,7 @@ def _match(
         problems += _wrong_head(model, folder, expected, found)
     if problems:
         advice = _advice(model, prefix, missing, reshaped)
+        advice += _said(model.config, [(found[n].shape, wanted[n].shape) for n in reshaped])
         raise WeightsMismatchError(
             f"{folder} does not fit {type(model).__name__}:\n  " + "\n  ".join([*problems, *advice])
         )
@@ -361,6 +362,18 @@ def _advice(
             "file's number, or pass new_head=True for a new head"
         )
     return advice
+
+
+def _said(config: ModelConfig, shapes: Iterable[tuple[tuple[int, ...], ...]]) -> list[str]:
+    """Which field of the config says the sizes that the file has otherwise, where one alone does."""
+    said = {}
+    for there, wanted in shapes:
+        for has, says in zip(there, wanted, strict=False):
+            names = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) == says]
+            if has != says and len(there) == len(wanted) and len(names) == 1:
+                said[names[0]] = f"the config says {names[0]}={says}, the file has {has}"
+    said.pop("num_labels", None)
+    return list(said.values())
 
 
 def existing_folder(folder: str | os.PathLike[str]) -> Path:
