@@ -22,7 +22,7 @@ from jaxbrewer.training.checkpoints import (
     steps_in,
 )
 from jaxbrewer.utils import display_parameters
-from jaxbrewer.zoo.folders import CONFIG, INDEX, WEIGHTS, find_tensors
+from jaxbrewer.zoo.folders import CONFIG, INDEX, WEIGHTS, Stored, check_sizes, find_tensors
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
@@ -64,13 +64,13 @@ def inspect_folder(name: str, max_level: int) -> int:
 
 def _inspect_model(folder: Path, max_level: int) -> int:
     print(f"{folder}: a model's folder")
-    code = FINE
-    if (folder / CONFIG).is_file():
+    code, config = FINE, None
+    if (folder / CONFIG).exists():
         values = read_json_object(folder / CONFIG)
         for key, value in values.items():
             print(f"  {key}: {short(value)}")
         try:
-            config_from(values)
+            config = config_from(values)
         except ValueError as error:
             print(f"  ! not for jaxbrewer.zoo: {error}")
             code = BY_HAND
@@ -83,24 +83,30 @@ def _inspect_model(folder: Path, max_level: int) -> int:
         text = f"; {pickles} is torch's: jaxbrewer port-weights makes one" if pickles else ""
         print(f"  ! there is no {WEIGHTS}{text}")
         return BY_HAND
-    print(display_parameters(_nested(tensors), max_level)[0])
+    try:
+        if config is not None:
+            check_sizes(config, tensors, folder)
+    except ValueError as error:
+        print(f"  ! {error}")
+        code = BY_HAND
+    shapes = {
+        name: jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(_DTYPES.get(tensor.dtype, "uint8")))
+        for name, tensor in tensors.items()
+    }
+    print(display_parameters(_nested(shapes), max_level)[0])
     return code
 
 
-def _tensors(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name → shape of every tensor in a folder's safetensors files; no values are read."""
+def _tensors(folder: Path) -> Mapping[str, Stored]:
+    """Every tensor in a folder's safetensors files; no values are read."""
     if not any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
         return {}
     try:
-        tensors = find_tensors(folder)
+        return find_tensors(folder)
     except UnreadableFileError:
         raise
     except ValueError as error:
         raise CommandError(str(error), BY_HAND) from error
-    return {
-        name: jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(_DTYPES.get(tensor.dtype, "uint8")))
-        for name, tensor in tensors.items()
-    }
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Hostile folders, checkpoints and files: every error names file and field, and none is raw."""
 
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+import jaxbrewer
 from jaxbrewer import zoo
 from jaxbrewer.errors import CheckpointError
 from jaxbrewer.files import MOST_JSON, UnreadableFileError, read_json
@@ -152,6 +154,18 @@ def test_json_is_bounded(tmp_path):
     with pytest.raises(UnreadableFileError, match="longer than 16 MiB"):
         read_json(path)
     assert len(read_json(path, most=2 * MOST_JSON)) == MOST_JSON - 1
+
+
+def test_nothing_is_unpickled():
+    """Only ``port-weights`` reads torch's pickles, by the reader that runs no code."""
+    package = Path(jaxbrewer.__file__).parent
+    text = {str(p.relative_to(package)): p.read_text() for p in package.rglob("*.py")}
+    word = re.compile(
+        r"import pickle|from pickle|\bpickle\.load|np\.load\(|torch\.load\(|allow_pickle"
+    )
+    found = {name: word.findall(source) for name, source in text.items() if word.search(source)}
+    assert found == {"commands/weights.py": ["import pickle", "torch.load(", "torch.load("]}
+    assert 'torch.load(path, map_location="cpu", weights_only=True)' in text["commands/weights.py"]
 
 
 # --------------------------------------------------------------------------- a checkpoint's position
