@@ -50,7 +50,7 @@ KEPT_APART = {
     "tensorboardX": {"distillers.base", "training.metrics"},
     "tqdm": {"training.teacher_cache", "training.loop"},
     "safetensors": {
-        "training.teacher_cache", "zoo.hf", "commands.weights", "commands.inspecting",
+        "training.teacher_cache", "zoo.folders", "zoo.hf", "commands.weights",
     },
     "torch": {"commands.weights"},
     "transformers": set(),

@@ -31,6 +31,7 @@ from jaxbrewer.models.wrap import as_model
 from jaxbrewer.preflight.prepare import prepare
 from jaxbrewer.preflight.report import describe
 from jaxbrewer.step.program import Program
+from jaxbrewer.zoo.folders import INDEX, WEIGHTS, check_sizes, find_tensors
 
 _LABELS = {
     "sequence-classification": ("labels",),
@@ -142,6 +143,9 @@ def _model(
         config = config_from(
             values, num_labels=num_labels, output_hidden_states=True, output_attentions=True
         )
+        folder = Path(source)
+        if any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
+            check_sizes(config, find_tensors(folder), folder)
         return by_shape(model_class(model_type_of(values), task), config)
     except ValueError as error:
         raise CommandError(f"--{name} {source}: {error}", BY_HAND) from error

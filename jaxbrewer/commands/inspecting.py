@@ -8,13 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from safetensors import SafetensorError, safe_open
 
 from jaxbrewer.commands import BY_HAND, FINE, CommandError
 from jaxbrewer.commands.zoo_models import config_from
 from jaxbrewer.configurations.checks import short
 from jaxbrewer.errors import CheckpointError
-from jaxbrewer.files import read_json_object
+from jaxbrewer.files import UnreadableFileError, read_json_object
 from jaxbrewer.training.checkpoints import (
     is_finished,
     read_position,
@@ -23,13 +22,14 @@ from jaxbrewer.training.checkpoints import (
     steps_in,
 )
 from jaxbrewer.utils import display_parameters
-from jaxbrewer.zoo.hf import CONFIG, INDEX, WEIGHTS
+from jaxbrewer.zoo.folders import CONFIG, INDEX, WEIGHTS, Stored, check_sizes, find_tensors
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
     "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _CHECKPOINT = re.compile(r"gs\d+(\..*)?")
+_MOST_LEVELS = 64  # a name of more parts than that is not taken apart
 _UNFINISHED = "unfinished: its writing was cut off. It is never read and can be deleted"
 
 
@@ -64,13 +64,13 @@ def inspect_folder(name: str, max_level: int) -> int:
 
 def _inspect_model(folder: Path, max_level: int) -> int:
     print(f"{folder}: a model's folder")
-    code = FINE
-    if (folder / CONFIG).is_file():
+    code, config = FINE, None
+    if (folder / CONFIG).exists():
         values = read_json_object(folder / CONFIG)
         for key, value in values.items():
             print(f"  {key}: {short(value)}")
         try:
-            config_from(values)
+            config = config_from(values)
         except ValueError as error:
             print(f"  ! not for jaxbrewer.zoo: {error}")
             code = BY_HAND
@@ -83,38 +83,37 @@ def _inspect_model(folder: Path, max_level: int) -> int:
         text = f"; {pickles} is torch's: jaxbrewer port-weights makes one" if pickles else ""
         print(f"  ! there is no {WEIGHTS}{text}")
         return BY_HAND
-    print(display_parameters(_nested(tensors), max_level)[0])
+    try:
+        if config is not None:
+            check_sizes(config, tensors, folder)
+    except ValueError as error:
+        print(f"  ! {error}")
+        code = BY_HAND
+    shapes = {
+        name: jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(_DTYPES.get(tensor.dtype, "uint8")))
+        for name, tensor in tensors.items()
+    }
+    print(display_parameters(_nested(shapes), max_level)[0])
     return code
 
 
-def _tensors(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name → shape of every tensor in a folder's safetensors files; no values are read."""
-    files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
-    if not files and (folder / INDEX).is_file():
-        weight_map = read_json_object(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, Mapping):
-            raise CommandError(
-                f"{folder / INDEX} has no 'weight_map' from tensors to files", BY_HAND
-            )
-        files = sorted({folder / str(file) for file in weight_map.values()})
-    found = {}
-    for file in files:
-        try:
-            with safe_open(file, "numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 – not a mapping
-                    part = tensors.get_slice(name)
-                    dtype = _DTYPES.get(part.get_dtype(), "uint8")
-                    found[name] = jax.ShapeDtypeStruct(tuple(part.get_shape()), jnp.dtype(dtype))
-        except (SafetensorError, OSError) as error:
-            raise CommandError(f"{file} is damaged or missing: {error}", BY_HAND) from error
-    return found
+def _tensors(folder: Path) -> Mapping[str, Stored]:
+    """Every tensor in a folder's safetensors files; no values are read."""
+    if not any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
+        return {}
+    try:
+        return find_tensors(folder)
+    except UnreadableFileError:
+        raise
+    except ValueError as error:
+        raise CommandError(str(error), BY_HAND) from error
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """``{'a.b': x}`` → ``{'a': {'b': x}}``, numbers in order; a prefix of others keeps its dots."""
     nested: dict[str, Any] = {}
     for name, value in sorted(flat.items(), key=lambda item: _in_order(item[0])):
-        *path, leaf = name.split(".")
+        *path, leaf = name.split(".") if name.count(".") <= _MOST_LEVELS else [name]
         inside = nested
         for part in path:
             inside = inside.setdefault(part, {}) if isinstance(inside, dict) else inside
@@ -127,7 +126,9 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def _in_order(name: str) -> list[tuple[int, int, str]]:
     """A key by which layer 2 comes before layer 10."""
-    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in name.split(".")]
+    return [
+        (0, int(p), "") if p.isdecimal() and len(p) < 20 else (1, 0, p) for p in name.split(".")
+    ]
 
 
 # ----------------------------------------------------------------------------------- checkpoints

@@ -1,6 +1,7 @@
 """Which class of `jaxbrewer.zoo` a config file and a task mean, and models without weights."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from jaxbrewer.files import read_json_object
 
 TASKS = ("sequence-classification", "token-classification", "question-answering", "none")
 """What a model's head is for; ``none`` is the encoder alone."""
+
+
+MOST_LAYERS, MOST_PARAMETERS = 1000, 2**40
+"""A model beyond these is not looked at."""
 
 
 def models() -> list[type[zoo.PretrainedModel]]:
@@ -81,8 +86,18 @@ def by_shape(cls: type[zoo.PretrainedModel], config: Any) -> Any:
     Raises:
         ValueError: the config does not suit the class.
     """
+    for field in dataclasses.fields(config):
+        if "layers" in field.name and getattr(config, field.name) > MOST_LAYERS:
+            raise ValueError(
+                f"{field.name}={getattr(config, field.name)}, expected {MOST_LAYERS} or fewer"
+            )
     model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))  # type: ignore[call-arg]
     graph, state = nnx.split(model)
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+    if size > MOST_PARAMETERS:
+        raise ValueError(
+            f"a model of {size:.3g} parameters, expected {MOST_PARAMETERS:.3g} or fewer"
+        )
     return nnx.merge(graph, jax.tree.map(_zeros, state))
 
 

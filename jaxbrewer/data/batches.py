@@ -72,7 +72,10 @@ def own(batch: Any) -> Batch:
         raise BatchError(
             f"a batch that is a dict names the model's inputs, but has the keys {list(batch)}"
         )
-    return _own(batch, ())
+    try:
+        return _own(batch, ())
+    except RecursionError as error:
+        raise BatchError("the batch is nested without end: does a list hold itself?") from error
 
 
 def _own(value: Any, path: tuple) -> Any:
@@ -88,13 +91,9 @@ def _own(value: Any, path: tuple) -> Any:
     if value is None or isinstance(value, bool):
         return Static(value)
     if isinstance(value, jax.Array):
-        return value
+        return _checked(value, path)
     if hasattr(value, "detach") and hasattr(value, "cpu"):  # a torch tensor, torch not imported
-        tensor = value.detach().cpu()
-        half = str(tensor.dtype) == "torch.bfloat16"  # numpy has no such type of its own
-        array = (tensor.float() if half else tensor).numpy()
-        _check_range(array, path)
-        return array.astype(jax.numpy.bfloat16) if half else array.copy()
+        return _from_torch(value, path)
     if isinstance(value, np.ndarray | np.generic | int | float):
         array = np.asarray(value)
         _check_range(array, path)
@@ -104,10 +103,40 @@ def _own(value: Any, path: tuple) -> Any:
         parts, structure = jax.tree_util.tree_flatten(value, is_leaf=lambda x: x is not value)
         parts = [_own(v, (*path, i)) for i, v in enumerate(parts)]
         return jax.tree_util.tree_unflatten(structure, parts)
-    raise BatchError(
-        f"{_place(path)} is {_describe(value)}, which cannot go to the device. Batches hold numbers; "
-        "drop or convert it in the loader or with train(…, batch_postprocessor=…)"
+    raise BatchError(_cannot_go(value, path))
+
+
+def _cannot_go(value: Any, path: tuple, why: str = "") -> str:
+    return (
+        f"{place(path)} is {_describe(value)}, which cannot go to the device{why}. Batches hold "
+        "numbers; drop or convert it in the loader or with train(…, batch_postprocessor=…)"
     )
+
+
+def _checked(value: jax.Array, path: tuple) -> jax.Array:
+    """A JAX array, if a step can read it."""
+    if value.is_deleted():
+        raise BatchError(
+            f"{place(path)} is {_describe(value)} that was deleted: a function it was donated to "
+            "owns it now. Give a copy, or do not donate it"
+        )
+    if jax.numpy.issubdtype(value.dtype, np.complexfloating):
+        raise BatchError(_cannot_go(value, path))
+    return value
+
+
+def _from_torch(value: Any, path: tuple) -> np.ndarray:
+    try:
+        tensor = value.detach().cpu()
+        half = str(tensor.dtype) == "torch.bfloat16"  # numpy has no such type of its own
+        array = (tensor.float() if half else tensor).numpy()
+    except (TypeError, RuntimeError) as error:  # sparse, quantized, without data
+        first = str(error).partition("\n")[0]
+        raise BatchError(_cannot_go(value, path, f" ({first})")) from error
+    if array.dtype.kind not in "biuf":
+        raise BatchError(_cannot_go(value, path))
+    _check_range(array, path)
+    return array.astype(jax.numpy.bfloat16) if half else array.copy()
 
 
 def _native(array: np.ndarray) -> np.ndarray:
@@ -117,7 +146,8 @@ def _native(array: np.ndarray) -> np.ndarray:
     )
 
 
-def _place(path: tuple) -> str:
+def place(path: tuple) -> str:
+    """A place in a batch, in words: ``batch['labels'][0]``."""
     return "batch" + "".join(f"[{step!r}]" for step in path)
 
 
@@ -131,7 +161,7 @@ def _check_range(array: np.ndarray, path: tuple) -> None:
     least, most = _KEPT[array.dtype.kind]
     if low < least or high > most:
         raise BatchError(
-            f"{_place(path)} holds {low if low < least else high}, which does not fit the 32 bits "
+            f"{place(path)} holds {low if low < least else high}, which does not fit the 32 bits "
             "JAX keeps of an integer. Drop it in the loader or with train(…, batch_postprocessor=…), "
             "or turn jax_enable_x64 on"
         )
@@ -180,8 +210,8 @@ def check_ids(
 ) -> None:
     """Checks, on the host, that ids lie inside the tables they look up.
 
-    An id outside does not raise on a device: it gives NaN or another row. Arrays already on a
-    device are not looked at, which would wait for it.
+    An id outside does not raise on a device: it gives NaN or another row. JAX arrays in host memory
+    are looked at as they lie; those on another device are not, which would wait for it.
 
     Raises:
         BatchError: naming the input, the id and the limit.
@@ -193,15 +223,38 @@ def check_ids(
     else:
         named = dict(zip(signature.parameters, as_call(batch, {})[0], strict=False))
     for name, limit in limits.items():
-        ids = named.get(name)
-        if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or not ids.size:
+        ids = _on_host(named.get(name))
+        if ids is None or not ids.size:
             continue
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= limit:
+        if ids.dtype.kind == "b":
+            raise BatchError(
+                f"{name} is {_describe(ids)}, but {role} looks whole numbers up by it; is it a mask?"
+            )
+        if ids.dtype.kind in "iu" and not _all_below(ids, limit):
+            low, high = int(ids.min()), int(ids.max())
             raise BatchError(
                 f"{name} holds {low if low < 0 else high}, but {role} knows ids 0 to {limit - 1}. "
                 "Is the batch tokenised with this model's vocabulary? Padding must be a real id too"
             )
+
+
+def _all_below(ids: np.ndarray, limit: int) -> bool:
+    """Whether whole numbers are all from 0 to below a limit; seen without a sign, -1 is large."""
+    if ids.dtype.kind == "u":
+        return bool(ids.max() < limit)
+    size = ids.dtype.itemsize
+    return bool(ids.view(f"u{size}").max() < min(limit, 1 << (8 * size - 1)))
+
+
+def _on_host(value: Any) -> np.ndarray | None:
+    """An array of numbers that can be looked at without waiting for an accelerator, or None."""
+    if isinstance(value, np.ndarray):
+        return value
+    if not isinstance(value, jax.Array) or not value.is_fully_addressable:
+        return None
+    if any(device.platform != "cpu" for device in value.devices()):
+        return None
+    return np.asarray(value) if getattr(value.dtype, "kind", "") in "biu" else None
 
 
 def signature_of(batch: Batch) -> str:

@@ -148,22 +148,51 @@ def by_tasks(streams: Mapping[str, Iterator[Event]], order: Iterator[str]) -> It
             yield Micro(0, batch, event.inputs, task)
 
 
-def taken(events: Iterator[Event], postprocess: Callable[[Any], Any] | None) -> Iterator[Event]:
-    """Applies the user's postprocessor and copies every batch; see `batches.own`."""
+def taken(
+    events: Iterator[Event], postprocess: Callable[[Any], Any] | None, task: str = ""
+) -> Iterator[Event]:
+    """Applies the user's postprocessor and copies every batch; see `batches.own`.
+
+    Args:
+        events: the stream, of one loader.
+        postprocess: the postprocessor, or None.
+        task: whose loader it is, for messages.
+    """
     for event in events:
         if isinstance(event, Micro):
-            inputs = event.inputs if postprocess is None else postprocess(event.inputs)
-            event = event._replace(inputs=own(inputs))
+            where = f"task {task!r}, {place_of(event)}" if task else place_of(event)
+            inputs = event.inputs
+            if postprocess is not None:
+                try:
+                    inputs = postprocess(inputs)
+                except Exception as error:
+                    error.add_note(f"raised by the batch_postprocessor, {where}")
+                    raise
+            try:
+                inputs = own(inputs)
+            except BatchError as error:
+                raise BatchError(f"{where}: {error}") from error.__cause__
+            event = event._replace(inputs=inputs)
         yield event
+
+
+def place_of(event: Micro) -> str:
+    """Which batch it is, in words."""
+    if event.task:
+        return f"task {event.task!r}, batch {event.batch + 1} of all tasks"
+    return f"epoch {event.epoch + 1}, batch {event.batch + 1} (index {event.batch} of the loader)"
 
 
 def checked(
     events: Iterator[Event], checks: Mapping[str, Callable[[Any], None]]
 ) -> Iterator[Event]:
-    """Calls each task's check on its batches."""
+    """Calls each task's check on its batches; an error says which batch it was."""
     for event in events:
         if isinstance(event, Micro):
-            checks[event.task](event.inputs)
+            try:
+                checks[event.task](event.inputs)
+            except BatchError as error:
+                raise BatchError(f"{place_of(event)}: {error}") from error.__cause__
         yield event
 
 
@@ -189,6 +218,19 @@ def as_json(state: Any) -> Any:
         "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
         "python": [version, list(internal), gauss_next],
     }
+
+
+def is_host_random(state: Any) -> bool:
+    """Whether `restore_host_random` can take what a file holds: None, or what `as_json` gave."""
+    if state is None:
+        return True
+    try:
+        np.random.RandomState(0).set_state(tuple(state["numpy"]))
+        version, internal, gauss_next = state["python"]
+        random.Random(0).setstate((version, tuple(internal), gauss_next))
+    except (TypeError, ValueError, KeyError, OverflowError, IndexError):
+        return False
+    return gauss_next is None or isinstance(gauss_next, float)
 
 
 def restore_host_random(position: Position) -> None:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..data.batches import Batch, as_call, plain, sides
-from ..errors import Findings, PrecisionError, PreflightError, PreflightWarning, warn
+from ..data.batches import Batch, as_call, plain, sides, signature_of
+from ..errors import BatchError, Findings, PrecisionError, PreflightError, PreflightWarning, warn
 from ..models.adaptors import Results
 from ..models.precision import Precision, at_level, resolve
 from ..objective.loss import full_weights, project_by_shape
@@ -120,10 +120,8 @@ def _tell(found: Findings) -> None:
 
 def _trace_step(program: Program, batch: Batch) -> None:
     """Traces a whole step by shape: what is left to go wrong is mostly the optimizer's."""
-    row = np.ones(3, jnp.result_type(float))
     try:
-        state = jax.eval_shape(lambda: program.init(0))
-        program.compiled.eval_shape(state, program.teacher.variables, batch, row)
+        _step_by_shape(program, batch)
     except PrecisionError as error:
         raise PreflightError([str(error)]) from error
     except Exception as error:
@@ -133,6 +131,42 @@ def _trace_step(program: Program, batch: Batch) -> None:
                 "need arguments of its own in update (value=…, as line searches do)? Those have none here"
             ]
         ) from error
+
+
+def _step_by_shape(program: Program, batch: Batch) -> None:
+    row = np.ones(3, jnp.result_type(float))
+    state = jax.eval_shape(lambda: program.init(0))
+    program.compiled.eval_shape(state, program.teacher.variables, batch, row)
+
+
+def check_by_shape(program: Program, batch: Batch) -> None:
+    """Runs the step by shape on a later batch, of other shapes or types than those before it.
+
+    On one device nothing is traced twice: the step finds its trace again.
+
+    Raises:
+        BatchError: it cannot be run, and which model or adaptor cannot.
+    """
+    try:
+        _step_by_shape(program, batch)
+        return
+    except BatchError:
+        raise
+    except Exception as error:  # noqa: BLE001  the user's models and losses may raise anything
+        cause = error
+    found = Findings()
+    teacher_batch, student_batch, cache = sides(batch)
+    inspect_side(program.student, student_batch, program.train, found)
+    for side in program.teacher.sides if cache is None else ():
+        inspect_side(side, teacher_batch, False, found)
+    first = str(cause).partition("\n")[0]
+    problems = found.problems or [
+        f"the step failed on the batch ({signature_of(batch)}): {type(cause).__name__}: {first}"
+    ]
+    raise BatchError(
+        f"{'; '.join(dict.fromkeys(problems))}. The first batch was fine: these shapes or types are "
+        "not. Mend them in the loader or with train(…, batch_postprocessor=…)"
+    ) from cause
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -30,6 +30,8 @@ import orbax.checkpoint as ocp  # noqa: E402
 
 logging.root.handlers[:] = _handlers
 
+from ..configurations.checks import short  # noqa: E402
+from ..data.streams import is_host_random  # noqa: E402
 from ..errors import CheckpointError, suggest  # noqa: E402
 from ..files import read_json_object, write_json  # noqa: E402
 from ..models.handle import Model  # noqa: E402
@@ -43,6 +45,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 FINISHED = "_CHECKPOINT_METADATA"  # Orbax writes it last
 SCORES = "scores.json"
+_MOST_POSITION = 256 * 2**20  # bytes; each process takes some 12 thousand
 
 
 def steps_in(folder: Folder) -> list[int]:
@@ -322,12 +325,69 @@ def read_position(path: Path) -> dict[str, Any]:
     """Reads the JSON part of a checkpoint.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or its numbers cannot be.
     """
-    position = _read(path, position=ocp.args.JsonRestore())["position"]
-    if not isinstance(position, Mapping):
-        raise CheckpointError(f"its position is a {type(position).__name__}, expected an object")
+    file = path / "position" / "metadata"
+    if file.is_file() and file.stat().st_size > _MOST_POSITION:
+        raise CheckpointError(
+            f"{file} is longer than {_MOST_POSITION / 2**20:g} MiB: it is damaged"
+        )
+    try:
+        position = _read(path, position=ocp.args.JsonRestore())["position"]
+    except RecursionError as error:
+        raise CheckpointError(f"{file} is nested without end: it is damaged") from error
+    if problems := list(_position_problems(position, path.name)):
+        raise CheckpointError(
+            f"{file} is damaged: {'; '.join(problems)}. Use another checkpoint: "
+            f"{', '.join(f'gs{s}' for s in steps_in(path.parent)) or 'there is none'}"
+        )
     return dict(position)
+
+
+def _position_problems(position: Any, folder: str) -> Iterator[str]:
+    """What cannot be in the JSON part of a checkpoint in a folder of this name."""
+    if not isinstance(position, Mapping):
+        yield f"it holds a {type(position).__name__}, expected an object"
+        return
+    yield from _count_problems(position, ("global_step", "micro_step", "epoch", "batch"), "")
+    step, micro_step = position.get("global_step"), position.get("micro_step")
+    named = re.fullmatch(r"gs(\d+)", folder)
+    if named and _is_count(step) and step != int(named[1]):
+        yield f"global_step is {step} in a folder named {folder}"
+    config = position.get("train_config")
+    if not isinstance(config, Mapping):
+        yield f"train_config is a {type(config).__name__}, expected an object"
+    else:
+        accumulation = config.get("gradient_accumulation_steps")
+        if not _is_count(accumulation) or accumulation < 1:
+            yield f"train_config.gradient_accumulation_steps is {short(accumulation)}, expected 1 or more"
+        elif _is_count(step) and _is_count(micro_step) and step * accumulation > micro_step:
+            yield f"global_step is {step}, for which {micro_step} micro-batches (micro_step) are too few"
+    if not isinstance(position.get("distill_config", {}), Mapping | type(None)):
+        yield f"distill_config is {short(position['distill_config'])}, expected an object"
+    each = position.get("processes")
+    if not isinstance(each, list) or not each:
+        yield f"processes is {short(each)}, expected a list with one object for each process"
+        return
+    for rank, process in enumerate(each):
+        where = f"processes[{rank}]"
+        if not isinstance(process, Mapping):
+            yield f"{where} is {short(process)}, expected an object"
+            continue
+        yield from _count_problems(process, ("epoch", "batch"), f"{where}.")
+        if not is_host_random(process.get("host_random")):
+            yield f"{where}.host_random is no state of Python's and numpy's generators"
+
+
+def _count_problems(values: Mapping[str, Any], names: tuple[str, ...], where: str) -> Iterator[str]:
+    for name in names:
+        if not _is_count(values.get(name)):
+            found = short(values[name]) if name in values else "not there"
+            yield f"{where}{name} is {found}, expected a whole number of 0 or more"
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 def read_through(path: Path) -> dict[str, Any]:

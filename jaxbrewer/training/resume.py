@@ -53,7 +53,9 @@ def position_to_resume(config: TrainingConfig, processes: Processes) -> Position
             mine["batch"],
             mine["epoch"] + 1,
         )
-    return Position(global_step=step, micro_step=saved["micro_step"], **mine)
+    return Position(
+        mine["epoch"], mine["batch"], step, saved["micro_step"], mine.get("host_random")
+    )
 
 
 def open_streams(
@@ -82,6 +84,6 @@ def open_streams(
     firsts, streams = {}, {}
     for task, feed in request.feeds.items():
         stream = islice(by_steps(feed.loader, Position()), done.count(task), None)
-        firsts[task], streams[task] = peek(taken(stream, feed.postprocess))
+        firsts[task], streams[task] = peek(taken(stream, feed.postprocess, task))
     restore_host_random(start)
     return firsts, by_tasks(streams, order)

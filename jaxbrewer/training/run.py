@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from ..data.batches import Batch, check_ids, sides
+from ..data.likeness import Likeness
 from ..data.streams import Event, Micro, Position, by_epochs, checked, taken
 from ..errors import PreflightWarning, afterwards, warn
 from ..machine.devices import resolve_device
@@ -27,7 +28,7 @@ from ..models.teachers import Teacher
 from ..objective.plan import Weight
 from ..objective.tables import tabulate
 from ..preflight.job import CacheOptions, Job
-from ..preflight.prepare import Prepared, prepare
+from ..preflight.prepare import Prepared, check_by_shape, prepare
 from ..preflight.report import describe
 from ..step.optimizer import Optimizer
 from ..step.program import Program, TrainState
@@ -132,7 +133,9 @@ def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> 
     with processes.together("checking the models and the first batch"):
         first, events = open_streams(request, timeline, start, job.config.seed)
         prepared = _prepared(progress, first, request, placement)
-        programs, events = _fed(prepared, events, request, timeline, start, placement, processes)
+        programs, events = _fed(
+            prepared, first, events, request, timeline, start, placement, processes
+        )
     with (
         signals.waiting() as asked,
         _checkpoints(progress, processes) as checkpoints,
@@ -214,6 +217,7 @@ def _prepared(
 
 def _fed(
     prepared: Prepared,
+    first: Mapping[str, Batch],
     events: Iterator[Event],
     request: Request,
     timeline: Timeline,
@@ -223,8 +227,9 @@ def _fed(
 ) -> tuple[dict[str, Program], Iterator[Event]]:
     """The programs, and the stream of their batches: the teacher's results cached if asked for."""
     programs = prepared.programs
+    checks = {name: _batch_check(program, first[name]) for name, program in programs.items()}
     if prepared.job.cache is None:
-        return programs, checked(events, {name: _batch_check(p) for name, p in programs.items()})
+        return programs, checked(events, checks)
     if timeline.epochs is None:
         raise ValueError(
             "is_caching_logits goes with num_epochs, not with num_steps: the cache is one pass over "
@@ -232,7 +237,7 @@ def _fed(
         )
     (program,), (feed,) = programs.values(), request.feeds.values()
     stream = taken(by_epochs(feed.loader, 1, Position()), feed.postprocess)
-    stream = checked(stream, {"": _batch_check(program)})
+    stream = checked(stream, checks)
     batches = [event.inputs for event in stream if isinstance(event, Micro)]
     loader = _cached(prepared.job, program, batches, placement, processes)
     served = replace(program, teacher=Teacher())
@@ -381,19 +386,26 @@ def _bring_back(
     )
 
 
-def _batch_check(program: Program) -> Callable[[Batch], None]:
-    """Checks ids on the host, for every model that says how many it knows."""
+def _batch_check(program: Program, first: Batch) -> Callable[[Batch], None]:
+    """Checks a batch on the host: against the first, and the ids of every model that limits them.
+
+    One of new shapes or types, for which the step is compiled anew, is run by shape before.
+    """
     student = program.student
     name = model_name(student.role)
-    checked = [(student.model.signature(), student.model.id_limits, name, 1)]
+    limited = [(student.model.signature(), student.model.id_limits, name, 1)]
     for side in program.teacher.sides:
-        checked.append((side.model.signature(), side.model.id_limits, model_name(side.role), 0))
+        limited.append((side.model.signature(), side.model.id_limits, model_name(side.role), 0))
+    likeness = Likeness(first)
 
     def check(batch: Batch) -> None:
+        is_new = likeness.check(batch)
         parts = sides(batch)
-        for signature, limits, role, part in checked:
+        for signature, limits, role, part in limited:
             if part == 1 or parts[2] is None:
                 check_ids(parts[part], signature, limits, role)
+        if is_new:
+            check_by_shape(program, batch)
 
     return check
 

@@ -202,7 +202,7 @@ class _DiskCache:
         path = self.folder / _MANIFEST
         if path.exists():
             try:
-                there = read_json_object(path)
+                there = read_json_object(path, most=2**30)  # 70 bytes for each batch
             except UnreadableFileError as error:
                 raise CacheError(
                     f"{path} is damaged; delete {self.folder} to start anew"

@@ -1,7 +1,7 @@
 """The class for a folder or a config, by its ``model_type`` and the task."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from flax.typing import Dtype
 from jaxbrewer.files import read_json_object
 from jaxbrewer.zoo.bert import BertConfig
 from jaxbrewer.zoo.configuration import ModelConfig
+from jaxbrewer.zoo.folders import architectures_of
 from jaxbrewer.zoo.hf import CONFIG, MODELS, PretrainedModel, existing_folder
 
 
@@ -80,7 +81,7 @@ def from_pretrained(folder: str | os.PathLike[str], task: str | None = None, **o
     model_type = values.get("model_type", BertConfig.model_type)
     try:
         if task is None:
-            cls = _saved_class(model_type, values)
+            cls = _saved_class(model_type, architectures_of(values, CONFIG))
         else:
             cls = model_class(model_type, task)
     except ValueError as error:
@@ -88,9 +89,8 @@ def from_pretrained(folder: str | os.PathLike[str], task: str | None = None, **o
     return cls.from_pretrained(folder, **options)
 
 
-def _saved_class(model_type: str, values: Mapping[str, Any]) -> type[PretrainedModel]:
+def _saved_class(model_type: str, named: Collection[str]) -> type[PretrainedModel]:
     """The class that ``architectures`` names, or the encoder."""
-    named = values.get("architectures") or ()
     tasks = _tasks_of(model_type)
     return next((cls for cls in tasks.values() if cls.architecture in named), tasks[None])
 

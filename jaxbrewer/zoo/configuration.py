@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import os
+import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -110,7 +111,8 @@ class ModelConfig:
             object.__setattr__(self, name, value)
         if problems := problems or list(self._problems()):
             raise ConfigError(type(self).__name__, problems)
-        if self.label_names == _default_label_names(self.num_labels):
+        names = self.label_names
+        if names is not None and names == _default_label_names(self.num_labels):
             object.__setattr__(self, "label_names", None)
 
     def _problems(self) -> Iterable[str]:
@@ -330,10 +332,16 @@ def _labels_from(values: Mapping[str, Any]) -> dict[str, Any]:
         return {"num_labels": next(iter(counts.values()))} if counts else {}
     try:
         by_number = {int(number): str(name) for number, name in id2label.items()}
+        if len(by_number) < len(id2label) or any(
+            name is None or isinstance(name, dict | list) for name in id2label.values()
+        ):
+            raise ValueError
     except (AttributeError, ValueError):
-        raise ValueError(f"id2label={id2label!r} is not a map from number to name") from None
+        shown = reprlib.repr(id2label)
+        raise ValueError(f"id2label={shown} is not a map from number to name") from None
     if sorted(by_number) != list(range(len(by_number))):
-        raise ValueError(f"id2label numbers {sorted(by_number)}, expected 0, 1, 2 and so on")
+        shown = reprlib.repr(sorted(by_number))
+        raise ValueError(f"id2label numbers {shown}, expected 0, 1, 2 and so on")
     for key, count in counts.items():
         if count != len(by_number):
             raise ValueError(f"{key}={count} but id2label has {len(by_number)}: make them agree")

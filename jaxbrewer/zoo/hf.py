@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,15 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxbrewer.files import read_json_object, replacing, write_json
 from jaxbrewer.zoo.configuration import ModelConfig
+from jaxbrewer.zoo.folders import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    Stored,
+    WeightsMismatchError,
+    architectures_of,
+    check_sizes,
+    find_tensors,
+)
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
+__all__ = [
+    "CONFIG", "INDEX", "WEIGHTS", "PretrainedModel", "TensorNames", "WeightsMismatchError",
+    "existing_folder", "export_weights", "load_weights",
+]  # fmt: skip
 
 MODELS: dict[str, dict[str | None, type["PretrainedModel"]]] = {}
 """``model_type`` → task → class; an encoder without a head has the task ``None``.
@@ -38,10 +48,6 @@ Filled as classes are defined: importing `jaxbrewer.zoo` defines those of its fa
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 # What layer norms were called in files converted from TensorFlow.
 _OLD_LEAF_NAMES = ((re.compile(r"\.gamma$"), ".weight"), (re.compile(r"\.beta$"), ".bias"))
-
-
-class WeightsMismatchError(ValueError):
-    """The tensors of a folder are not those of the model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,19 +96,6 @@ class _Leaf:
     path: tuple[Any, ...]
     shape: tuple[int, ...]
     transposed: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lives on disk: its file, its name there, its shape."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-
-    def read(self) -> np.ndarray:
-        with safe_open(self.file, "numpy") as tensors:
-            return tensors.get_tensor(self.name)
 
 
 class PretrainedModel(nnx.Module):
@@ -165,7 +158,9 @@ class PretrainedModel(nnx.Module):
         the file holds: it is how to fine-tune from an encoder.
 
         Raises ``WeightsMismatchError`` that lists every tensor missing, left over or of another
-        shape; ``ValueError`` for a folder or file that cannot be read.
+        shape; ``ValueError`` for a folder or file that cannot be read, for an index that names
+        files outside of the folder, and for weights that are not finite. Names and shapes are
+        compared before the model is built.
 
         A sentence encoder such as ``sentence-transformers/all-MiniLM-L6-v2`` is a folder without
         a head. To see that it computes here what it does in transformers::
@@ -185,9 +180,15 @@ class PretrainedModel(nnx.Module):
         constructor = inspect.signature(cls.__init__).parameters
         options = {name: changes.pop(name) for name in constructor if name in changes}
         config = config.replace(**changes)
-        rngs = nnx.Rngs(0) if rngs is None else rngs
-        stored = _find_tensors(folder)
-        model = cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **options)  # type: ignore[call-arg]
+        stored = find_tensors(folder)
+        check_sizes(config, stored, folder)
+
+        def made(rngs: nnx.Rngs) -> Any:
+            return cls(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **options)  # type: ignore[call-arg]
+
+        # By shape first: no memory is taken for sizes that the file does not have.
+        _match(nnx.eval_shape(lambda: made(nnx.Rngs(0))), stored, folder, new_head)
+        model = made(nnx.Rngs(0) if rngs is None else rngs)
         load_weights(model, stored, folder, new_head=new_head)
         model.eval()
         return model
@@ -221,12 +222,31 @@ def export_weights(model: PretrainedModel) -> dict[str, np.ndarray]:
 
 def load_weights(
     model: PretrainedModel,
-    stored: Mapping[str, _Stored],
+    stored: Mapping[str, Stored],
     folder: Path,
     *,
     new_head: bool = False,
 ) -> None:
-    """Sets the model's parameters from tensors on disk, after checking every name and shape."""
+    """Sets the model's parameters from tensors on disk, after checking every name and shape.
+
+    Raises ``ValueError`` that names file and tensor for numbers that are not finite, too.
+    """
+    wanted, found = _match(model, stored, folder, new_head)
+    values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    for name, leaf in wanted.items():
+        array = found[name].read(values[leaf.path][...].dtype)
+        value = jnp.asarray(array.T if leaf.transposed else array)
+        values[leaf.path] = values[leaf.path].replace(value)
+    nnx.update(model, nnx.from_flat_state(values))
+
+
+def _match(
+    model: PretrainedModel, stored: Mapping[str, Stored], folder: Path, new_head: bool
+) -> tuple[dict[str, _Leaf], dict[str, Stored]]:
+    """The leaves of a model, or of its shapes, that are read, and the tensors found, by name.
+
+    Raises ``WeightsMismatchError`` that lists all that does not fit.
+    """
     expected = _expected_tensors(model)
     found, problems = _canonical(model, stored, expected)
     names, prefix = model.tensor_names, _encoder_prefix(model)
@@ -256,20 +276,20 @@ def load_weights(
         f"shape of {name}: {found[name].shape} in the file, {wanted[name].shape} in the model"
         for name in reshaped
     ]
+    problems += [
+        f"type of {name}: {found[name].dtype} in the file, expected floating-point numbers"
+        for name in wanted
+        if name in found and not found[name].is_float
+    ]
     if not new_head:
         problems += _wrong_head(model, folder, expected, found)
     if problems:
         advice = _advice(model, prefix, missing, reshaped)
+        advice += _said(model.config, [(found[n].shape, wanted[n].shape) for n in reshaped])
         raise WeightsMismatchError(
             f"{folder} does not fit {type(model).__name__}:\n  " + "\n  ".join([*problems, *advice])
         )
-    values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    for name, leaf in wanted.items():
-        array = found[name].read()
-        dtype = values[leaf.path][...].dtype
-        value = jnp.asarray(array.T if leaf.transposed else array, dtype)
-        values[leaf.path] = values[leaf.path].replace(value)
-    nnx.update(model, nnx.from_flat_state(values))
+    return wanted, found
 
 
 def _encoder_prefix(model: PretrainedModel) -> str:
@@ -297,15 +317,15 @@ def _expected_tensors(model: PretrainedModel) -> dict[str, _Leaf]:
 
 
 def _canonical(
-    model: PretrainedModel, stored: Mapping[str, _Stored], expected: Mapping[str, _Leaf]
-) -> tuple[dict[str, _Stored], list[str]]:
+    model: PretrainedModel, stored: Mapping[str, Stored], expected: Mapping[str, _Leaf]
+) -> tuple[dict[str, Stored], list[str]]:
     """The tensors found, under the names this model expects, and names that came out twice.
 
     Files written by a model with a head carry the encoder's prefix, files of a bare encoder do
     not; either fits either.
     """
     written, prefix = f"{model.tensor_names.prefix}.", _encoder_prefix(model)
-    found: dict[str, _Stored] = {}
+    found: dict[str, Stored] = {}
     problems = []
     for original, tensor in stored.items():
         name = original
@@ -325,14 +345,14 @@ def _wrong_head(
     model: PretrainedModel,
     folder: Path,
     expected: Mapping[str, _Leaf],
-    found: Mapping[str, _Stored],
+    found: Mapping[str, Stored],
 ) -> list[str]:
     """A problem where the file's head has this head's name but belongs to another task."""
     prefix = _encoder_prefix(model)
     config = folder / CONFIG
     if not prefix or not config.is_file():
         return []
-    architectures = read_json_object(config).get("architectures") or []
+    architectures = architectures_of(read_json_object(config), config)
     shared = [name for name in expected if name in found and not name.startswith(prefix)]
     if not shared or not architectures or model.architecture in architectures:
         return []
@@ -360,6 +380,18 @@ def _advice(
     return advice
 
 
+def _said(config: ModelConfig, shapes: Iterable[tuple[tuple[int, ...], ...]]) -> list[str]:
+    """Which field of the config says the sizes that the file has otherwise, where one alone does."""
+    said = {}
+    for there, wanted in shapes:
+        for has, says in zip(there, wanted, strict=False):
+            names = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) == says]
+            if has != says and len(there) == len(wanted) and len(names) == 1:
+                said[names[0]] = f"the config says {names[0]}={says}, the file has {has}"
+    said.pop("num_labels", None)
+    return list(said.values())
+
+
 def existing_folder(folder: str | os.PathLike[str]) -> Path:
     """The path of a folder; raises ``ValueError``, with the way to get one, if there is none."""
     path = Path(folder)
@@ -369,42 +401,3 @@ def existing_folder(folder: str | os.PathLike[str]) -> Path:
             f"{WEIGHTS} (to fetch a model: hf download NAME --local-dir FOLDER)"
         )
     return path
-
-
-def _find_tensors(folder: Path) -> dict[str, _Stored]:
-    """Every tensor in a folder's weights, one file or shards, without reading the values."""
-    if (folder / WEIGHTS).is_file():
-        return _tensors_of(folder / WEIGHTS)
-    if not (folder / INDEX).is_file():
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
-        advice = (
-            f"; {pickled[0]} is a pickle, which can run code when read: convert it once with "
-            "transformers (AutoModel.from_pretrained(folder).save_pretrained(folder))"
-            if pickled
-            else ""
-        )
-        raise ValueError(f"{folder} has no {WEIGHTS} and no {INDEX}{advice}")
-    weight_map = read_json_object(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{folder / INDEX} has no 'weight_map' from tensors to files")
-    found: dict[str, _Stored] = {}
-    for file in sorted(set(weight_map.values())):
-        if not (folder / file).is_file():
-            raise ValueError(f"{folder / INDEX} names {file}, which is not in the folder")
-        found |= _tensors_of(folder / file)
-    if absent := sorted(set(weight_map) - set(found)):
-        raise ValueError(f"{folder / INDEX} names tensors that no shard has: {', '.join(absent)}")
-    return found
-
-
-def _tensors_of(file: Path) -> dict[str, _Stored]:
-    try:
-        with safe_open(file, "numpy") as tensors:
-            return {
-                name: _Stored(file, name, tuple(tensors.get_slice(name).get_shape()))
-                for name in tensors.keys()  # noqa: SIM118 – not a mapping
-            }
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is not a whole safetensors file ({error}): fetch it again"
-        ) from error

@@ -351,6 +351,8 @@ LIMITS = {"input_ids": 10, "token_type_ids": 2}
         (Pair(np.array([77]), np.ones(1)), "input_ids holds 77"),
         (np.array([[1, 99]]), "input_ids holds 99"),
         ({"input_ids": np.array([2**40])}, "input_ids holds 1099511627776"),
+        ({"input_ids": jnp.array([[0, 10]])}, "input_ids holds 10"),
+        ((jnp.array([[0, -1]], jnp.int16),), "input_ids holds -1"),
     ],
 )
 def test_ids_outside_the_vocabulary(batch, message):
@@ -363,7 +365,8 @@ def test_ids_outside_the_vocabulary(batch, message):
     [
         {"input_ids": np.array([[0, 9]]), "attention_mask": np.array([500])},
         (np.array([0, 9], np.uint8), np.array([0, 1])),
-        {"input_ids": jnp.array([10])},  # on the device: looking would wait for it
+        {"input_ids": jnp.array([0, 9])},
+        {"input_ids": jnp.array([10.0])},
         {"input_ids": np.array([10.0])},  # not ids: soft inputs
         {"input_ids": np.zeros((0, 4), int)},
         {"input_ids": Static(None)},

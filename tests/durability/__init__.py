@@ -1,0 +1,1 @@
+"""What a run survives: kills, damage, changed jobs, bad batches, hostile files."""
