@@ -51,6 +51,7 @@ def test_programs_in_processes_of_their_own_take_turns(tmp_path, monkeypatch):
         harness.Elsewhere(counter, tmp_path, True)
 
 
+@pytest.mark.torch
 def test_against_textbrewer(run):
     (row,) = run("against_textbrewer", "--students", "T4-tiny", "--rounds", "2")
     for program in ("jaxbrewer", "textbrewer", "torch"):
@@ -70,6 +71,7 @@ def test_the_formula_counts_the_products_of_the_program(run):
     assert [row["program / formula"] for row in rows] == pytest.approx([1], rel=0.01)
 
 
+@pytest.mark.torch
 def test_losses(run):
     rows = run("losses", "--losses", "ce", "nst", "attention_ce")
     assert [(row["loss"], row["length"]) for row in rows] == [

@@ -76,6 +76,7 @@ def test_cache(run):
     assert disk["MiB a batch"] * 2**20 > 4 * positions
 
 
+@pytest.mark.torch
 def test_buckets(run):
     found = run("buckets")
     assert [row["program"] for row in found["rows"]] == [
