@@ -106,7 +106,7 @@ def test_a_run_with_overflows_ends_as_a_simulation_of_apex(tmp_path, monkeypatch
 
     mine, states = trainer(tmp_path, gradient_accumulation_steps=accumulation), []
     monkeypatch.setattr(
-        jaxbrewer.checkpoints.Checkpoints,
+        jaxbrewer.training.checkpoints.Checkpoints,
         "save",
         lambda self, step, state, position: states.append(
             jax.tree.map(np.asarray, state.opt_state)

@@ -556,7 +556,9 @@ def in_float32(tmp_path_factory):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("half", HALVES)
 def test_each_level_trains_near_float32(tmp_path, monkeypatch, in_float32, level, half):
-    monkeypatch.setattr(jaxbrewer.loss_scale, "INITIAL", 1024.0)  # so that no window is dropped
+    monkeypatch.setattr(
+        jaxbrewer.step.loss_scale, "INITIAL", 1024.0
+    )  # so that no window is dropped
     found, mine = curve(tmp_path, fp16=True, fp16_opt_level=level, half_dtype=half)
     assert in_float32[-4:].mean() < 0.8 * in_float32[:4].mean()
     # At O3 Adam's own moments are half: in float16 small squares are 0.
