@@ -2,10 +2,11 @@
 
 The unit is the accumulation window. A micro-batch whose loss, gradient or new model state is not
 finite counts as a gradient of 0, and its window is dropped: weights, moments and the optimizer's
-counters are what they were before it, while the global step and the schedules go on. Under a loss
-scale such a window is an overflow (see `loss_scale`), which is a matter of course. Without one it is
-a fault, and so many of them in a row stop the state: from that micro-batch on no step changes
-anything. The host, which looks some batches later, then finds the state as it was.
+counters are what they were before it, while the global step and the schedules go on. So it is where
+the update makes weights that are not finite. Under a loss scale the former is an overflow (see
+`loss_scale`), which is a matter of course. All else is a fault, and so many windows with one in a row
+stop the state: from that micro-batch on no step changes anything. The host, which looks some batches
+later, then finds the state as it was.
 
 Finite means every number, one by one: a norm of them all may overflow where none of them did.
 """
@@ -17,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-# What the metrics say of a micro-batch: used; not finite, so that its window is dropped; not used,
-# for the state has stopped, at this one or before.
-GOOD, BAD, STOPPED = range(3)
+# What the metrics say of a micro-batch: no fault (an overflow is none); a fault, so that its window is
+# dropped; the state has stopped, at this one or before, for a fault or for a loss scale that is spent.
+GOOD, BAD, STOPPED, EXHAUSTED = range(4)
 
 
 @jax.tree_util.register_dataclass

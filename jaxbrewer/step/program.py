@@ -177,7 +177,8 @@ class Program:
             opt_state=opt_state,
             micro_step=state.micro_step + 1,
         )
-        new, verdict = guarded(state, new, finite)
+        # Where the gradient is finite, the update need not be: an eps of 1e-8 is 0 in float16.
+        new, verdict = guarded(state, new, finite, guards.stays_finite(state.params, new.params))
         last: Sequence[Any] = (scale, new.scaling.skipped) if self.precision.is_scaled else ()
         verdict, *last = (jnp.asarray(x, total.dtype)[None] for x in (verdict, *last))
         return new, jnp.concatenate([metrics[:2], verdict, metrics[2:], *last])
@@ -218,8 +219,9 @@ class Program:
     ) -> dict[str, dict[str, jax.Array]]:
         """What is finite in a step from a state that has stopped: kind → name → whether it is.
 
-        The kinds are the weights as they are, the teacher's results, the gradient and the student's
-        new state. `term`: of which term the gradient is taken; None: of the total.
+        The kinds are the weights as they are, the teacher's results, the gradient, the weights after
+        its update, and the student's new state. `term`: of which term the gradient is taken; None:
+        of the total.
         """
         model_state, key, student_batch, results_T, weights = self.inputs(
             state, teacher_variables, batch, schedule
@@ -231,10 +233,15 @@ class Program:
             return (total if term is None else loss.terms[term]), new
 
         grads, new = jax.grad(value, has_aux=True)(state.params)
+        if self.axis is not None:
+            grads = jax.tree.map(lambda x: jax.lax.pmean(x, self.axis), grads)
+        updates, _ = self.optimizer.update(grads, state.opt_state, state.params, factor=schedule[2])
+        params = optax.apply_updates(state.params, updates)
         found = {
             "weights": _by_name(guards.is_finite, state.params),
             "teacher": _by_name(guards.is_finite, results_T),
             "gradient": _by_name(guards.is_finite, grads),
+            "update": _by_name(guards.stays_finite, state.params, params),
             "state": _by_name(guards.stays_finite, model_state, new),
         }
         if self.axis is None:
@@ -272,19 +279,30 @@ def _by_name(look: Callable[..., jax.Array], *trees: Any) -> dict[str, jax.Array
     }
 
 
-def guarded(old: TrainState, new: TrainState, finite: jax.Array) -> tuple[TrainState, jax.Array]:
-    """The state after a micro-batch: what was not `finite` has touched is as it was; once the state
-    has stopped, all of it is. And the verdict, see `guard`."""
+def guarded(
+    old: TrainState, new: TrainState, finite: jax.Array, updated: jax.Array
+) -> tuple[TrainState, jax.Array]:
+    """The state after a micro-batch: what it has spoilt is as it was; once stopped, all of it is.
+
+    Args:
+        old: before the micro-batch.
+        new: as it would be after it.
+        finite: whether its loss, gradient and model state are finite.
+        updated: whether the weights are, after it.
+
+    Returns:
+        The state, and the verdict, see `guard`.
+    """
     closes = closes_window(new.opt_state)
-    scaling = old.scaling
+    scaling, overflowed, exhausted = old.scaling, jnp.bool_(False), jnp.bool_(False)
+    faultless = finite & updated
     if isinstance(scaling, loss_scale.Scaling):
-        scaling, dropped = loss_scale.advance(scaling, finite, closes)
-        stopped = old.guard.stopped | loss_scale.is_exhausted(scaling, finite)
-        guard, fault = replace(old.guard, stopped=stopped), jnp.bool_(False)
-    else:
-        fault = ~finite
-        guard, dropped = guards.advance(old.guard, finite, closes)
-    stopped = guard.stopped
+        faultless = updated
+        scaling, overflowed = loss_scale.advance(scaling, finite, closes)
+        exhausted = loss_scale.is_exhausted(scaling, finite)
+    guard, dropped = guards.advance(old.guard, faultless, closes)
+    dropped |= overflowed
+    stopped = guard.stopped | exhausted
     model_state = guards.keep(old.model_state, new.model_state, ~finite | stopped)
     if jax.tree.leaves(guard.before):
         before = guards.keep(guard.before, model_state, ~closes | stopped)
@@ -298,8 +316,9 @@ def guarded(old: TrainState, new: TrainState, finite: jax.Array) -> tuple[TrainS
         scaling=guards.keep(old.scaling, scaling, stopped),
         guard=replace(guards.keep(old.guard, guard, stopped), stopped=stopped),
     )
-    verdict = jnp.where(fault, guards.BAD, guards.GOOD)
-    return after, jnp.where(stopped, guards.STOPPED, verdict)
+    verdict = jnp.where(faultless, guards.GOOD, guards.BAD)
+    verdict = jnp.where(guard.stopped, guards.STOPPED, verdict)
+    return after, jnp.where(exhausted & ~guard.stopped, guards.EXHAUSTED, verdict)
 
 
 def forget_window(state: TrainState) -> TrainState:

@@ -36,6 +36,11 @@ def culprits(
     clauses = []
     if np.isfinite(total) and found["gradient"]:
         clauses.append(_gradient(examine, names, arguments, found["gradient"]))
+    elif np.isfinite(total) and found["update"]:
+        clauses.append(
+            f"the gradient is finite, but the optimizer's update of {_shown(found['update'])} is not "
+            "(does it divide by a square root of 0? an eps of 1e-8 is 0 in float16)"
+        )
     if found["teacher"]:
         clauses.append(f"the teacher's results are not finite: {_shown(found['teacher'])}")
     if found["weights"]:

@@ -254,7 +254,7 @@ class Loop:
             micro_step, task = begun.position.micro_step, self.tasks[begun.event.task]
             if surplus != 0:
                 raise BatchError(_surplus_message(int(surplus), micro_step))
-            if verdict == guard.STOPPED:
+            if verdict in (guard.STOPPED, guard.EXHAUSTED):
                 raise self._stopped(begun, task, values)
             if verdict == guard.BAD:
                 self._warn_of_drop(begun, total)
@@ -266,7 +266,7 @@ class Loop:
                 "the loss is %s%s at global step %d (micro-batch %d): its accumulation window is "
                 "dropped, which changes no weight",
                 total,
-                ", but its gradient is not finite," if np.isfinite(total) else "",
+                ", but its gradient or update is not finite," if np.isfinite(total) else "",
                 begun.position.global_step + 1,
                 begun.position.micro_step,
             )
@@ -282,7 +282,7 @@ class Loop:
             clauses.extend(in_batch(begun.event.inputs))
             clauses.extend(culprits(task.examine, task.names, arguments, total=values[0]))
 
-        if not task.is_scaled:
+        if values[2] != guard.EXHAUSTED:
             despite(error, "looking for the reason", look)
         message = _stop_message(begun, task, values, clauses)
         despite(error, "writing the checkpoint", partial(self._save_before, begun.opens))
@@ -336,15 +336,15 @@ def _stop_message(
 ) -> str:
     """What is not finite and where; `clauses` are what was found beside the loss and its terms."""
     event, at, total = begun.event, begun.position, values[0]
-    if task.is_scaled:
+    if values[2] == guard.EXHAUSTED:
         return loss_scale.too_low(values[-2] / 2, total, at.global_step, at.micro_step)
-    terms = zip(task.names, values[3:], strict=True)
+    terms = zip(task.names, values[3:], strict=False)  # a loss scale's numbers follow them
     bad = [f"{name} = {value}" for name, value in terms if not np.isfinite(value)]
     if not np.isfinite(total):
         what = f"the loss is {total}"
         bad = bad or ["none of its terms, so a weight or their sum"]
     else:
-        what = f"the loss is {total:g}, but its gradient is not finite,"
+        what = f"the loss is {total:g}, but its gradient or update is not finite,"
     where = f"at global step {at.global_step + 1} (micro-batch {at.micro_step})"
     where += f", batch {event.batch + 1} of epoch {event.epoch + 1}"
     where += f", task {event.task!r}" if event.task else ""
