@@ -55,6 +55,11 @@ class TrainingConfig(Config):
         sharding: what is cut into pieces over the devices, for models larger than one of them:
             ``'teacher'``; ``'all'``, which is parameters, optimizer state and teacher; None:
             nothing, each device holds everything.
+        max_nonfinite_steps: how many optimizer steps in a row may meet a loss or gradient that is not
+            finite before training ends with an error, which names the step, the batch, the term and
+            the parameter. Such a step changes no weight and no moment; schedules go on. 1: the first
+            one ends it; None: none does, each is dropped with a warning. Whatever it is, what is
+            saved is of before. float16's overflows do not count: the loss scale sees to them.
 
     Raises:
         ConfigError: a ValueError that lists everything wrong.
@@ -79,6 +84,7 @@ class TrainingConfig(Config):
     max_to_keep: int | None = None
     mapping: str = "sharded"
     sharding: str | None = None
+    max_nonfinite_steps: int | None = 1
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         "gradient_accumulation_steps": checks.integer(1),
@@ -98,6 +104,7 @@ class TrainingConfig(Config):
         "max_to_keep": checks.optional(checks.integer(1)),
         "mapping": checks.one_of(("sharded", "pmap")),
         "sharding": checks.optional(checks.one_of(("teacher", "all"))),
+        "max_nonfinite_steps": checks.optional(checks.integer(1)),
     }
 
     @classmethod

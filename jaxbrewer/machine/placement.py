@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -64,6 +65,10 @@ class Placement(Protocol):
 
     def compile(self, program: Program) -> Callable:
         """The step: ``(state, teacher_variables, batch, row) -> (state, metrics)``."""
+        ...
+
+    def examine(self, program: Program, term: str | None) -> Callable:
+        """`Program.examine`, as `compile` has the step: takes what it takes, and changes nothing."""
         ...
 
     def check(self, batch: Batch) -> None:
@@ -146,6 +151,10 @@ class OneDevice:
     def compile(self, program: Program) -> Callable:
         """See `Placement.compile`."""
         return program.compiled
+
+    def examine(self, program: Program, term: str | None) -> Callable:
+        """See `Placement.examine`."""
+        return jax.jit(partial(program.examine, term=term))
 
     def check(self, batch: Batch) -> None:
         """See `Placement.check`: any batch will do."""
@@ -283,6 +292,10 @@ class Sharded(_Mesh):
         out = (self._state_shardings(program), self.whole)
         return jax.jit(program.step, donate_argnums=0, out_shardings=out)
 
+    def examine(self, program: Program, term: str | None) -> Callable:
+        """See `Placement.examine`."""
+        return jax.jit(partial(program.examine, term=term), out_shardings=self.whole)
+
 
 class Pmapped(_Mesh):
     """The step under `jax.pmap`: each device computes the loss of its own rows.
@@ -362,6 +375,21 @@ class Pmapped(_Mesh):
             in_axes=(0, 0, 0, None),
             out_axes=(0, None),
             donate_argnums=0,
+            devices=list(self.devices),
+        )
+
+    def examine(self, program: Program, term: str | None) -> Callable:
+        """See `Placement.examine`."""
+        mapped = replace(program, axis=AXIS)
+
+        def look(state: Any, teacher: Any, batch: Batch, row: jax.Array) -> Any:
+            return mapped.examine(_with_keys(state), _with_keys(teacher), batch, row, term)
+
+        return jax.pmap(
+            look,
+            axis_name=AXIS,
+            in_axes=(0, 0, 0, None),
+            out_axes=None,
             devices=list(self.devices),
         )
 

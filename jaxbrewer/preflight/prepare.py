@@ -80,6 +80,7 @@ def prepare(
                 (),
                 job.train_mode,
                 precision,
+                max_nonfinite_steps=job.config.max_nonfinite_steps,
             ),
             one,
         )

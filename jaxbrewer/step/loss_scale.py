@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .guard import is_finite as is_finite
+
 INITIAL = 2.0**16
 LARGEST = 2.0**24
 SMALLEST = 1.0  # an overflow that lower scales do not end is none
@@ -46,11 +48,6 @@ class Scaling:
 def start() -> Scaling:
     """The state before the first micro-batch."""
     return Scaling(jnp.float32(INITIAL), jnp.int32(0), jnp.bool_(False), jnp.int32(0))
-
-
-def is_finite(tree: Any) -> Bool[Array, ""]:
-    """Whether all numbers in a pytree are finite."""
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def unscale(scaling: Scaling, grads: Any, finite: Bool[Array, ""]) -> Any:
@@ -97,16 +94,15 @@ def forget_window(scaling: Any) -> Any:
     return Scaling(scaling.scale, scaling.good, jnp.zeros_like(scaling.spoiled), scaling.skipped)
 
 
-def check(scale: Any, total: Any, global_step: int, micro_step: int) -> None:
-    """Stops at a scale so low that what was not finite cannot have been an overflow of it.
+def is_exhausted(scaling: Scaling, finite: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether the scale is so low after a micro-batch that what was not `finite` was no overflow."""
+    return ~finite & (scaling.scale < SMALLEST)
 
-    Raises:
-        FloatingPointError: naming the step, and what to look at.
-    """
-    if scale >= SMALLEST:
-        return
+
+def too_low(scale: float, total: float, global_step: int, micro_step: int) -> str:
+    """What to say of it, and what to look at."""
     halvings = int(math.log2(INITIAL / SMALLEST)) + 1
-    raise FloatingPointError(
+    return (
         f"the loss scale has fallen to {scale:g} at global step {global_step + 1} (micro-batch "
         f"{micro_step}), where the loss is {total:g}. After {halvings} halvings gradients in float16 "
         "are still not finite, so the scale is not the reason: the weights or a batch hold a NaN, or "
@@ -114,8 +110,3 @@ def check(scale: Any, total: Any, global_step: int, micro_step: int) -> None:
         "half_dtype='bfloat16', which has float32's range, or a lower fp16_opt_level; or train with "
         "fp16=False, which names the term that is not finite"
     )
-
-
-def keep(old: Any, new: Any, dropped: Bool[Array, ""]) -> Any:
-    """The pytree `old` where `dropped`, else `new`."""
-    return jax.tree.map(lambda o, n: jnp.where(dropped, o, n), old, new)

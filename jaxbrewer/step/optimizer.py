@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from ..errors import suggest
+from .guard import keep
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
 
@@ -111,20 +112,26 @@ def drop_window(opt_state: Any) -> Any:
 
 def closes_window(opt_state: Any) -> Any:
     """Whether the update that gave this state was the last of its accumulation window."""
-    if not isinstance(opt_state, optax.MultiStepsState):
+    if not accumulates(opt_state):
         return jnp.bool_(True)
     return opt_state.mini_step == 0
 
 
-def without_update(before: Any, after: Any, dropped: Any) -> Any:
+def without_update(before: Any, after: Any, dropped: Any, stopped: Any = False) -> Any:
     """The state `after` an update; where `dropped`, with all that it learnt as it was `before`.
 
-    An accumulation window that ends is over all the same.
+    An accumulation window that ends is over all the same; but where `stopped`, all is as `before`.
     """
     if not isinstance(after, optax.MultiStepsState):
-        return jax.tree.map(lambda b, a: jnp.where(dropped, b, a), before, after)
-    inner = without_update(before.inner_opt_state, after.inner_opt_state, dropped)
-    return after._replace(inner_opt_state=inner)
+        return keep(before, after, dropped | stopped)
+    inner = without_update(before.inner_opt_state, after.inner_opt_state, dropped, stopped)
+    window = keep(before._replace(inner_opt_state=()), after._replace(inner_opt_state=()), stopped)
+    return window._replace(inner_opt_state=inner)
+
+
+def accumulates(opt_state: Any) -> bool:
+    """Whether a window has several micro-batches."""
+    return isinstance(opt_state, optax.MultiStepsState)
 
 
 def make_optimizer(

@@ -1,7 +1,7 @@
 """The train step: teacher, student, loss, gradient, update, metrics, in one compiled program."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,9 @@ from ..models.precision import FLOAT32, Precision
 from ..models.teachers import Teacher
 from ..objective.loss import Loss, Weights
 from ..objective.objectives import Objective
+from . import guard as guards
 from . import loss_scale
-from .optimizer import closes_window, without_update
+from .optimizer import accumulates, closes_window, drop_window, without_update
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +34,8 @@ class TrainState:
         key: the random key every step's key is folded from.
         micro_step: int32 scalar, micro-batches seen.
         scaling: the loss scale's state, see `loss_scale.Scaling`; `()` where none is needed.
+        guard: the guard's state, see `guard.Guard`.
+        objective: the objective's own state, by name; `()` where it has none.
     """
 
     params: Any
@@ -41,6 +44,8 @@ class TrainState:
     key: jax.Array
     micro_step: jax.Array
     scaling: Any = ()
+    guard: Any = ()
+    objective: Any = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Program:
         precision: the level; the models are at it already.
         axis: the mapped axis over which devices average what each computed on its own rows; None
             where there is none, and the batch is seen whole.
+        max_nonfinite_steps: see `guard.Guard.limit`.
     """
 
     student: Side
@@ -71,6 +77,7 @@ class Program:
     precision: Precision = FLOAT32
     axis: str | None = None
     reads: frozenset[str] = frozenset()
+    max_nonfinite_steps: int | None = 1
 
     @property
     def variables(self) -> tuple[Any, Any]:
@@ -96,7 +103,9 @@ class Program:
         key = jax.random.key(seed)
         scaling = loss_scale.start() if self.precision.is_scaled else ()
         opt_state = self.optimizer.init(params)
-        return TrainState(params, model_state, opt_state, key, jnp.int32(0), scaling)
+        before = model_state if accumulates(opt_state) else ()
+        guard = guards.start(self.max_nonfinite_steps, before)
+        return TrainState(params, model_state, opt_state, key, jnp.int32(0), scaling, guard)
 
     def loss(
         self,
@@ -137,18 +146,11 @@ class Program:
             schedule: ``[3]``: weight of the KD loss, of the hard labels, learning-rate factor.
 
         Returns:
-            The state after the step, and the metrics ``[2 + terms]``: the total, the surplus of
-            `Loss`, then the terms in the order of `names`. With a loss scale, two more: the scale
-            that this micro-batch had, and the windows dropped so far.
+            The state after the step, and the metrics ``[3 + terms]``: the total, the surplus of
+            `Loss`, the verdict of the `guard`, then the terms in the order of `names`. With a loss
+            scale, two more: the scale that this micro-batch had, and the windows dropped so far.
         """
-        teacher_batch, student_batch, cache = sides(batch)
-        results_T = jax.lax.stop_gradient(self.teacher(teacher_variables, teacher_batch, cache))
-
-        key = jax.random.fold_in(state.key, state.micro_step)
-        if self.axis is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(self.axis))
-        weights = Weights(kd=schedule[0], hard_label=schedule[1])
-        inputs = state.model_state, key, student_batch, results_T, weights
+        inputs = self.inputs(state, teacher_variables, batch, schedule)
         total, backward, (loss, model_state) = jax.vjp(
             lambda params: self.loss(params, *inputs), state.params, has_aux=True
         )
@@ -157,22 +159,41 @@ class Program:
         metrics = jnp.stack([jnp.asarray(x, total.dtype) for x in self.values(loss)])
         if self.axis is not None:
             grads, model_state, metrics = average(self.axis, grads, model_state, metrics)
-        finite = None
+        finite = guards.is_finite((metrics[0], grads))
+        finite &= guards.stays_finite(state.model_state, model_state)
+        if self.axis is not None:
+            finite = jax.lax.pmin(finite.astype(jnp.int32), self.axis) > 0
         if self.precision.is_scaled:
-            finite = loss_scale.is_finite((metrics[0], grads))
             grads = loss_scale.unscale(state.scaling, grads, finite)
+        elif accumulates(state.opt_state):
+            grads = guards.zero_unless(finite, grads)
         updates, opt_state = self.optimizer.update(
             grads, state.opt_state, state.params, factor=schedule[2]
         )
-        params = optax.apply_updates(state.params, updates)
-        new = TrainState(
-            params, model_state, opt_state, state.key, state.micro_step + 1, state.scaling
+        new = replace(
+            state,
+            params=optax.apply_updates(state.params, updates),
+            model_state=model_state,
+            opt_state=opt_state,
+            micro_step=state.micro_step + 1,
         )
-        if finite is not None:
-            new = _guarded(state, new, finite)
-            scaling = jnp.stack([jnp.asarray(x, total.dtype) for x in (scale, new.scaling.skipped)])
-            metrics = jnp.concatenate([metrics, scaling])
-        return new, metrics
+        # Where the gradient is finite, the update need not be: an eps of 1e-8 is 0 in float16.
+        new, verdict = guarded(state, new, finite, guards.stays_finite(state.params, new.params))
+        last: Sequence[Any] = (scale, new.scaling.skipped) if self.precision.is_scaled else ()
+        verdict, *last = (jnp.asarray(x, total.dtype)[None] for x in (verdict, *last))
+        return new, jnp.concatenate([metrics[:2], verdict, metrics[2:], *last])
+
+    def inputs(
+        self, state: TrainState, teacher_variables: Any, batch: Batch, schedule: jax.Array
+    ) -> tuple[Any, ...]:
+        """What `loss` gets in a step beside the parameters."""
+        teacher_batch, student_batch, cache = sides(batch)
+        results_T = jax.lax.stop_gradient(self.teacher(teacher_variables, teacher_batch, cache))
+        key = jax.random.fold_in(state.key, state.micro_step)
+        if self.axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(self.axis))
+        weights = Weights(kd=schedule[0], hard_label=schedule[1])
+        return state.model_state, key, student_batch, results_T, weights
 
     def values(self, loss: Loss) -> list[Any]:
         """What the metrics hold, in their order.
@@ -187,6 +208,45 @@ class Program:
                 "same; or train them as tasks of a MultiTaskDistiller"
             )
         return [loss.total, loss.surplus, *(loss.terms[name] for name in self.names)]
+
+    def examine(
+        self,
+        state: TrainState,
+        teacher_variables: Any,
+        batch: Batch,
+        schedule: jax.Array,
+        term: str | None = None,
+    ) -> dict[str, dict[str, jax.Array]]:
+        """What is finite in a step from a state that has stopped: kind → name → whether it is.
+
+        The kinds are the weights as they are, the teacher's results, the gradient, the weights after
+        its update, and the student's new state. `term`: of which term the gradient is taken; None:
+        of the total.
+        """
+        model_state, key, student_batch, results_T, weights = self.inputs(
+            state, teacher_variables, batch, schedule
+        )
+
+        def value(params: Any) -> tuple[Any, Any]:
+            inputs = params, model_state, key, student_batch, results_T, weights
+            total, (loss, new) = self.loss(*inputs)
+            return (total if term is None else loss.terms[term]), new
+
+        grads, new = jax.grad(value, has_aux=True)(state.params)
+        if self.axis is not None:
+            grads = jax.tree.map(lambda x: jax.lax.pmean(x, self.axis), grads)
+        updates, _ = self.optimizer.update(grads, state.opt_state, state.params, factor=schedule[2])
+        params = optax.apply_updates(state.params, updates)
+        found = {
+            "weights": _by_name(guards.is_finite, state.params),
+            "teacher": _by_name(guards.is_finite, results_T),
+            "gradient": _by_name(guards.is_finite, grads),
+            "update": _by_name(guards.stays_finite, state.params, params),
+            "state": _by_name(guards.stays_finite, model_state, new),
+        }
+        if self.axis is None:
+            return found
+        return jax.tree.map(lambda x: jax.lax.pmin(x.astype(jnp.int32), self.axis), found)
 
     @functools.cached_property
     def compiled(self) -> Any:
@@ -207,13 +267,75 @@ def average(axis: str, grads: Any, model_state: Any, metrics: jax.Array) -> tupl
     return jax.tree.map(mean, grads), jax.tree.map(mean, model_state), metrics
 
 
-def _guarded(old: TrainState, new: TrainState, finite: jax.Array) -> TrainState:
-    """The state after a micro-batch with a loss scale: what an overflow touched is as it was."""
-    scaling, dropped = loss_scale.advance(old.scaling, finite, closes_window(new.opt_state))
-    return replace(
+def _by_name(look: Callable[..., jax.Array], *trees: Any) -> dict[str, jax.Array]:
+    """The name of each float leaf → what `look` says of it."""
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(trees[0])
+    ]
+    leaves = zip(names, *(jax.tree.leaves(tree) for tree in trees), strict=True)
+    return {
+        name: look(*each) for name, *each in leaves if jnp.issubdtype(each[0].dtype, jnp.floating)
+    }
+
+
+def guarded(
+    old: TrainState, new: TrainState, finite: jax.Array, updated: jax.Array
+) -> tuple[TrainState, jax.Array]:
+    """The state after a micro-batch: what it has spoilt is as it was; once stopped, all of it is.
+
+    Args:
+        old: before the micro-batch.
+        new: as it would be after it.
+        finite: whether its loss, gradient and model state are finite.
+        updated: whether the weights are, after it.
+
+    Returns:
+        The state, and the verdict, see `guard`.
+    """
+    closes = closes_window(new.opt_state)
+    scaling, overflowed, exhausted = old.scaling, jnp.bool_(False), jnp.bool_(False)
+    faultless = finite & updated
+    if isinstance(scaling, loss_scale.Scaling):
+        faultless = updated
+        scaling, overflowed = loss_scale.advance(scaling, finite, closes)
+        exhausted = loss_scale.is_exhausted(scaling, finite)
+    guard, dropped = guards.advance(old.guard, faultless, closes)
+    dropped |= overflowed
+    stopped = guard.stopped | exhausted
+    model_state = guards.keep(old.model_state, new.model_state, ~finite | stopped)
+    if jax.tree.leaves(guard.before):
+        before = guards.keep(guard.before, model_state, ~closes | stopped)
+        guard = replace(guard, before=before)
+    after = replace(
         new,
-        params=loss_scale.keep(old.params, new.params, dropped),
-        opt_state=without_update(old.opt_state, new.opt_state, dropped),
-        model_state=loss_scale.keep(old.model_state, new.model_state, ~finite),
-        scaling=scaling,
+        params=guards.keep(old.params, new.params, dropped | stopped),
+        model_state=model_state,
+        opt_state=without_update(old.opt_state, new.opt_state, dropped, stopped),
+        micro_step=guards.keep(old.micro_step, new.micro_step, stopped),
+        scaling=guards.keep(old.scaling, scaling, stopped),
+        guard=replace(guards.keep(old.guard, guard, stopped), stopped=stopped),
     )
+    verdict = jnp.where(faultless, guards.GOOD, guards.BAD)
+    verdict = jnp.where(guard.stopped, guards.STOPPED, verdict)
+    return after, jnp.where(exhausted & ~guard.stopped, guards.EXHAUSTED, verdict)
+
+
+def forget_window(state: TrainState) -> TrainState:
+    """The state without its open accumulation window: the next micro-batch opens one."""
+    return replace(
+        state,
+        opt_state=drop_window(state.opt_state),
+        scaling=loss_scale.forget_window(state.scaling),
+        guard=guards.forget_window(state.guard, state.model_state),
+    )
+
+
+def rewound(state: TrainState, micro_step: int) -> TrainState:
+    """A state that has stopped, as it was at the start of its window, `micro_step`; it goes on."""
+    if accumulates(state.opt_state):
+        if jax.tree.leaves(state.guard.before):
+            state = replace(state, model_state=state.guard.before)
+        state = forget_window(state)
+    guard = replace(state.guard, stopped=jnp.zeros_like(state.guard.stopped))
+    return replace(state, guard=guard, micro_step=jnp.full_like(state.micro_step, micro_step))

@@ -5,7 +5,8 @@ A checkpoint holds, as separate items, so that each can be read without the othe
 =========== ====================================================================
 student     ``{'params': …, 'state': …}``
 projections likewise, by projection
-training    optimizer state (with an open accumulation window), random key, counters, loss scale
+training    optimizer state (with an open accumulation window), random key, counters, loss scale;
+            by name, where there are any: the guard's counters, the objective's own state
 position    JSON: step, epoch, batch, the same with its random state for each process, the
             configs, the format's version
 =========== ====================================================================
@@ -17,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -36,6 +38,7 @@ from ..errors import CheckpointError, suggest  # noqa: E402
 from ..files import read_json_object, write_json  # noqa: E402
 from ..models.handle import Model  # noqa: E402
 from ..models.wrap import as_model  # noqa: E402
+from ..step import guard  # noqa: E402
 from ..step.program import TrainState  # noqa: E402
 
 Folder = str | os.PathLike[str]
@@ -180,6 +183,8 @@ class Checkpoints:
         """
         path = self.folder / f"gs{step}"
         targets = _items(like)
+        training = {k: v for k, v in targets["training"].items() if k not in _additions(like)}
+        targets["training"] = training | _additions_there(path, like)
         for name, target in targets.items():
             _check_fits(path, name, target, types=True)
         read = _read(path, **{k: ocp.args.StandardRestore(v) for k, v in targets.items()})
@@ -187,13 +192,17 @@ class Checkpoints:
         projections = (
             read["projections"] if "projections" in targets else _part(like, "projections")
         )
-        return TrainState(
-            {"student": student["params"], "projections": projections["params"]},
-            {"student": student["state"], "projections": projections["state"]},
-            training["opt_state"],
-            training["key"],
-            training["micro_step"],
-            training.get("scaling", ()),
+        model_state = {"student": student["state"], "projections": projections["state"]}
+        return replace(
+            like,
+            params={"student": student["params"], "projections": projections["params"]},
+            model_state=model_state,
+            opt_state=training["opt_state"],
+            key=training["key"],
+            micro_step=training["micro_step"],
+            scaling=training.get("scaling", ()),
+            guard=guard.restored(like.guard, model_state, **training.get("guard", {})),
+            objective=_with_names(like.objective, training.get("objective", {})),
         )
 
     def wait(self) -> None:
@@ -223,6 +232,7 @@ def _handler() -> ocp.CompositeCheckpointHandler:
 
 def _items(state: TrainState) -> dict[str, Any]:
     """The arrays of a state, parted into items; without projections, there is no such item."""
+    additions = _additions(state)
     items = {
         "student": _part(state, "student"),
         "projections": _part(state, "projections"),
@@ -231,9 +241,40 @@ def _items(state: TrainState) -> dict[str, Any]:
             "key": state.key,
             "micro_step": state.micro_step,
             **({"scaling": state.scaling} if state.scaling else {}),
+            **({"guard": additions["guard"]} if state.guard.counts else {}),
+            **({"objective": additions["objective"]} if additions["objective"] else {}),
         },
     }
     return items if state.params["projections"] else {k: items[k] for k in ("student", "training")}
+
+
+def _additions(state: TrainState) -> dict[str, dict[str, Any]]:
+    """What older checkpoints lack, which then starts as in a new run: part → name → array."""
+    return {"guard": {"in_a_row": state.guard.in_a_row}, "objective": _names(state.objective)}
+
+
+def _additions_there(path: Path, state: TrainState) -> dict[str, Any]:
+    """Those of `_additions` that a checkpoint holds."""
+    with _reader(path) as checkpointer:
+        saved = checkpointer.metadata(path).item_metadata["training"]
+    there = saved.tree if saved is not None else {}
+    found = {
+        part: {name: leaf for name, leaf in leaves.items() if name in there.get(part, {})}
+        for part, leaves in _additions(state).items()
+    }
+    return {part: leaves for part, leaves in found.items() if leaves}
+
+
+def _names(tree: Any) -> dict[str, Any]:
+    """Dotted name → leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _with_names(tree: Any, named: Mapping[str, Any]) -> Any:
+    """The tree with those of its leaves exchanged that have one of these names."""
+    leaves = [named.get(name, leaf) for name, leaf in _names(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def _part(state: TrainState, name: str) -> dict[str, Any]:

@@ -6,23 +6,23 @@ started: metrics are read `LOOK_BACK` micro-batches later, and all of them befor
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..data.batches import Batch
-from ..data.streams import EpochEnd, Event, Position, as_json, host_random
+from ..data.streams import EpochEnd, Event, Micro, Position, as_json, host_random
 from ..errors import BatchError, afterwards, despite
 from ..machine.placement import Placement
 from ..machine.processes import Processes
-from ..step import loss_scale
-from ..step.optimizer import drop_window
-from ..step.program import TrainState
+from ..step import guard, loss_scale
+from ..step.program import TrainState, forget_window, rewound
 from .checkpoints import Checkpoints
+from .diagnosis import Examine, culprits, in_batch
 from .metrics import MetricsWriter
 from .timeline import Timeline
 
@@ -31,20 +31,13 @@ logger = logging.getLogger(__name__)
 LOOK_BACK = 8
 
 
-def _forget(opt_state: Any, scaling: Any) -> tuple[Any, Any]:
-    return drop_window(opt_state), loss_scale.forget_window(scaling)
-
-
-def _without_window(state: TrainState) -> TrainState:
-    """The state without its open accumulation window; the old one is donated.
+def _in_place(change: Callable[[TrainState], TrainState], state: TrainState) -> TrainState:
+    """The state, changed; the old one is donated.
 
     Every array stays where it lies: zeros depend on nothing, so XLA would put them on every device.
     """
-    window = state.opt_state, state.scaling
-    places = jax.tree.map(lambda x: x.sharding, window)
-    forget = jax.jit(_forget, donate_argnums=(0, 1), out_shardings=places)
-    opt_state, scaling = forget(*window)
-    return replace(state, opt_state=opt_state, scaling=scaling)
+    places = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(change, donate_argnums=0, out_shardings=places)(state)
 
 
 @dataclass(frozen=True)
@@ -69,13 +62,35 @@ class CompiledTask:
         step: the compiled step: ``(state, teacher_variables, batch, row) -> (state, metrics)``.
         teacher_variables: the teacher's arrays, placed.
         tags: tensorboard names of the metrics: the total first, then the terms.
+        names: the terms of the loss.
+        examine: term or None → a function of what `step` takes; see `step.Program.examine`.
         is_scaled: whether the last two metrics are the loss scale and the windows dropped.
     """
 
     step: Callable
     teacher_variables: Any
     tags: tuple[str, ...]
+    names: tuple[str, ...]
+    examine: Examine
     is_scaled: bool = False
+
+
+class Begun(NamedTuple):
+    """A micro-batch that was trained on, and whose numbers were not looked at yet.
+
+    Attributes:
+        event: the batch, as it came.
+        position: before it.
+        opens: where its accumulation window starts, with the host's random state there.
+        row: what the schedule gave.
+        metrics: of the step.
+    """
+
+    event: Micro
+    position: Position
+    opens: Position
+    row: np.ndarray
+    metrics: jax.Array
 
 
 @dataclass
@@ -115,9 +130,10 @@ class Loop:
     processes: Processes
     is_asked: Callable[[], bool] = lambda: False
     print_freq: int = 20
-    _pending: deque[tuple[CompiledTask, int, int, jax.Array]] = field(default_factory=deque)
+    _pending: deque[Begun] = field(default_factory=deque)
     _opened: int = 0  # micro-batches in the current accumulation window
     _stops: bool = False  # one of several processes has been asked to stop
+    _opens: Position = field(default_factory=Position)  # see `Begun`
     _drawn: Any = None  # the host's random state after the last batch, if later ones are drawn
 
     def run(self, events: Iterator[Event], after_step: Callable[[], None]) -> None:
@@ -128,10 +144,12 @@ class Loop:
             after_step: called after each micro-step has been started.
 
         Raises:
-            FloatingPointError: the loss is not finite; names the terms and the step.
+            FloatingPointError: the loss or its gradient is not finite, see `step.guard`; names the
+                step, the batch, the terms and the parameters. The state of before is saved.
             BatchError: a batch the models cannot take.
         """
         self._log_start()
+        self._opens = self.position
         with (  # ended from the last to the first: the checkpoint is on disk whatever else fails
             afterwards("writing the metrics", self.metrics.flush),
             afterwards("writing the checkpoint", self.checkpoints.wait),
@@ -141,7 +159,7 @@ class Loop:
                 if isinstance(event, EpochEnd):
                     self._end_epoch(event)
                     continue
-                self._micro_step(self.tasks[event.task], self.placement.batch(event.inputs))
+                self._micro_step(event)
                 after_step()
                 self._drawn = event.host_random
                 bar.update(1)
@@ -150,6 +168,8 @@ class Loop:
                 self._stops |= event.stop
                 if done and self._after_update(event.epoch):
                     break
+                if done:
+                    self._open_window()
             self._look(0)
             self._say("Training finished at step %d", self.position.global_step)
 
@@ -162,13 +182,13 @@ class Loop:
             disable=None if self.is_chief else True,
         )
 
-    def _micro_step(self, task: CompiledTask, batch: Batch) -> None:
+    def _micro_step(self, event: Micro) -> None:
+        task, batch = self.tasks[event.task], self.placement.batch(event.inputs)
         row = self.rows[min(self.position.global_step, len(self.rows) - 1)]
         self.state, metrics = task.step(self.state, task.teacher_variables, batch, row)
         if self.placement.devices[0].platform != "cpu":  # there they are on the host already
             metrics.copy_to_host_async()
-        position = self.position
-        self._pending.append((task, position.micro_step, position.global_step, metrics))
+        self._pending.append(Begun(event, self.position, self._opens, row, metrics))
         self._opened += 1
         self._look(LOOK_BACK)
 
@@ -177,6 +197,10 @@ class Loop:
         self.position = Position(epoch, batch, p.global_step + done, p.micro_step + 1)
         if done:
             self._opened = 0
+
+    def _open_window(self) -> None:
+        """Notes where an accumulation window starts; the host's random state is of before its batches."""
+        self._opens = replace(self.position, host_random=self._drawn or host_random())
 
     def _after_update(self, epoch: int) -> bool:
         """Logs and saves where it is due; returns whether training ends here."""
@@ -203,13 +227,14 @@ class Loop:
         self._look(0)
         self._say("Saving at global step %d, epoch %d", step, epoch + 1)
         saved = self.placement.leave(self.state)
-        self.checkpoints.save(step, saved, self._saved_position())
+        here = replace(self.position, host_random=self._drawn or host_random())
+        self.checkpoints.save(step, saved, self._described(here))
         return saved
 
-    def _saved_position(self) -> dict[str, Any]:
-        p = self.position
+    def _described(self, p: Position) -> dict[str, Any]:
+        """A position as checkpoints hold it, with those of the other processes."""
         mine = {"epoch": p.epoch, "batch": p.batch}
-        random = as_json(self._drawn or host_random())
+        random = as_json(p.host_random)
         return {
             **mine,
             "global_step": p.global_step,
@@ -230,43 +255,70 @@ class Loop:
                 expected,
             )
         if self._opened:
-            self.state = _without_window(self.state)
+            self._look(0)  # a state that has stopped must keep its window
+            self.state = _in_place(forget_window, self.state)
             self._opened = 0
+            self._open_window()
 
     def _look(self, leave: int) -> None:
         """Reads pending metrics but the last `leave`, and stops at numbers that cannot be."""
         while len(self._pending) > leave:
-            task, micro_step, global_step, metrics = self._pending.popleft()
-            values = np.asarray(metrics)
-            total, surplus, terms = values[0], values[1], values[2:]
+            begun = self._pending.popleft()
+            values = np.asarray(begun.metrics)
+            total, surplus, verdict, terms = values[0], values[1], values[2], values[3:]
+            micro_step, task = begun.position.micro_step, self.tasks[begun.event.task]
             if surplus != 0:
                 raise BatchError(_surplus_message(int(surplus), micro_step))
-            named = dict(zip(task.tags[1:], terms, strict=True))
-            if task.is_scaled:
-                loss_scale.check(values[-2], total, global_step, micro_step)
-            elif not np.isfinite(total):
-                raise self._not_finite(total, named, global_step, micro_step)
+            if verdict in (guard.STOPPED, guard.EXHAUSTED):
+                raise self._stopped(begun, task, values)
+            if verdict == guard.BAD:
+                self._warn_of_drop(begun, total)
             self.metrics.write(micro_step, task.tags, np.concatenate([values[:1], terms]))
 
-    def _not_finite(
-        self, total: Any, terms: Mapping[str, Any], global_step: int, micro_step: int
-    ) -> FloatingPointError:
-        bad = [f"{tag.split('/', 1)[1]} = {v}" for tag, v in terms.items() if not np.isfinite(v)]
-        what = ", ".join(bad) if bad else "none of its terms, so a weight or their sum"
-        error = FloatingPointError()
-        despite(error, "writing the checkpoint", self.checkpoints.wait)  # one may be under way
-        saved = self.checkpoints.latest()
-        message = (
-            f"the loss is {total} at global step {global_step + 1} (micro-batch {micro_step}): "
-            f"{what}. Look at that batch (labels in range? an empty mask?) and the learning rate. "
-            + (
-                f"The last good checkpoint is gs{saved}"
-                if saved is not None
-                else "Nothing was saved yet"
+    def _warn_of_drop(self, begun: Begun, total: Any) -> None:
+        if self.is_chief:
+            logger.warning(
+                "the loss is %s%s at global step %d (micro-batch %d): its accumulation window is "
+                "dropped, which changes no weight",
+                total,
+                ", but its gradient or update is not finite," if np.isfinite(total) else "",
+                begun.position.global_step + 1,
+                begun.position.micro_step,
             )
-        )
-        error.args = (message,)
+
+    def _stopped(self, begun: Begun, task: CompiledTask, values: np.ndarray) -> FloatingPointError:
+        """What to raise of a micro-batch at which the state has stopped; saves what was before."""
+        error = FloatingPointError()
+        clauses: list[str] = []
+
+        def look() -> None:
+            batch = self.placement.batch(begun.event.inputs)
+            arguments = self.state, task.teacher_variables, batch, begun.row
+            clauses.extend(in_batch(begun.event.inputs))
+            clauses.extend(culprits(task.examine, task.names, arguments, total=values[0]))
+
+        if values[2] != guard.EXHAUSTED:
+            despite(error, "looking for the reason", look)
+        message = _stop_message(begun, task, values, clauses)
+        despite(error, "writing the checkpoint", partial(self._save_before, begun.opens))
+        saved = self.checkpoints.latest()
+        if saved is None:
+            error.args = (f"{message}. Nothing was saved yet",)
+        else:
+            error.args = (f"{message}. The last good checkpoint is gs{saved}",)
         return error
+
+    def _save_before(self, opens: Position) -> None:
+        """Goes back to the start of a window, and saves that state where it is not saved yet."""
+        self.position = opens
+        self.checkpoints.wait()  # one may be under way
+        step = opens.global_step
+        is_new = step > 0 and self.checkpoints.latest() != step
+        if self.processes.numbers(is_new)[0, 0]:  # as the first process sees the disk
+            change = partial(rewound, micro_step=opens.micro_step)
+            self.state = _in_place(change, self.state)
+            self.checkpoints.save(step, self.placement.leave(self.state), self._described(opens))
+            self.checkpoints.wait()
 
     def _print_every(self) -> int:
         span = (
@@ -292,6 +344,30 @@ class Loop:
     def _say(self, message: str, *values: Any) -> None:
         if self.is_chief:
             logger.info(message, *values)
+
+
+def _stop_message(
+    begun: Begun, task: CompiledTask, values: np.ndarray, clauses: Sequence[str]
+) -> str:
+    """What is not finite and where; `clauses` are what was found beside the loss and its terms."""
+    event, at, total = begun.event, begun.position, values[0]
+    if values[2] == guard.EXHAUSTED:
+        return loss_scale.too_low(values[-2] / 2, total, at.global_step, at.micro_step)
+    terms = zip(task.names, values[3:], strict=False)  # a loss scale's numbers follow them
+    bad = [f"{name} = {value}" for name, value in terms if not np.isfinite(value)]
+    if not np.isfinite(total):
+        what = f"the loss is {total}"
+        bad = bad or ["none of its terms, so a weight or their sum"]
+    else:
+        what = f"the loss is {total:g}, but its gradient or update is not finite,"
+    where = f"at global step {at.global_step + 1} (micro-batch {at.micro_step})"
+    where += f", batch {event.batch + 1} of epoch {event.epoch + 1}"
+    where += f", task {event.task!r}" if event.task else ""
+    found = "; ".join([", ".join(bad), *clauses] if bad else clauses)
+    return (
+        f"{what} {where}: {found or 'the reason was not found'}. Look at that batch (labels in "
+        "range? an empty mask?) and the learning rate"
+    )
 
 
 def _surplus_message(surplus: int, micro_step: int) -> str:

@@ -307,6 +307,8 @@ def _compiled(program: Program, placement: Placement) -> CompiledTask:
         teacher_variables=placement.teacher(program.teacher.variables),
         tags=("scalar/total_loss", *(f"scalar/{name}" for name in names)),
         is_scaled=scaled,
+        names=program.names,
+        examine=partial(placement.examine, program),
     )
 
 

@@ -103,7 +103,7 @@ def test_the_state_is_donated_but_nothing_of_the_user(tmp_path):
     )
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert int(new.micro_step) == 1
-    assert metrics.shape == (2 + len(program.names),)
+    assert metrics.shape == (3 + len(program.names),)
     assert nnx_job.weights(distiller.model_S) and nnx_job.weights(distiller.model_T)
 
 
@@ -154,7 +154,7 @@ def test_schedule_is_a_traced_input(tmp_path):
     batch, step = own(nnx_job.loader(1)[0]), jax.jit(program.step)
     row = jnp.array([0.25, 0.5, 0.0])
     state, metrics = step(program.init(0), program.teacher.variables, batch, row)
-    terms = dict(zip(program.names, metrics[2:], strict=True))
+    terms = dict(zip(program.names, metrics[3:], strict=True))
     expected = 0.25 * terms["unweighted_kd_loss"] + 0.5 * terms["unweighted_hard_label_loss"]
     expected += terms["unweighted_hidden_hidden_mse_0_0"] + terms["unweighted_hidden_nst_2-2_3-3"]
     np.testing.assert_allclose(metrics[0], expected, rtol=1e-6)
