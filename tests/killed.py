@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import optax
-from jaxbrewer.checkpoints import steps_in
 
+from jaxbrewer.training.checkpoints import steps_in
 from tests import small
 
 KEPT = 1
