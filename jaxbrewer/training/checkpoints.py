@@ -289,6 +289,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._checkpointer.close()
+            if self._is_chief:  # a save that failed may have written on while it was cleared away
+                folders.remove_leftovers(self.folder)
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:
