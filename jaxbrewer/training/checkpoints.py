@@ -33,6 +33,7 @@ import orbax.checkpoint as ocp  # noqa: E402
 logging.root.handlers[:] = _handlers
 
 from ..errors import CheckpointError, DamagedCheckpointError, suggest  # noqa: E402
+from ..machine.barrier import Barrier  # noqa: E402
 from ..models.handle import Model  # noqa: E402
 from ..models.wrap import as_model  # noqa: E402
 from ..step.program import TrainState  # noqa: E402
@@ -85,6 +86,7 @@ class Checkpoints:
             (see `score`) and then the newest. None keeps all. The others go only when the newest
             is finished on disk, so while it is written the disk holds one more.
         is_chief: of several processes, all of which write arrays, one does the rest.
+        barrier: where several processes wait for each other while a save is written.
     """
 
     def __init__(
@@ -95,14 +97,18 @@ class Checkpoints:
         max_to_keep: int | None,
         start: int | None = None,
         is_chief: bool = True,
+        barrier: Barrier | None = None,
     ):
         self.folder = folders.make(folder)
         self.max_to_keep = max_to_keep
         self._is_chief = is_chief
+        self._barrier = barrier
         self._saving: _Saving | None = None
         if is_chief:
             self._clear_the_way(resume, start)
-        self._checkpointer = ocp.AsyncCheckpointer(_handler())
+        self._checkpointer = ocp.AsyncCheckpointer(
+            _handler(), async_options=ocp.options.AsyncOptions(barrier_sync_fn=barrier)
+        )
 
     def _clear_the_way(self, resume: bool, start: int | None) -> None:
         folders.remove_leftovers(self.folder)
@@ -172,6 +178,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            if self._barrier is not None:
+                self._barrier.fail()
             saving, self._saving = self._saving, None
             if saving is None:
                 raise

@@ -298,6 +298,7 @@ def _checkpoints(
         max_to_keep=config.max_to_keep,
         start=resumed.position.global_step if resumed is not None and is_here else None,
         is_chief=processes.rank == 0,
+        barrier=processes.barrier(),
     )
 
     def close() -> None:

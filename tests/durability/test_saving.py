@@ -161,6 +161,58 @@ def test_every_save_and_every_start_is_a_line(tmp_path, caplog):
     assert "resuming at step 4 of 6, epoch 2, from gs4, verified" in caplog.text
 
 
+TWO = """
+import sys
+rank = int(sys.argv[2])
+import jax
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, rank)
+import pathlib
+import orbax.checkpoint as ocp
+from tests import small
+
+write = ocp.StandardCheckpointHandler.async_save
+
+class Failing:
+    def result(self, timeout=None):
+        raise OSError(28, "No space left on device")
+
+async def failing(self, directory, *args, **options):
+    done = await write(self, directory, *args, **options)
+    return [*done, Failing()] if rank == 1 and "gs2." in str(directory) else done
+
+ocp.StandardCheckpointHandler.async_save = failing
+distiller = small.distiller(pathlib.Path(sys.argv[3]), local_rank=rank, ckpt_steps=2)
+with distiller:
+    distiller.train(small.SGD, small.batches(2, size=2), num_steps=int(sys.argv[4]))
+"""
+
+
+@pytest.mark.parametrize("steps", [2, 200])
+def test_a_save_that_fails_in_one_process_ends_all(tmp_path, steps):
+    """In the middle or at the end: none waits for the other."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NPROC": "4", "JAX_PLATFORMS": "cpu"}
+    environment.pop("XLA_FLAGS", None)
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, str(port), str(rank), str(tmp_path), str(steps)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=150)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [1, 1], "\n\n".join(said)
+    assert "gs2 could not be written (OSError: [Errno 28] No space left on device)" in said[1]
+    assert "process 1 failed" in said[0]
+    assert steps_in(tmp_path / "out") == []
+
+
 # ------------------------------------------------------------------------------ one run a folder
 
 
