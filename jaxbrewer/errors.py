@@ -70,6 +70,18 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, does not fit, or cannot be written."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is not what was saved.
+
+    Attributes:
+        problem: what is wrong with it, without its path and without advice.
+    """
+
+    def __init__(self, message: str, problem: str):
+        super().__init__(message)
+        self.problem = problem
+
+
 class PrecisionError(ValueError):
     """A model, or a device, that a level of half precision does not go with."""
 

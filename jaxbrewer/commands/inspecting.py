@@ -12,15 +12,10 @@ import jax.numpy as jnp
 from jaxbrewer.commands import BY_HAND, FINE, CommandError
 from jaxbrewer.commands.zoo_models import config_from
 from jaxbrewer.configurations.checks import short
-from jaxbrewer.errors import CheckpointError
+from jaxbrewer.errors import CheckpointError, DamagedCheckpointError
 from jaxbrewer.files import UnreadableFileError, read_json_object
-from jaxbrewer.training.checkpoints import (
-    is_finished,
-    read_position,
-    read_through,
-    scores_in,
-    steps_in,
-)
+from jaxbrewer.training.checkpoints import examine
+from jaxbrewer.training.folders import is_finished, scores_in, steps_in
 from jaxbrewer.utils import display_parameters
 from jaxbrewer.zoo.folders import CONFIG, INDEX, WEIGHTS, Stored, check_sizes, find_tensors
 
@@ -168,12 +163,21 @@ def _inspect_checkpoint(path: Path, max_level: int) -> int:
     print(f"{path}: a checkpoint")
     score = _scores(path.parent).get(_step_of(path))
     try:
-        position, trees = read_position(path), read_through(path)
-    except (CheckpointError, AttributeError, TypeError) as error:  # the last two out of Orbax
-        print(f"  ! damaged: {error}")
+        saved = examine(path)
+    except DamagedCheckpointError as error:
+        print(f"  ! damaged: it {error.problem}")
         return BY_HAND
-    _print_position(position, score)
-    print(f"  holds: {', '.join([*sorted(trees), 'position'])}; all of it can be read")
+    except CheckpointError as error:
+        print(f"  ! {error}")
+        return BY_HAND
+    trees = saved.shapes
+    _print_position(saved.position, score)
+    known = (
+        " and is what was saved"
+        if saved.is_verified
+        else "; without digests, whether it is what was saved cannot be verified"
+    )
+    print(f"  holds: {', '.join([*sorted(trees), 'position'])}; all of it can be read{known}")
     for name in ("student", "projections"):
         if name in trees:
             params = jax.tree.map(_shape, trees[name]["params"])

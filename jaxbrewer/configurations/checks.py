@@ -158,6 +158,24 @@ def folder(value: Any) -> str:
     return value
 
 
+def checkpoint(value: Any) -> bool | str:
+    """Accepts True and False, the name of a checkpoint, or a path to one; keeps that as text."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+        if isinstance(value, str) and not os.path.dirname(value):
+            value = os.path.join(os.curdir, value)
+    is_name = isinstance(value, str) and re.fullmatch(r"gs\d+", value)
+    is_path = isinstance(value, str) and os.path.dirname(value) and "\0" not in value
+    if not is_name and not is_path:
+        raise ValueError(
+            "expected True or False, the name of a checkpoint in output_dir ('gs1200'), or a path to "
+            "one, with a / in it"
+        )
+    return value
+
+
 def optional(check: Check) -> Check:
     """Returns a check that accepts None besides what ``check`` accepts."""
 

@@ -45,7 +45,9 @@ class TrainingConfig(Config):
         seed: of every random number of the training, from 0 to 2³² − 1.
         half_dtype: the half type of ``fp16``: ``'bfloat16'``, ``'float16'``, or ``'auto'``:
             bfloat16 where the hardware has it, else float16.
-        resume: go on from the newest checkpoint in ``output_dir``.
+        resume: True: go on from the newest checkpoint in ``output_dir`` that is whole, if there is
+            one; ``'gs1200'`` or a path with a slash: from that one, and no other. What is newer
+            there is moved aside.
         max_to_keep: checkpoints to keep: the newest, and of the others the best-scored and then the
             newest; None: all. While one is written, the disk holds one more than this.
         mapping: how several devices share a batch. ``'sharded'``: one program sees the batch whole,
@@ -80,7 +82,7 @@ class TrainingConfig(Config):
     _: KW_ONLY
     seed: int = 0
     half_dtype: str = "auto"
-    resume: bool = False
+    resume: bool | str = False
     max_to_keep: int | None = None
     mapping: str = "sharded"
     sharding: str | None = None
@@ -100,7 +102,7 @@ class TrainingConfig(Config):
         "local_rank": checks.integer(-1),
         "seed": checks.integer(0, 2**32 - 1),
         "half_dtype": checks.one_of(("auto", "bfloat16", "float16")),
-        "resume": checks.boolean,
+        "resume": checks.checkpoint,
         "max_to_keep": checks.optional(checks.integer(1)),
         "mapping": checks.one_of(("sharded", "pmap")),
         "sharding": checks.optional(checks.one_of(("teacher", "all"))),

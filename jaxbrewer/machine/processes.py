@@ -9,6 +9,7 @@ holds the whole batch; an epoch ends when all are at its end; an error of one is
 import contextlib
 import json
 import math
+import secrets
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +17,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..data.batches import Batch, Whole, signature_of
 from ..data.streams import EpochEnd, Event, Micro, Position, host_random
 from ..errors import BatchError
+from .barrier import Barrier
 from .placement import has_rows, rows_of
 
 # How many batches ahead of the step processes announce what they have.
@@ -68,6 +71,15 @@ class Processes:
     def objects(self, value: Any) -> list[Any]:
         """Every process's value, of what JSON can hold."""
         return [json.loads(text) for text in self.gather(json.dumps(value).encode())]
+
+    def barrier(self) -> Barrier | None:
+        """A meeting point for background threads, which may wait there while steps run."""
+        if self.count == 1:
+            return None
+        name = f"jaxbrewer-{self.numbers(secrets.randbits(62))[0, 0]}"
+        # The store by which `jax.distributed` brought the processes together; there is no public name.
+        client = distributed.global_state.client
+        return None if client is None else Barrier(client, self.count, self.rank, name)
 
     @contextlib.contextmanager
     def together(self, doing: str) -> Iterator[None]:

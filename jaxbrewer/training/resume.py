@@ -1,8 +1,12 @@
 """Going on from a checkpoint: where it stands, and the data from there on."""
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 from ..configurations.configs import TrainingConfig
 from ..data.batches import Batch
@@ -17,25 +21,110 @@ from ..data.streams import (
     taken,
     task_order,
 )
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DamagedCheckpointError
 from ..machine.processes import Processes
-from .checkpoints import latest_position
+from .checkpoints import Saved, examine, none_is_whole, unverified
+from .folders import is_finished, others_in, steps_in
 from .request import Request
 from .timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
 
-def position_to_resume(config: TrainingConfig, processes: Processes) -> Position | None:
-    """Where the newest checkpoint stands; None where there is none, or none is asked for."""
-    saved = latest_position(config.output_dir) if config.resume else None
+@dataclass(frozen=True)
+class Resumed:
+    """What a run goes on from.
+
+    Attributes:
+        path: the checkpoint.
+        position: where it stands, for this process.
+        is_verified: whether all of it is known to be what was saved.
+    """
+
+    path: Path
+    position: Position
+    is_verified: bool
+
+    def said(self, total_steps: int) -> str:
+        """A line for the log."""
+        return (
+            f"resuming at step {self.position.global_step} of {total_steps}, epoch "
+            f"{self.position.epoch + 1}, from {self.path.name}, "
+            + ("verified" if self.is_verified else "not verified")
+        )
+
+
+def checkpoint_to_resume(config: TrainingConfig, processes: Processes) -> Resumed | None:
+    """What to go on from; None where there is no checkpoint, or none is asked for.
+
+    Raises:
+        CheckpointError: the checkpoint that is named is not there or not whole, none of those in
+            `output_dir` is whole, or it was trained otherwise.
+    """
+    saved = _saved(config, processes)
     if saved is None:
         return None
+    if not saved.is_verified and processes.rank == 0:
+        logger.warning("%s", unverified(saved.path, saved.position))
+    return Resumed(
+        saved.path, _position(saved.path.name, saved.position, config, processes), saved.is_verified
+    )
+
+
+def _saved(config: TrainingConfig, processes: Processes) -> Saved | None:
+    """The checkpoint that is named, or the newest that is whole."""
+    output = Path(config.output_dir).absolute()
+    if config.resume is False:
+        return None
+    if config.resume is not True:
+        named = _named(config.resume, output)
+        found = _examined(named, processes)
+        if isinstance(found, str):
+            raise CheckpointError(f"resume={config.resume!r}: {named} {found}")
+        return found
+    problems = []
+    # Process 0 says which there are: a shared disk may show others an older state.
+    for step in reversed(processes.objects(steps_in(output))[0]):
+        found = _examined(output / f"gs{step}", processes)
+        if not isinstance(found, str):
+            return found
+        problems.append(f"gs{step} {found}")
+        if processes.rank == 0:
+            logger.warning("gs%d is passed over: it %s", step, found)
+    if problems:
+        raise none_is_whole(output, problems)
+    return None
+
+
+def _named(name: str, output: Path) -> Path:
+    """The folder that ``resume='gs1200'`` or a path means."""
+    path = output / name if re.fullmatch(r"gs\d+", name) else Path(name).absolute()
+    if not is_finished(path):
+        what = "is no finished checkpoint" if path.is_dir() else "is not there"
+        raise CheckpointError(f"resume={name!r}: {path} {what}. Finished ones: {others_in(path)}")
+    return path
+
+
+def _examined(path: Path, processes: Processes) -> Saved | str:
+    """A checkpoint, if all processes find it whole; else what is wrong with it."""
+    found: Saved | str
+    try:
+        found = examine(path)
+    except DamagedCheckpointError as error:
+        found = error.problem
+    said = [text for text in processes.objects(found if isinstance(found, str) else "") if text]
+    return said[0] if said else found
+
+
+def _position(
+    name: str, saved: Mapping[str, Any], config: TrainingConfig, processes: Processes
+) -> Position:
+    """Where a checkpoint stands, for this process."""
     step = saved["global_step"]
     accumulation = saved["train_config"]["gradient_accumulation_steps"]
     if accumulation != config.gradient_accumulation_steps:
         raise CheckpointError(
-            f"gs{step} was trained with gradient_accumulation_steps={accumulation}, not "
+            f"{name} was trained with gradient_accumulation_steps={accumulation}, not "
             f"{config.gradient_accumulation_steps}; its position in the data would be wrong. Use the "
             "same, or start anew with another output_dir"
         )
@@ -45,9 +134,9 @@ def position_to_resume(config: TrainingConfig, processes: Processes) -> Position
     else:
         mine = each[0] | {"host_random": None}
         logger.warning(
-            "gs%d was saved by %d processes and goes on in %d: each starts %d batches into epoch %d of "
+            "%s was saved by %d processes and goes on in %d: each starts %d batches into epoch %d of "
             "its own data, which is right only if a step still takes the same number of examples",
-            step,
+            name,
             len(each),
             processes.count,
             mine["batch"],

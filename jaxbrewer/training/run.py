@@ -34,10 +34,12 @@ from ..step.optimizer import Optimizer
 from ..step.program import Program, TrainState
 from . import signals, teacher_cache
 from .checkpoints import Checkpoints, read_variables
+from .folders import make
+from .lock import RunLock
 from .loop import CallbackResult, CompiledTask, Loop
 from .metrics import MetricsWriter
 from .request import Request, make_factor, make_timeline
-from .resume import open_streams, position_to_resume
+from .resume import Resumed, checkpoint_to_resume, open_streams
 from .timeline import Timeline
 
 logger = logging.getLogger(__name__)
@@ -82,10 +84,11 @@ OnCheckpoint = Callable[[Outcome], Any]
 
 
 class _Progress:
-    """What a run has come to so far."""
+    """What a run has come to so far, and the lock that keeps its folder to itself."""
 
     def __init__(self, job: Job):
         self.outcome = Outcome(job)
+        self.lock = RunLock(job.config.output_dir)
 
     def note(self, **changes: Any) -> Outcome:
         self.outcome = replace(self.outcome, **changes)
@@ -109,6 +112,8 @@ def train(job: Job, request: Request, on_checkpoint: OnCheckpoint) -> Outcome:
         _run(progress, request, on_checkpoint)
     except BaseException as error:  # noqa: BLE001  the caller raises it, once it has the outcome
         return progress.note(variables=None, error=error)
+    finally:
+        progress.lock.release()
     return progress.outcome
 
 
@@ -123,13 +128,15 @@ def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> 
         timeline = make_timeline(job.config, request)
         factor = make_factor(request, timeline.total_steps)
     _warn_of_evaluation(job)
-    latest = position_to_resume(job.config, processes)
-    if latest is not None and latest.global_step >= timeline.total_steps:
-        _bring_back(progress, request, timeline, latest, placement, processes)
+    if Path(job.config.output_dir).is_dir():
+        _take_folder(progress, processes)
+    resumed = checkpoint_to_resume(job.config, processes)
+    if resumed is not None and resumed.position.global_step >= timeline.total_steps:
+        _bring_back(progress, request, timeline, resumed, placement, processes)
         return
     # Looking at the first batches comes before anything is touched on disk. A resumed run skips to
     # its position, which only its checkpoint knows.
-    start = latest or Position()
+    start = Position() if resumed is None else resumed.position
     with processes.together("checking the models and the first batch"):
         first, events = open_streams(request, timeline, start, job.config.seed)
         prepared = _prepared(progress, first, request, placement)
@@ -138,9 +145,10 @@ def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> 
         )
     with (
         signals.waiting() as asked,
-        _checkpoints(progress, processes) as checkpoints,
+        _checkpoints(progress, processes, resumed) as checkpoints,
         _metrics(job, processes) as metrics,
     ):
+        events = _watched(events, checkpoints)
         if processes.count > 1:
             events = joined(
                 events,
@@ -152,9 +160,10 @@ def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> 
             )
         program = next(iter(programs.values()))
         state = placement.start(program, job.config.seed)
-        if latest is not None:
-            state = checkpoints.restore(latest.global_step, state)
-            logger.info("Resuming from gs%d", latest.global_step)
+        if resumed is not None:
+            state = checkpoints.restore(resumed.path, state)
+            if processes.rank == 0:
+                logger.info("%s", resumed.said(timeline.total_steps))
         loop = Loop(
             tasks={name: _compiled(program, placement) for name, program in programs.items()},
             state=placement.enter(state),
@@ -270,15 +279,38 @@ def _cached(
     )
 
 
+def _watched(events: Iterator[Event], checkpoints: Checkpoints) -> Iterator[Event]:
+    """The stream, which fails where a save has failed: in every process, as a batch's failure does."""
+    checkpoints.check()
+    for event in events:
+        yield event
+        checkpoints.check()
+
+
+def _take_folder(progress: _Progress, processes: Processes) -> None:
+    """Sees to it that no other run has the same `output_dir`; made if it is not there."""
+    with processes.together("taking output_dir for this run"):
+        make(progress.outcome.job.config.output_dir)
+        if processes.rank == 0:
+            progress.lock.take()
+
+
 @contextlib.contextmanager
-def _checkpoints(progress: _Progress, processes: Processes) -> Iterator[Checkpoints]:
+def _checkpoints(
+    progress: _Progress, processes: Processes, resumed: Resumed | None
+) -> Iterator[Checkpoints]:
     """The run's checkpoints; closed at the end, when it is known which of them is the best."""
     config = progress.outcome.job.config
+    _take_folder(progress, processes)
+    # What is resumed from elsewhere leaves no checkpoint here to go on from.
+    is_here = resumed is not None and resumed.path.parent == Path(config.output_dir).absolute()
     checkpoints = Checkpoints(
         config.output_dir,
-        resume=config.resume,
+        resume=is_here or config.resume is True,
         max_to_keep=config.max_to_keep,
+        start=resumed.position.global_step if resumed is not None and is_here else None,
         is_chief=processes.rank == 0,
+        barrier=processes.barrier(),
     )
 
     def close() -> None:
@@ -363,12 +395,12 @@ def _bring_back(
     progress: _Progress,
     request: Request,
     timeline: Timeline,
-    end: Position,
+    end: Resumed,
     placement: Placement,
     processes: Processes,
 ) -> None:
     """Takes from its last checkpoint what a finished run has left."""
-    logger.info("gs%d is the end of this run; nothing is left to train", end.global_step)
+    logger.info("%s is the end of this run; nothing is left to train", end.path.name)
     job = progress.outcome.job
     if job.custom_matches:  # their projections are made when the models are looked at
         with processes.together("checking the models and the first batch"):
@@ -376,12 +408,11 @@ def _bring_back(
             job = prepare(job, first, request.optimizer, device=placement.devices[0]).job
     student = next(iter(job.tasks.values())).student.model
     projections = job.projections.models()
-    with _checkpoints(progress, processes) as checkpoints:
-        path = checkpoints.folder / f"gs{end.global_step}"
-        variables = read_variables(path, student, projections)
+    with _checkpoints(progress, processes, end):
+        variables = read_variables(end.path, student, projections)
     progress.note(
         job=job,
-        steps=end.global_step,
+        steps=end.position.global_step,
         variables=variables,
         student=student,
         projections=projections,

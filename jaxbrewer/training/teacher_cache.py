@@ -1,10 +1,14 @@
 """The teacher's results, computed once and served each epoch, from host memory or from disk.
 
 Only what the objective uses is kept: logits and their mask, and the matched layers. On disk a cache
-is a folder of one safetensors file a batch and a ``manifest.json``, which names the teacher's
-weights, the data and the type by their digests. A batch's file is written whole or not at all, and
-counts only if the manifest's digest of that batch is the batch's: an interrupted cache goes on
-where it stopped, and one of another teacher or of other data is refused.
+is a folder of records, one safetensors file a batch, and a ``manifest.json``, which names the
+teacher's weights, the data and the type by their digests. A batch's file is written whole or not at
+all, and counts only if the manifest's digest of that batch is the batch's: an interrupted cache
+goes on where it stopped, and one of another teacher or of other data is refused.
+
+Every record carries, in its file's header, what it is a record of and a digest of both, which is
+compared when it is served. ``records`` in the manifest says what a record is, so far a batch.
+Caches of format 1 have no digests of their records; they are served as they are, with a line.
 """
 
 import hashlib
@@ -13,6 +17,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save_file
 from tqdm.auto import tqdm
 
 from ..data.batches import Batch, Served, Static, sides
@@ -28,11 +33,26 @@ from ..errors import CacheError
 from ..files import UnreadableFileError, read_json_object, replacing, write_json
 from ..models.adaptors import Results
 from ..models.teachers import Teacher
+from . import digests
+from .folders import space_left
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where one batch's results lie, and of which batch they are.
+
+    Attributes:
+        path: the file.
+        of: the digest of the batch; '' where the file does not say it (format 1).
+    """
+
+    path: Path
+    of: str
 
 
 class CachedLoader:
@@ -40,7 +60,7 @@ class CachedLoader:
 
     Args:
         batches: the students' batches, in host memory.
-        results: for each, its results, or the file they are in.
+        results: for each, its results, or the record they are in.
         like: results by shape, whose structure and types files are read into.
         seed: of the order.
     """
@@ -66,8 +86,8 @@ class CachedLoader:
     def __iter__(self) -> Iterator[Served]:
         for i in self.order():
             results = self._results[i]
-            if isinstance(results, Path):
-                results = _unpack(_load(results), self._like)
+            if isinstance(results, Record):
+                results = _unpack(_load(results), self._like, results.path)
             yield Served(self._batches[i], results)
 
 
@@ -127,7 +147,7 @@ def build(
     for i, batch in enumerate(_bar(kept)):
         if not disk.has(i):
             disk.write(i, compiled(variables, place(batch)))
-    return CachedLoader(students, disk.paths, shapes[0], seed)
+    return CachedLoader(students, disk.records, shapes[0], seed)
 
 
 def _bar(batches: list[Batch]) -> Any:
@@ -178,14 +198,15 @@ class _DiskCache:
         described = [_describe(shape) for shape in shapes]
         self._manifest: dict[str, Any] = {
             "format": FORMAT,
-            "teacher": digest(variables),
+            "records": "batch",
+            "teacher": digests.digest(variables),
             "dtype": dtype,
             "contents": hashlib.sha256(json.dumps(described).encode()).hexdigest(),
             "batches": self._digests,
             **({"level": level} if level else {}),
         }
         folder.mkdir(parents=True, exist_ok=True)
-        self._check()
+        self._check(variables)
         missing = sum(not self.has(i) for i in range(len(batches)))
         needed = size * missing // len(batches)
         free = shutil.disk_usage(folder).free
@@ -198,7 +219,13 @@ class _DiskCache:
         if missing < len(batches):
             logger.info("%d of %d batches are cached already", len(batches) - missing, len(batches))
 
-    def _check(self) -> None:
+    @property
+    def records(self) -> list[Record]:
+        """What each batch's results are served from."""
+        of = self._digests if self._manifest["format"] > 1 else [""] * len(self.paths)
+        return [Record(path, each) for path, each in zip(self.paths, of, strict=True)]
+
+    def _check(self, variables: Any) -> None:
         path = self.folder / _MANIFEST
         if path.exists():
             try:
@@ -207,8 +234,17 @@ class _DiskCache:
                 raise CacheError(
                     f"{path} is damaged; delete {self.folder} to start anew"
                 ) from error
+            if there.get("format") == 1:  # its records have no digests, nor will those it lacks
+                self._manifest |= {"format": 1, "teacher": digest(variables)}
+                del self._manifest["records"]
+                logger.warning(
+                    "the cache in %s is of format 1, whose files have no digests: whether they are as "
+                    "they were written cannot be verified",
+                    self.folder,
+                )
             names = {
                 "format": "was written by another version",
+                "records": f"holds one record for each {there.get('records')}, not for each batch",
                 "teacher": "was made by other teacher weights",
                 "dtype": f"holds {there.get('dtype')}, not {self._manifest['dtype']}",
                 "contents": "holds other results: other layers or shapes were matched",
@@ -233,17 +269,44 @@ class _DiskCache:
 
     def write(self, i: int, results: Any) -> None:
         arrays = _pack(jax.tree.map(np.asarray, results))
-        with replacing(self.paths[i]) as file:
-            save_file(arrays, file)
+        record = self.records[i]
+        told = {"metadata": {"of": record.of, "digest": _digest_of(arrays, record.of)}}
+        try:
+            with replacing(record.path) as file:
+                save_file(arrays, file, **(told if record.of else {}))
+        except (SafetensorError, OSError) as error:
+            raise CacheError(
+                f"{record.path} could not be written ({error}); {space_left(self.folder)}. What is "
+                "cached stays: make room, and the same run goes on where this one stopped"
+            ) from error
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
+def _digest_of(arrays: Mapping[str, np.ndarray], of: str) -> str:
+    """The digest of a record: its arrays, by name, and what it is of."""
+    return digests.json_digest([of, digest(dict(arrays))])
+
+
+def _load(record: Record) -> dict[str, np.ndarray]:
+    cure = "delete it, and it is computed again"
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CacheError(
-            f"{path} cannot be read ({error}); delete it, and it is computed again"
-        ) from error
+        data = record.path.read_bytes()
+        arrays = load(data)
+        said = _header(data)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{record.path} cannot be read ({error}); {cure}") from error
+    if not record.of:
+        return arrays
+    if said.get("of") != record.of:
+        raise CacheError(f"{record.path} holds the results of another batch; {cure}")
+    if said.get("digest") != _digest_of(arrays, record.of):
+        raise CacheError(f"{record.path} is damaged: it is not what was written; {cure}")
+    return arrays
+
+
+def _header(data: bytes) -> Mapping[str, str]:
+    """What a safetensors file says of itself."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]).get("__metadata__") or {}
 
 
 def _pack(results: Any) -> dict[str, np.ndarray]:
@@ -254,9 +317,19 @@ def _pack(results: Any) -> dict[str, np.ndarray]:
     }
 
 
-def _unpack(arrays: Mapping[str, np.ndarray], like: Any) -> Any:
+def _unpack(arrays: Mapping[str, np.ndarray], like: Any, path: Path) -> Any:
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    wrong = [
+        name
+        for name, (_, leaf) in zip(names, leaves, strict=True)
+        if name not in arrays or arrays[name].dtype != leaf.dtype
+    ]
+    if wrong:
+        raise CacheError(
+            f"{path} is damaged: it lacks {', '.join(wrong)}, or has them in another type; delete it, "
+            "and it is computed again"
+        )
     return jax.tree.unflatten(structure, [arrays[name] for name in names])
 
 

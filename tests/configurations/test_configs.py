@@ -380,7 +380,7 @@ def test_optional_steps_say_that_none_will_do():
         ("local_rank", -2, "expected an integer from -1"),
         ("seed", -1, "expected an integer from 0 to 4294967295"),
         ("seed", 2**32, "expected an integer from 0 to 4294967295"),
-        ("resume", "yes", "expected True or False"),
+        ("resume", "yes", "the name of a checkpoint"),
     ],
 )
 def test_wrong_training_values(name, value, expected):

@@ -116,12 +116,12 @@ def test_interrupted_cache_goes_on_and_never_serves_half(tmp_path, monkeypatch):
     original = caching.save_file
     written = []
 
-    def fail_at_third(arrays, path):
+    def fail_at_third(arrays, path, **options):
         if len(written) == 2:
             path.write_bytes(b"half")
             raise KeyboardInterrupt
         written.append(path)
-        original(arrays, path)
+        original(arrays, path, **options)
 
     monkeypatch.setattr(caching, "save_file", fail_at_third)
     with pytest.raises(KeyboardInterrupt):

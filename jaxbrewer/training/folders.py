@@ -1,0 +1,111 @@
+"""The folders of an ``output_dir``: checkpoints ``gs{step}``, their scores, and what is set aside."""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..files import read_json_object, write_json
+
+Folder = str | os.PathLike[str]
+
+logger = logging.getLogger(__name__)
+
+FINISHED = "_CHECKPOINT_METADATA"  # Orbax writes it last
+SCORES = "scores.json"
+
+
+def steps_in(folder: Folder) -> list[int]:
+    """The steps of the finished checkpoints in a folder, in order."""
+    return sorted(step for step, path in step_folders(folder) if is_finished(path))
+
+
+def step_folders(folder: Folder) -> list[tuple[int, Path]]:
+    """The folders ``gs{step}``, finished or not, with their steps."""
+    named = [(step_of(path), path) for path in Path(folder).glob("gs*")]
+    return sorted((step, path) for step, path in named if step is not None)
+
+
+def step_of(path: Path) -> int | None:
+    """The step in a name ``gs{step}``; None for other names."""
+    match = re.fullmatch(r"gs(\d+)", path.name)
+    return int(match[1]) if match else None
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a folder is a checkpoint that was written to its end."""
+    return (path / FINISHED).is_file()
+
+
+def others_in(path: Path) -> str:
+    """The finished checkpoints beside one, in words."""
+    others = [f"gs{step}" for step in steps_in(path.parent) if f"gs{step}" != path.name]
+    return ", ".join(others) or "there is none"
+
+
+def make(folder: Folder) -> Path:
+    """Makes an ``output_dir`` if it is not there.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    path = Path(folder).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"output_dir={str(folder)!r} cannot be made: {error}") from error
+    return path
+
+
+def scores_in(folder: Folder) -> dict[int, float]:
+    """The scores noted in an ``output_dir``, by step.
+
+    Raises:
+        CheckpointError: their file is damaged.
+    """
+    path = Path(folder) / SCORES
+    if not path.is_file():
+        return {}
+    try:
+        return {int(step): float(score) for step, score in read_json_object(path).items()}
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}; delete it, and scores begin anew"
+        ) from error
+
+
+def write_scores(folder: Folder, scores: dict[int, float]) -> None:
+    """Notes scores by step in an ``output_dir``."""
+    write_json(Path(folder) / SCORES, scores)
+
+
+def set_aside(folder: Path, paths: Collection[Path], why: str) -> None:
+    """Moves folders to ``earlier-1`` (2, …) beside them, with a line that says why."""
+    if not paths:
+        return
+    n = 1
+    while (folder / f"earlier-{n}").exists():
+        n += 1
+    aside = folder / f"earlier-{n}"
+    aside.mkdir()
+    for path in paths:
+        shutil.move(path, aside / path.name)
+    logger.warning("%s: moved to %s", why, aside)
+
+
+def remove_leftovers(folder: Path, name: str = "gs*") -> None:
+    """Deletes what a save that was cut off has left; it is never read."""
+    for path in folder.glob(f"{name}.orbax-checkpoint-tmp*"):
+        logger.info("%s is left of a save that was cut off; deleted", path)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def space_left(folder: Path) -> str:
+    """The room on a folder's disk, in words."""
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free in {folder}"
+    except OSError as error:
+        return f"how much room there is in {folder} cannot be told ({error})"
