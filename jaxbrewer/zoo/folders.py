@@ -116,9 +116,8 @@ def _inside(folder: Path, file: str, index: Path) -> Path:
     try:
         there, resolved, root = path.is_file(), path.resolve(), folder.resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a circle of links
-        raise ValueError(
-            f"{index} names {_short(file)}, which is no file's name: {error}"
-        ) from error
+        why = getattr(error, "strerror", None) or str(error)[:200]
+        raise ValueError(f"{index} names {_short(file)}, which is no file's name: {why}") from error
     if not there:
         raise ValueError(f"{index} names {file[:200]}, which is not in the folder")
     roots = [root]

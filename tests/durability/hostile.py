@@ -74,7 +74,7 @@ def field(named=True, /, **values):
     return apply
 
 
-def sharded(weight_map):
+def sharded(weight_map, *named):
     """The weights in a shard, and an index in which one tensor is said to be elsewhere."""
 
     def apply(rng, folder):
@@ -83,7 +83,7 @@ def sharded(weight_map):
         changed = weight_map(rng, folder, names)
         value = {"weight_map": names | changed} if isinstance(changed, dict) else changed
         (folder / INDEX).write_text(json.dumps(value))
-        return (INDEX,)
+        return INDEX, *named
 
     return apply
 
@@ -190,8 +190,8 @@ def unknown_keys(rng, folder):
 LARGE = (10**7, 10**9, 2**31 - 1, 10**30)
 NOT_NUMBERS = (b"NaN", b"Infinity", b"-Infinity", b"1e999", 1e300, "x", None, True, [1], {}, -1)
 HOSTILE = {
-    "an index that leaves the folder": sharded(elsewhere),
-    "a link that leaves the folder": sharded(linked),
+    "an index that leaves the folder": sharded(elsewhere, "outside of the folder"),
+    "a link that leaves the folder": sharded(linked, "outside of the folder"),
     "an index of other types": sharded(no_names),
     "an index without a map": sharded(no_map),
     "an index of what is not there": sharded(absent),

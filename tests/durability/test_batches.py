@@ -5,69 +5,36 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
 from jax.sharding import PartitionSpec
 
-import jaxbrewer
 from jaxbrewer.data.batches import Static, check_ids, own
 from jaxbrewer.data.likeness import Likeness
-from jaxbrewer.data.streams import Micro, checked, taken
 from jaxbrewer.errors import BatchError
-from jaxbrewer.preflight.prepare import prepare
 from jaxbrewer.training import run
 
 from . import malformed
-from .malformed import BAD, LEGAL, MALFORMED, NAMES, good
+from .malformed import BAD, LEGAL, MALFORMED, good
 
 
 @pytest.fixture(scope="module")
 def checks(tmp_path_factory):
-    """The check of a batch as training makes it, for batches that are dicts and that are tuples."""
-    teacher, student = malformed.models()
-    folder = tmp_path_factory.mktemp("run")
-    distiller = jaxbrewer.GeneralDistiller(
-        jaxbrewer.TrainingConfig(output_dir=folder, log_dir=None, device="cpu"),
-        jaxbrewer.DistillationConfig(hard_label_weight=1.0),
-        teacher,
-        student,
-        malformed.adaptor,
-        malformed.adaptor,
-    )
-    found = {}
-    for container in (dict, tuple):
-        first = good(np.random.default_rng(99))
-        first = own(first if container is dict else malformed.as_tuple(first))
-        with distiller:
-            programs = prepare(distiller.job(), {"": first}, optax.sgd(0.1)).programs
-        found[container] = run._batch_check(programs[""], first)
-    return found
-
-
-def passed(loader, check):
-    """Sends a loader's batches the way they take in training, up to the step."""
-    events = (Micro(1, i, batch) for i, batch in enumerate(loader))
-    return [event.inputs for event in checked(taken(events, None), {"": check})]
+    return malformed.checks_of(tmp_path_factory.mktemp("run"))
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_a_malformed_batch_is_refused_with_its_place(kind, seed, checks):
-    loader, name = malformed.made(kind, seed)
-    with pytest.raises(BatchError) as caught:
-        passed(loader, checks[type(loader[0])])
-    message = str(caught.value)
-    assert message.startswith(f"epoch 2, batch {BAD + 1} (index {BAD} of the loader): ")
-    position = f"[{NAMES.index(name)}]" if name in NAMES else name
-    assert name in message or position in message
+    result, message = malformed.verdict(kind, seed, lambda loader: malformed.passed(loader, checks))
+    assert result == "named", message
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", LEGAL)
 def test_a_legal_batch_passes(kind, seed, checks):
     loader, _ = malformed.made(kind, seed)
-    assert len(passed(loader, checks[type(loader[0])])) == len(loader)
+    assert len(malformed.passed(loader, checks)) == len(loader)
 
 
 def test_training_names_the_batch(tmp_path):

@@ -126,6 +126,13 @@ def test_a_tensor_in_two_shards_or_in_another_one_is_refused(good, tmp_path):
             find_tensors(tmp_path)
 
 
+def test_a_name_too_long_is_told_shortly(good, tmp_path):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
+    with pytest.raises(ValueError, match="which is no file's name: File name too long") as caught:
+        find_tensors(tmp_path)
+    assert len(str(caught.value)) < 500
+
+
 def test_wide_and_half_weights_are_read(good, tmp_path):
     """What is in range is as welcome as before."""
     shutil.copytree(good, tmp_path / "model")
