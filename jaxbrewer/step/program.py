@@ -244,11 +244,11 @@ class Program:
         updates, _ = self.optimizer.update(grads, state.opt_state, state.params, factor=schedule[2])
         params = optax.apply_updates(state.params, updates)
         found = {
-            "weights": _by_name(guards.is_finite, state.params),
-            "teacher": _by_name(guards.is_finite, results_T),
-            "gradient": _by_name(guards.is_finite, grads),
-            "update": _by_name(guards.stays_finite, state.params, params),
-            "state": _by_name(guards.stays_finite, model_state, new),
+            "weights": by_name(guards.is_finite, state.params),
+            "teacher": by_name(guards.is_finite, results_T),
+            "gradient": by_name(guards.is_finite, grads),
+            "update": by_name(guards.stays_finite, state.params, params),
+            "state": by_name(guards.stays_finite, model_state, new),
         }
         if self.axis is None:
             return found
@@ -273,7 +273,7 @@ def average(axis: str, grads: Any, model_state: Any, metrics: jax.Array) -> tupl
     return jax.tree.map(mean, grads), jax.tree.map(mean, model_state), metrics
 
 
-def _by_name(look: Callable[..., jax.Array], *trees: Any) -> dict[str, jax.Array]:
+def by_name(look: Callable[..., jax.Array], *trees: Any) -> dict[str, jax.Array]:
     """The name of each float leaf → what `look` says of it."""
     names = [
         jax.tree_util.keystr(path, simple=True, separator="/")
@@ -332,7 +332,7 @@ def guarded(old: TrainState, new: TrainState, finite: jax.Array) -> tuple[TrainS
 
 def _may_spoil_weights(params: Any) -> bool:
     """Whether an update by a finite gradient is looked at too: in float16 an eps of 1e-8 is 0, and
-    65504 the end. Elsewhere it would cost more than it finds; see `Checkpoints.save`."""
+    65504 the end. Elsewhere it would cost too much; the loop looks at the weights before it saves."""
     return any(x.dtype == jnp.float16 for x in jax.tree.leaves(params))
 
 
