@@ -101,11 +101,7 @@ def _tensors(folder: Path) -> Mapping[str, Stored]:
     except UnreadableFileError:
         raise
     except ValueError as error:
-<<<<<<< ours
-        raise CommandError(str(error), BY_HAND) from error
-=======
         raise CommandError(f"{folder} is damaged: {error}", BY_HAND) from error
->>>>>>> theirs
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,8 +60,10 @@ class TrainingConfig(Config):
         max_nonfinite_steps: how many optimizer steps in a row may meet a loss or gradient that is not
             finite before training ends with an error, which names the step, the batch, the term and
             the parameter. Such a step changes no weight and no moment; schedules go on. 1: the first
-            one ends it; None: none does, each is dropped with a warning. Whatever it is, what is
-            saved is of before. float16's overflows do not count: the loss scale sees to them.
+            one ends it; None: none does, each is dropped with a warning. At the end the state of before
+            the last of them is saved, unless it is there already: resuming on clean data gives the bits
+            of a run that had clean data there. float16's overflows do not count: the loss scale sees to
+            them.
 
     Raises:
         ConfigError: a ValueError that lists everything wrong.

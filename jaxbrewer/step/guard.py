@@ -11,6 +11,7 @@ later, then finds the state as it was.
 Finite means every number, one by one: a norm of them all may overflow where none of them did.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,6 +80,31 @@ def keep(old: Any, new: Any, dropped: Bool[Array, ""]) -> Any:
     return jax.tree.map(lambda o, n: jnp.where(dropped, o, n), old, new)
 
 
+def unless(held: Bool[Array, ""], update: Callable[[Any], Any], old: Any) -> Any:
+    """``update(old)``, or `old` where `held`.
+
+    A loop of one round or none, since loops change what they carry in place: choosing between old
+    and new arrays afterwards would read and write each of them once more.
+    """
+
+    def types(tree: Any) -> Any:
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    if types(jax.eval_shape(update, old)) != types(old):  # a loop could not carry it
+        return keep(old, update(old), held)
+    carry = jax.lax.while_loop(
+        lambda c: ~c[0], lambda c: (jnp.bool_(True), update(c[1])), (held, old)
+    )
+    return carry[1]
+
+
+def stops(guard: Guard, finite: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether the state stands still from this micro-batch on, or before."""
+    if guard.limit is None:
+        return guard.stopped
+    return guard.stopped | (~finite & (guard.in_a_row + 1 >= guard.limit))
+
+
 def advance(
     guard: Guard, finite: Bool[Array, ""], closes: Bool[Array, ""]
 ) -> tuple[Guard, Bool[Array, ""]]:
@@ -93,13 +119,12 @@ def advance(
         The state after it, but for `before`; and whether it ends a window that is to be dropped.
     """
     spoiled = guard.spoiled | ~finite
-    in_a_row = guard.in_a_row + spoiled
-    stops = ~finite & (in_a_row >= guard.limit) if guard.limit else jnp.bool_(False)
+    in_a_row = jnp.where(spoiled, guard.in_a_row + 1, 0)
     after = replace(
         guard,
-        stopped=guard.stopped | stops,
+        stopped=stops(guard, finite),
         spoiled=spoiled & ~closes,
-        in_a_row=jnp.where(closes, jnp.where(spoiled, in_a_row, 0), guard.in_a_row),
+        in_a_row=jnp.where(closes, in_a_row, guard.in_a_row),
     )
     return after, spoiled & closes
 

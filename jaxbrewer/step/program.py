@@ -163,22 +163,28 @@ class Program:
         finite &= guards.stays_finite(state.model_state, model_state)
         if self.axis is not None:
             finite = jax.lax.pmin(finite.astype(jnp.int32), self.axis) > 0
+        held = state.guard.stopped
         if self.precision.is_scaled:
             grads = loss_scale.unscale(state.scaling, grads, finite)
-        elif accumulates(state.opt_state):
-            grads = guards.zero_unless(finite, grads)
-        updates, opt_state = self.optimizer.update(
-            grads, state.opt_state, state.params, factor=schedule[2]
-        )
+        else:
+            held = guards.stops(state.guard, finite)
+            if state.guard.counts and accumulates(state.opt_state):
+                grads = guards.zero_unless(finite, grads)
+
+        def update(trained: tuple[Any, Any]) -> tuple[Any, Any]:
+            params, opt_state = trained
+            updates, opt_state = self.optimizer.update(grads, opt_state, params, factor=schedule[2])
+            return optax.apply_updates(params, updates), opt_state
+
+        params, opt_state = guards.unless(held, update, (state.params, state.opt_state))
         new = replace(
             state,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             model_state=model_state,
             opt_state=opt_state,
             micro_step=state.micro_step + 1,
         )
-        # Where the gradient is finite, the update need not be: an eps of 1e-8 is 0 in float16.
-        new, verdict = guarded(state, new, finite, guards.stays_finite(state.params, new.params))
+        new, verdict = guarded(state, new, finite)
         last: Sequence[Any] = (scale, new.scaling.skipped) if self.precision.is_scaled else ()
         verdict, *last = (jnp.asarray(x, total.dtype)[None] for x in (verdict, *last))
         return new, jnp.concatenate([metrics[:2], verdict, metrics[2:], *last])
@@ -238,11 +244,11 @@ class Program:
         updates, _ = self.optimizer.update(grads, state.opt_state, state.params, factor=schedule[2])
         params = optax.apply_updates(state.params, updates)
         found = {
-            "weights": _by_name(guards.is_finite, state.params),
-            "teacher": _by_name(guards.is_finite, results_T),
-            "gradient": _by_name(guards.is_finite, grads),
-            "update": _by_name(guards.stays_finite, state.params, params),
-            "state": _by_name(guards.stays_finite, model_state, new),
+            "weights": by_name(guards.is_finite, state.params),
+            "teacher": by_name(guards.is_finite, results_T),
+            "gradient": by_name(guards.is_finite, grads),
+            "update": by_name(guards.stays_finite, state.params, params),
+            "state": by_name(guards.stays_finite, model_state, new),
         }
         if self.axis is None:
             return found
@@ -267,7 +273,7 @@ def average(axis: str, grads: Any, model_state: Any, metrics: jax.Array) -> tupl
     return jax.tree.map(mean, grads), jax.tree.map(mean, model_state), metrics
 
 
-def _by_name(look: Callable[..., jax.Array], *trees: Any) -> dict[str, jax.Array]:
+def by_name(look: Callable[..., jax.Array], *trees: Any) -> dict[str, jax.Array]:
     """The name of each float leaf → what `look` says of it."""
     names = [
         jax.tree_util.keystr(path, simple=True, separator="/")
@@ -279,39 +285,42 @@ def _by_name(look: Callable[..., jax.Array], *trees: Any) -> dict[str, jax.Array
     }
 
 
-def guarded(
-    old: TrainState, new: TrainState, finite: jax.Array, updated: jax.Array
-) -> tuple[TrainState, jax.Array]:
+def guarded(old: TrainState, new: TrainState, finite: jax.Array) -> tuple[TrainState, jax.Array]:
     """The state after a micro-batch: what it has spoilt is as it was; once stopped, all of it is.
 
     Args:
         old: before the micro-batch.
-        new: as it would be after it.
+        new: as it would be after it; where a fault stops it, weights and optimizer are as before.
         finite: whether its loss, gradient and model state are finite.
-        updated: whether the weights are, after it.
 
     Returns:
         The state, and the verdict, see `guard`.
     """
     closes = closes_window(new.opt_state)
     scaling, overflowed, exhausted = old.scaling, jnp.bool_(False), jnp.bool_(False)
-    faultless = finite & updated
+    updated = _may_spoil_weights(new.params)
+    faultless = guards.stays_finite(old.params, new.params) if updated else jnp.bool_(True)
     if isinstance(scaling, loss_scale.Scaling):
-        faultless = updated
         scaling, overflowed = loss_scale.advance(scaling, finite, closes)
         exhausted = loss_scale.is_exhausted(scaling, finite)
+    else:
+        faultless &= finite
     guard, dropped = guards.advance(old.guard, faultless, closes)
-    dropped |= overflowed
     stopped = guard.stopped | exhausted
+    if updated or guard.counts or isinstance(scaling, loss_scale.Scaling):
+        dropped |= overflowed | stopped
+        new = replace(
+            new,
+            params=guards.keep(old.params, new.params, dropped),
+            opt_state=without_update(old.opt_state, new.opt_state, dropped, stopped),
+        )
     model_state = guards.keep(old.model_state, new.model_state, ~finite | stopped)
     if jax.tree.leaves(guard.before):
         before = guards.keep(guard.before, model_state, ~closes | stopped)
         guard = replace(guard, before=before)
     after = replace(
         new,
-        params=guards.keep(old.params, new.params, dropped | stopped),
         model_state=model_state,
-        opt_state=without_update(old.opt_state, new.opt_state, dropped, stopped),
         micro_step=guards.keep(old.micro_step, new.micro_step, stopped),
         scaling=guards.keep(old.scaling, scaling, stopped),
         guard=replace(guards.keep(old.guard, guard, stopped), stopped=stopped),
@@ -319,6 +328,12 @@ def guarded(
     verdict = jnp.where(faultless, guards.GOOD, guards.BAD)
     verdict = jnp.where(guard.stopped, guards.STOPPED, verdict)
     return after, jnp.where(exhausted & ~guard.stopped, guards.EXHAUSTED, verdict)
+
+
+def _may_spoil_weights(params: Any) -> bool:
+    """Whether an update by a finite gradient is looked at too: in float16 an eps of 1e-8 is 0, and
+    65504 the end. Elsewhere it would cost too much; the loop looks at the weights before it saves."""
+    return any(x.dtype == jnp.float16 for x in jax.tree.leaves(params))
 
 
 def forget_window(state: TrainState) -> TrainState:

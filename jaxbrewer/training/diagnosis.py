@@ -38,15 +38,15 @@ def culprits(
         clauses.append(_gradient(examine, names, arguments, found["gradient"]))
     elif np.isfinite(total) and found["update"]:
         clauses.append(
-            f"the gradient is finite, but the optimizer's update of {_shown(found['update'])} is not "
+            f"the gradient is finite, but the optimizer's update of {shown(found['update'])} is not "
             "(does it divide by a square root of 0? an eps of 1e-8 is 0 in float16)"
         )
     if found["teacher"]:
-        clauses.append(f"the teacher's results are not finite: {_shown(found['teacher'])}")
+        clauses.append(f"the teacher's results are not finite: {shown(found['teacher'])}")
     if found["weights"]:
-        clauses.append(f"weights were not finite before: {_shown(found['weights'])}")
+        clauses.append(f"weights were not finite before: {shown(found['weights'])}")
     if np.isfinite(total) and found["state"]:
-        clauses.append(f"the student's own state is not finite: {_shown(found['state'])}")
+        clauses.append(f"the student's own state is not finite: {shown(found['state'])}")
     return clauses
 
 
@@ -56,11 +56,11 @@ def _gradient(
     of = ""
     if len(names) > 1:
         logger.info("Looking for the term whose gradient is not finite: %d to compile", len(names))
-        of = _shown([n for n in names if _not_finite(examine(n)(*arguments))["gradient"]])
+        of = shown([n for n in names if _not_finite(examine(n)(*arguments))["gradient"]])
     elif names:
         of = names[0]
     of = f" of {of}" if of else ""
-    return f"the gradient{of} is not finite in {_shown(parameters)}"
+    return f"the gradient{of} is not finite in {shown(parameters)}"
 
 
 def in_batch(batch: Batch) -> list[str]:
@@ -75,7 +75,7 @@ def in_batch(batch: Batch) -> list[str]:
         for name, leaf in named
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(leaf).all()
     ]
-    return [f"the batch is not finite in {_shown(bad)}"] if bad else []
+    return [f"the batch is not finite in {shown(bad)}"] if bad else []
 
 
 def _not_finite(found: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -85,6 +85,7 @@ def _not_finite(found: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     }
 
 
-def _shown(names: Sequence[str]) -> str:
+def shown(names: Sequence[str]) -> str:
+    """The first of them."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -20,15 +20,18 @@ from ..errors import BatchError, afterwards, despite
 from ..machine.placement import Placement
 from ..machine.processes import Processes
 from ..step import guard, loss_scale
-from ..step.program import TrainState, forget_window, rewound
+from ..step.program import TrainState, by_name, forget_window, rewound
 from .checkpoints import Checkpoints
-from .diagnosis import Examine, culprits, in_batch
+from .diagnosis import Examine, culprits, in_batch, shown
 from .metrics import MetricsWriter
 from .timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
 LOOK_BACK = 8
+
+
+_which_are_finite = jax.jit(partial(by_name, guard.is_finite))
 
 
 def _in_place(change: Callable[[TrainState], TrainState], state: TrainState) -> TrainState:
@@ -135,6 +138,7 @@ class Loop:
     _stops: bool = False  # one of several processes has been asked to stop
     _opens: Position = field(default_factory=Position)  # see `Begun`
     _drawn: Any = None  # the host's random state after the last batch, if later ones are drawn
+    _started: Mapping[str, Any] = field(default_factory=dict)  # weight → whether it was finite
 
     def run(self, events: Iterator[Event], after_step: Callable[[], None]) -> None:
         """Trains until the stream or the timeline ends, or a callback or a signal stops it.
@@ -150,6 +154,7 @@ class Loop:
         """
         self._log_start()
         self._opens = self.position
+        self._started = jax.device_get(_which_are_finite(self.state.params))
         with (  # ended from the last to the first: the checkpoint is on disk whatever else fails
             afterwards("writing the metrics", self.metrics.flush),
             afterwards("writing the checkpoint", self.checkpoints.wait),
@@ -171,6 +176,7 @@ class Loop:
                 if done:
                     self._open_window()
             self._look(0)
+            self._check_weights()
             self._say("Training finished at step %d", self.position.global_step)
 
     def _bar(self) -> tqdm:
@@ -225,6 +231,7 @@ class Loop:
     def _save(self, step: int, epoch: int) -> TrainState:
         """Saves the state, and returns it as checkpoints hold it."""
         self._look(0)
+        self._check_weights()
         self._say("Saving at global step %d, epoch %d", step, epoch + 1)
         saved = self.placement.leave(self.state)
         here = replace(self.position, host_random=self._drawn or host_random())
@@ -275,6 +282,29 @@ class Loop:
                 self._warn_of_drop(begun, total)
             self.metrics.write(micro_step, task.tags, np.concatenate([values[:1], terms]))
 
+    def _spoilt_weights(self) -> list[str]:
+        """The weights that have ceased to be finite."""
+        found = jax.device_get(_which_are_finite(self.state.params))
+        return [name for name, fine in found.items() if self._started[name] and not fine]
+
+    def _check_weights(self) -> None:
+        """Stops before weights are saved or handed on that a finite gradient has spoilt."""
+        if spoilt := self._spoilt_weights():
+            error = FloatingPointError()
+            despite(error, "writing the checkpoint", self.checkpoints.wait)
+            error.args = (
+                f"after global step {self.position.global_step} {shown(spoilt)} are not finite, though "
+                "every loss and gradient was: the optimizer made them so (does it divide by a square "
+                f"root of 0? is the learning rate a number?). {self._last_good()}",
+            )
+            raise error
+
+    def _last_good(self) -> str:
+        saved = self.checkpoints.latest()
+        return (
+            "Nothing was saved yet" if saved is None else f"The last good checkpoint is gs{saved}"
+        )
+
     def _warn_of_drop(self, begun: Begun, total: Any) -> None:
         if self.is_chief:
             logger.warning(
@@ -301,11 +331,7 @@ class Loop:
             despite(error, "looking for the reason", look)
         message = _stop_message(begun, task, values, clauses)
         despite(error, "writing the checkpoint", partial(self._save_before, begun.opens))
-        saved = self.checkpoints.latest()
-        if saved is None:
-            error.args = (f"{message}. Nothing was saved yet",)
-        else:
-            error.args = (f"{message}. The last good checkpoint is gs{saved}",)
+        error.args = (f"{message}. {self._last_good()}",)
         return error
 
     def _save_before(self, opens: Position) -> None:
@@ -313,7 +339,8 @@ class Loop:
         self.position = opens
         self.checkpoints.wait()  # one may be under way
         step = opens.global_step
-        is_new = step > 0 and self.checkpoints.latest() != step
+        spoilt = self._spoilt_weights()  # every process takes part
+        is_new = step > 0 and self.checkpoints.latest() != step and not spoilt
         if self.processes.numbers(is_new)[0, 0]:  # as the first process sees the disk
             change = partial(rewound, micro_step=opens.micro_step)
             self.state = _in_place(change, self.state)

@@ -361,6 +361,32 @@ def test_a_run_stops_wherever_it_is_and_says_where(tmp_path, at, kept, kind, wor
         assert_same(mine.model_S.params, before)
 
 
+def test_weights_that_a_finite_gradient_spoils_are_neither_saved_nor_handed_on(tmp_path):
+    """At the last step no loss follows that would tell."""
+
+    def rate(count):
+        return jnp.where(count < 3, 0.01, jnp.nan)
+
+    seen = []
+    for count, text in {
+        4: "after global step 4 student/head, student/layer are not finite",
+        5: "weights were not finite before: student/head, student/layer",
+    }.items():
+        mine = distiller(tmp_path / str(count), ckpt_steps=3)
+        with mine, pytest.raises(FloatingPointError, match=f"{text}.*last good checkpoint is gs3"):
+            mine.train(
+                optax.sgd(rate), batches(6), num_steps=count,
+                callback=lambda model, step: seen.append(step),
+            )  # fmt: skip
+        assert steps_in(tmp_path / str(count) / "out") == [3]
+    assert seen == [3, 3]
+    mine = distiller(tmp_path / "own")  # a number that a model keeps so is its own affair
+    mine.model_S.params["low"] = jnp.full((2,), -jnp.inf)
+    with mine:
+        mine.train(optax.sgd(0.1), batches(2), num_epochs=1)
+    assert steps_in(tmp_path / "own" / "out") == [2]
+
+
 def test_windows_that_a_run_may_lose(tmp_path, caplog):
     """Whose count is kept with a checkpoint, so that a resumed run stops where the whole one does."""
     caplog.set_level(logging.WARNING, "jaxbrewer")
