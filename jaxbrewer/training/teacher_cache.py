@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load, save_file
+from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..data.batches import Batch, Served, Static, sides
@@ -289,9 +289,8 @@ def _digest_of(arrays: Mapping[str, np.ndarray], of: str) -> str:
 def _load(record: Record) -> dict[str, np.ndarray]:
     cure = "delete it, and it is computed again"
     try:
-        data = record.path.read_bytes()
-        arrays = load(data)
-        said = _header(data)
+        arrays = load_file(record.path)
+        said = _header(record.path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CacheError(f"{record.path} cannot be read ({error}); {cure}") from error
     if not record.of:
@@ -303,10 +302,11 @@ def _load(record: Record) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _header(data: bytes) -> Mapping[str, str]:
+def _header(path: Path) -> Mapping[str, str]:
     """What a safetensors file says of itself."""
-    size = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)).get("__metadata__") or {}
 
 
 def _pack(results: Any) -> dict[str, np.ndarray]:
