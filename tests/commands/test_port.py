@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxbrewer import DistillationConfig, TrainingConfig, presets, zoo
+from jaxbrewer import DistillationConfig, TrainingConfig, presets, training, zoo
 from jaxbrewer.__main__ import main
 from jaxbrewer.commands.port import documents as porting
 from jaxbrewer.commands.port import verdicts as port
@@ -20,7 +20,6 @@ from jaxbrewer.commands.port.literals import parse, written_configs
 from jaxbrewer.commands.port.verdicts import Run, Verdict
 from jaxbrewer.data.batches import own
 from jaxbrewer.preflight import prepare
-from jaxbrewer.training import run as training
 from jaxbrewer.training.request import make_factor, make_timeline
 from jaxbrewer.zoo import BertConfig
 

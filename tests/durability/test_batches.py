@@ -17,6 +17,8 @@ from jaxbrewer.training import run
 from . import malformed
 from .malformed import BAD, LEGAL, MALFORMED, good
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture(scope="module")
 def checks(tmp_path_factory):

@@ -21,6 +21,8 @@ from jaxbrewer.zoo.folders import INDEX, WEIGHTS, find_tensors
 from . import hostile
 from .hostile import HOSTILE, SHOWN, exit_code, verdict
 
+pytestmark = pytest.mark.torch
+
 FORMATS = Path(__file__).parent.parent / "formats" / "1"
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxbrewer.losses import hidden as losses
+from jaxbrewer import losses
 
 BATCH, LENGTH, PADDING = 3, 5, 2
 RAGGED = np.arange(LENGTH) < np.array([[2], [5], [3]])

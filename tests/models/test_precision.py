@@ -543,13 +543,13 @@ def curve(folder, **config):
 @pytest.fixture(scope="module")
 def in_float32(tmp_path_factory):
     """The curve in float32, clipped as it is at the levels."""
-    build = jaxbrewer.optimizer.build
+    build = jaxbrewer.step.optimizer.build
 
     def clipping_all(*args, **options):
         return build(*args, **{**options, "clips_projections": True})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxbrewer.optimizer, "build", clipping_all)
+        patch.setattr(jaxbrewer.step.optimizer, "build", clipping_all)
         return curve(tmp_path_factory.mktemp("float32"))[0]
 
 

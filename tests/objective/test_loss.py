@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxbrewer import presets
-from jaxbrewer.losses import hidden as losses
+from jaxbrewer import losses, presets
 from jaxbrewer.objective import loss as objective
 from jaxbrewer.objective.loss import Weights, distillation_loss, kd_term, probability_shift
 from jaxbrewer.objective.plan import KD, Match, Plan, Weight

@@ -11,7 +11,7 @@ import pytest
 import textbrewer.losses
 import torch
 
-from jaxbrewer.losses import hidden as losses
+from jaxbrewer import losses
 
 pytestmark = pytest.mark.torch
 
