@@ -1,8 +1,7 @@
 """Knowledge distillation for NLP on JAX, with TextBrewer's configs and numbers."""
 
-from . import data_utils, presets, schedulers, testing, utils, zoo
+from . import data, data_utils, presets, schedulers, testing, utils, zoo
 from .configurations.configs import DistillationConfig, IntermediateMatch, TrainingConfig
-from .data import buckets as data
 from .distillers.classes import (
     BasicDistiller,
     BasicTrainer,

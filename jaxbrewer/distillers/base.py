@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 from flax import nnx
 from tensorboardX import SummaryWriter
 
+from .. import training
 from ..configurations.configs import TrainingConfig
 from ..data.batches import Batch, own
 from ..errors import afterwards
@@ -19,7 +20,6 @@ from ..objective.loss import Loss, Project, Weights
 from ..objective.objectives import Objective, Overridden, base_loss
 from ..preflight.job import Job, Projections, Task
 from ..step.optimizer import Optimizer
-from ..training import run as training
 from ..training.metrics import EventWriter
 from ..training.request import Feed, Request
 from ..training.run import Outcome

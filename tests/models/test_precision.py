@@ -478,7 +478,7 @@ def test_types_of_a_whole_step(tmp_path, level, half):
     )
     assert dtypes(grads) == kept
     after, metrics = program.compiled.eval_shape(state, teacher, batch, np.ones(3, np.float32))
-    assert metrics.shape == (2 + 4 + 2 * (half == "float16"),) and metrics.dtype == jnp.float32
+    assert metrics.shape == (3 + 4 + 2 * (half == "float16"),) and metrics.dtype == jnp.float32
     same = jax.tree.map(lambda a, b: a.dtype == b.dtype, state, after)
     assert all(jax.tree.leaves(same))
 

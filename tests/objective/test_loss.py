@@ -10,6 +10,7 @@ import pytest
 
 from jaxbrewer import losses, presets
 from jaxbrewer.objective import loss as objective
+from jaxbrewer.objective import probes
 from jaxbrewer.objective.loss import Weights, distillation_loss, kd_term, probability_shift
 from jaxbrewer.objective.plan import KD, Match, Plan, Weight
 
@@ -354,14 +355,14 @@ def test_what_functions_do_is_found_by_trying():
     assert objective.takes_mask(swallowing)
     assert not objective.takes_mask(by_mean)
     for loss, fine in [(by_mean, True), (by_batchmean, True), (by_sum, False), (by_largest, False)]:
-        assert objective.is_position_mean(loss) is fine
-    assert objective.is_positionwise(positionwise)
-    assert objective.is_positionwise(presets.TEMPERATURE_SCHEDULER["constant"])
-    assert not objective.is_positionwise(lambda S, T, base: base + jnp.mean(S))
-    assert not objective.is_positionwise(lambda S, T, base: jnp.max(S, -1) - jnp.mean(S))
+        assert probes.is_position_mean(loss) is fine
+    assert probes.is_positionwise(positionwise)
+    assert probes.is_positionwise(presets.TEMPERATURE_SCHEDULER["constant"])
+    assert not probes.is_positionwise(lambda S, T, base: base + jnp.mean(S))
+    assert not probes.is_positionwise(lambda S, T, base: jnp.max(S, -1) - jnp.mean(S))
     for function in (with_mask, masked_mean, *presets.KD_LOSS_MAP.values(), SCHEDULES["flsw"]):
-        assert objective.heeds_mask(function)
-    assert not objective.heeds_mask(swallowing)
+        assert probes.heeds_mask(function)
+    assert not probes.heeds_mask(swallowing)
 
 
 # ---------------------------------------------------------------------- matches and the whole sum

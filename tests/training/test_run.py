@@ -245,8 +245,7 @@ def test_small_factors_that_rise_later_are_factors(tmp_path):
 def test_no_learning_rate_is_asked_for_after_the_last_update(tmp_path):
     asked = []
     distiller = fn_job.distiller(tmp_path)
-    distiller._resolve()
-    table = training._rows(distiller, lambda step: asked.append(step) or 1 / (8 - step), 8)
+    table = training._rows(distiller.job(), lambda step: asked.append(step) or 1 / (8 - step), 8)
     assert max(asked) == 7
     assert table.shape == (9, 3)
 
