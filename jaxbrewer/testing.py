@@ -123,7 +123,7 @@ def _run(program: Program, placement: Placement, batches: list[Batch]) -> dict[s
     held = placement.leave(state).opt_state
     held = placement.local(held.inner_opt_state if len(batches) > 1 else held)
     named = jax.tree_util.tree_flatten_with_path(held)[0]
-    total, _, *terms = np.mean(seen, axis=0)
+    total, _, _, *terms = np.mean(seen, axis=0)
     return {
         "the total": total,
         **dict(zip(program.names, terms, strict=True)),

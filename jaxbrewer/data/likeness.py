@@ -2,7 +2,8 @@
 
 A compiled step that meets a batch of another kind fails deep inside, or broadcasts and trains on
 something else. What may change from batch to batch: the number of rows, lengths, the width of a
-type (uint8 for int64, float64 for float32), flags, and a mask of bools for one of numbers. Looking
+type (uint8 for int64, float64 for float32), flags, a mask of bools for one of numbers, and whether
+the teacher's outputs come along. Looking
 costs some microseconds: a batch of shapes and types that were seen before is not looked at again.
 """
 
@@ -16,6 +17,7 @@ import numpy as np
 from ..errors import BatchError
 from .batches import Batch, Static, place
 
+_CACHE = "teacher_cache"
 _FIX = "mend it in the loader or with train(…, batch_postprocessor=…)"
 
 
@@ -27,9 +29,9 @@ class Likeness:
     """
 
     def __init__(self, first: Batch):
-        self._first = first
+        self._first, self._cache = _parted(first)
         self._seen = {_outline(first)}
-        leaves = jax.tree_util.tree_leaves_with_path(first)
+        leaves = jax.tree_util.tree_leaves_with_path(self._first)
         self._groups: dict[int, list[str]] = {}
         for path, leaf in leaves:
             if leaf.ndim:
@@ -48,8 +50,13 @@ class Likeness:
         outline = _outline(batch)
         if outline in self._seen:
             return False
-        _compare(self._first, batch, ())
-        if self._check_rows(batch):
+        inputs, cache = _parted(batch)
+        _compare(self._first, inputs, ())
+        if self._cache is None:
+            self._cache = cache
+        elif cache is not None:
+            _compare(self._cache, cache, (_CACHE,))
+        if self._check_rows(inputs):
             self._seen.add(outline)
         return True
 
@@ -81,6 +88,13 @@ class Likeness:
                     )
                 certain = False
         return certain
+
+
+def _parted(batch: Batch) -> tuple[Batch, Any]:
+    """The inputs, and the teacher's outputs computed before, which some batches may bring."""
+    if not isinstance(batch, dict) or not {"teacher", "student"} <= batch.keys():
+        return batch, None
+    return {k: v for k, v in batch.items() if k != _CACHE}, batch.get(_CACHE)
 
 
 def _outline(batch: Batch) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import textbrewer
 
 import jaxbrewer
-from jaxbrewer.training import run as training
+from jaxbrewer.training import resume
 from jaxbrewer.training import teacher_cache as caching
 
 from .reference import Job, adaptor, assert_equal_runs, configs, run, run_both
@@ -77,7 +77,7 @@ def test_multi_task(tmp_path, monkeypatch, x64):
     order = list(np.random.default_rng(0).choice(["a", "b"], 100))
     turns = iter(order)
     monkeypatch.setattr(np.random, "choice", lambda names, p: next(turns))
-    monkeypatch.setattr(training, "task_order", lambda sizes, tau, seed: iter(order))
+    monkeypatch.setattr(resume, "task_order", lambda sizes, tau, seed: iter(order))
     job = Job(
         {
             "hard_label_weight": 0.5,
