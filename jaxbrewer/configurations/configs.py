@@ -37,9 +37,9 @@ class TrainingConfig(Config):
         output_dir: folder for checkpoints. It is made when training starts, not here.
         device: ``'cuda'``, ``'gpu'``, ``'tpu'``, ``'cpu'``, with an index where one is meant
             (``'cuda:1'``), a ``jax.Device``, or anything whose ``str()`` is such a text. Kept as
-            text; see :func:`~jaxbrewer.devices.resolve_device` for what it means on a machine.
+            text; see :func:`~jaxbrewer.machine.devices.resolve_device` for what it means on a machine.
         fp16: half precision, as far as the level says.
-        fp16_opt_level: Apex's level of it, ``'O0'`` to ``'O3'``; see `jaxbrewer.precision`.
+        fp16_opt_level: Apex's level of it, ``'O0'`` to ``'O3'``; see `jaxbrewer.models.precision`.
         data_parallel: share each batch out over this process's devices.
         local_rank: −1: one process; 0 or more: this process's rank on its machine.
         seed: of every random number of the training, from 0 to 2³² − 1.

@@ -17,7 +17,7 @@ PROGRAM = f"""
 import resource
 import jaxbrewer
 import jax, jax.numpy as jnp
-from jaxbrewer.allocation import kept_memory
+from jaxbrewer.machine.memory import kept_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

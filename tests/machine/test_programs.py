@@ -137,11 +137,11 @@ def test_training_keeps_what_it_compiles(home):
 RUN = """
 import jax
 from jax.numpy import ones
-from jaxbrewer import compilation
+from jaxbrewer.machine import programs
 ones(2).block_until_ready()  # JAX has compiled before training starts
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append("cache_hit" in event))
-print("folder", compilation.keep_programs())
+print("folder", programs.keep_programs())
 print(float(jax.jit(lambda x: (x @ x).sum())(ones((8, 8)))))
 print("hits", sum(hits))
 """
