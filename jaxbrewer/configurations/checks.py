@@ -24,23 +24,28 @@ _MAX_INT = 2**31 - 1
 _MAX_DEPTH = 16
 
 Check = Callable[[Any], Any]
+_MOST_SHOWN = 20  # unknown keys
 
 
 def keys(given: Iterable[Any], known: Collection[str], required: Collection[str] = ()) -> list[str]:
     """Returns what is wrong with the keys that were given, one sentence each.
 
     Unknown ones come with the nearest known name; those that are near none share one sentence,
-    which lists the known names. Missing ones follow.
+    which lists the known names. Of very many, the first are named and the others counted. Missing
+    ones follow.
     """
     given = list(given)
+    unknown = [key for key in given if key not in known]
     by_hint: dict[str, list[str]] = {}
-    for key in given:
-        if key not in known:
-            by_hint.setdefault(suggest(key, known), []).append(short(key))
-    return [
-        f"unknown key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}; {hint}"
-        for hint, unknown in by_hint.items()
-    ] + [f"missing key {name!r}" for name in required if name not in given]
+    for key in unknown[:_MOST_SHOWN]:
+        by_hint.setdefault(suggest(key, known), []).append(short(key))
+    problems = [
+        f"unknown key{'s' if len(alike) > 1 else ''} {', '.join(alike)}; {hint}"
+        for hint, alike in by_hint.items()
+    ]
+    if len(unknown) > _MOST_SHOWN:
+        problems.append(f"{len(unknown) - _MOST_SHOWN:,} more unknown keys")
+    return problems + [f"missing key {name!r}" for name in required if name not in given]
 
 
 def values(

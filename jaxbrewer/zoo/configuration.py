@@ -178,7 +178,8 @@ class ModelConfig:
         unknown = sorted(given.keys() - {*fields, *cls.bookkeeping_keys, "id2label"})
         if unknown:
             *others, last = checks.keys(unknown, fields)
-            advice = f"(or pass ignore={unknown!r} if the model does not depend on it)"
+            names = repr(unknown) if len(unknown) <= 20 else "[…], with all their names,"
+            advice = f"(or pass ignore={names} if the model does not depend on it)"
             raise ConfigError(cls.__name__, [*others, f"{last} {advice}"])
         return cls(**chosen).replace(**changes)
 
