@@ -25,8 +25,8 @@ from .presets import (
     WEIGHT_SCHEDULER,
     register_new,
 )
-from .training.checkpoints import export_hf, load_student
 from .training.loop import CallbackResult
+from .training.stored import export_hf, load_student
 
 __version__ = "0.1.0"
 

@@ -161,3 +161,10 @@ def despite(error: BaseException, doing: str, step: Callable[[], object]) -> Non
         # What cannot be written cannot be flushed and closed either: that is told once.
         if repr(other) != repr(error) and note not in getattr(error, "__notes__", ()):
             error.add_note(note)
+
+
+def told(error: BaseException) -> str:
+    """An error in a line that is not too long."""
+    text = " ".join(str(error).split())
+    shown = text if len(text) <= 300 else f"{text[:300]} …"
+    return f"{type(error).__name__}: {shown}" if shown else type(error).__name__

@@ -45,7 +45,7 @@ MOST_ROOMS = 25
 
 # Libraries that only some files may know.
 KEPT_APART = {
-    "orbax": {"training.checkpoints"},
+    "orbax": {"training.backend"},
     "optax": {"commands.checking", "step.optimizer", "step.program", "testing", "training.run"},
     "tensorboardX": {"distillers.base", "training.metrics"},
     "tqdm": {"training.teacher_cache", "training.loop"},

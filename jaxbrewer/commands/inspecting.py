@@ -14,8 +14,8 @@ from jaxbrewer.commands.zoo_models import config_from
 from jaxbrewer.configurations.checks import short
 from jaxbrewer.errors import CheckpointError, DamagedCheckpointError
 from jaxbrewer.files import UnreadableFileError, read_json_object
-from jaxbrewer.training.checkpoints import examine
 from jaxbrewer.training.folders import is_finished, scores_in, steps_in
+from jaxbrewer.training.stored import examine
 from jaxbrewer.utils import display_parameters
 from jaxbrewer.zoo.folders import CONFIG, INDEX, WEIGHTS, Stored, check_sizes, find_tensors
 

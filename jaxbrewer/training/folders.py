@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DamagedCheckpointError
 from ..files import read_json_object, write_json
 
 Folder = str | os.PathLike[str]
@@ -109,3 +109,12 @@ def space_left(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free in {folder}"
     except OSError as error:
         return f"how much room there is in {folder} cannot be told ({error})"
+
+
+def damaged(path: Path, problem: str) -> DamagedCheckpointError:
+    """The error of a checkpoint that cannot be gone on from."""
+    return DamagedCheckpointError(
+        f"{path} {problem}. Others beside it: {others_in(path)}; resume=True takes the newest "
+        "that is whole, and resume='gs…' or its path the one it names",
+        problem,
+    )

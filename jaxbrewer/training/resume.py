@@ -23,9 +23,9 @@ from ..data.streams import (
 )
 from ..errors import CheckpointError, DamagedCheckpointError
 from ..machine.processes import Processes
-from .checkpoints import Saved, examine, none_is_whole, unverified
 from .folders import is_finished, others_in, steps_in
 from .request import Request
+from .stored import Saved, examine, none_is_whole, unverified
 from .timeline import Timeline
 
 logger = logging.getLogger(__name__)

@@ -33,13 +33,14 @@ from ..preflight.report import describe
 from ..step.optimizer import Optimizer
 from ..step.program import Program, TrainState
 from . import signals, teacher_cache
-from .checkpoints import Checkpoints, read_variables
+from .checkpoints import Checkpoints
 from .folders import make
 from .lock import RunLock
 from .loop import CallbackResult, CompiledTask, Loop
 from .metrics import MetricsWriter
 from .request import Request, make_factor, make_timeline
 from .resume import Resumed, checkpoint_to_resume, open_streams
+from .stored import read_variables
 from .timeline import Timeline
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import jaxbrewer
 from jaxbrewer.data import buckets as data
 from jaxbrewer.data.buckets import bucket_by_length
 from jaxbrewer.errors import BatchError
-from jaxbrewer.training.checkpoints import steps_in
+from jaxbrewer.training.folders import steps_in
 from tests import fn_job, nnx_job
 
 

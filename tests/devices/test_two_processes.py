@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxbrewer
-from jaxbrewer.training.checkpoints import steps_in
+from jaxbrewer.training.folders import steps_in
 from jaxbrewer.training.metrics import read_scalars
 
 from .. import nnx_job

@@ -11,9 +11,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxbrewer
 from jaxbrewer.errors import CacheError, DamagedCheckpointError
-from jaxbrewer.training import teacher_cache
-from jaxbrewer.training.checkpoints import examine
+from jaxbrewer.training import checkpoints, stored, teacher_cache
 from jaxbrewer.training.digests import differing, digest, digests, json_digest
+from jaxbrewer.training.stored import examine
 from tests import fn_job
 
 RNG = np.random.default_rng(0)
@@ -167,9 +167,7 @@ def test_a_flipped_bit_anywhere_is_named_or_harmless(saved):
 
 def test_an_array_changed_in_the_files_is_named(saved, monkeypatch):
     """As if the files' own checks had seen nothing."""
-    from jaxbrewer.training import checkpoints
-
-    read = checkpoints._read
+    read = stored.read_items
 
     def other(path, **items):
         found = read(path, **items)
@@ -179,7 +177,8 @@ def test_an_array_changed_in_the_files_is_named(saved, monkeypatch):
         changed["params"]["head"] = changed["params"]["head"].at[3, 1].multiply(1 + 2**-23)
         return {"student": changed}
 
-    monkeypatch.setattr(checkpoints, "_read", other)
+    for module in (stored, checkpoints):
+        monkeypatch.setattr(module, "read_items", other)
     with pytest.raises(DamagedCheckpointError, match=r"student/params/head: float32\[24,3\] has"):
         jaxbrewer.load_student(saved, fn_job.encoder(5, width=24))
 

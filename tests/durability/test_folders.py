@@ -15,7 +15,7 @@ import jaxbrewer
 from jaxbrewer import zoo
 from jaxbrewer.errors import CheckpointError
 from jaxbrewer.files import MOST_JSON, UnreadableFileError, read_json
-from jaxbrewer.training.checkpoints import read_position
+from jaxbrewer.training.position import read_position
 from jaxbrewer.zoo.folders import INDEX, WEIGHTS, find_tensors
 
 from . import hostile

@@ -22,7 +22,8 @@ from jaxbrewer.errors import CheckpointError
 from jaxbrewer.preflight import prepare
 from jaxbrewer.step import guard, loss_scale
 from jaxbrewer.step.program import rewound
-from jaxbrewer.training.checkpoints import Checkpoints, steps_in
+from jaxbrewer.training.checkpoints import Checkpoints
+from jaxbrewer.training.folders import steps_in
 from jaxbrewer.training.metrics import read_scalars
 from tests.formats.jobs import read
 
@@ -476,7 +477,9 @@ def test_a_state_of_the_objectives_own_is_kept_by_name(tmp_path):
     assert_same(checkpoints.restore(gs[2], zeros), rich)
     assert_same(checkpoints.restore(gs[1], zeros), zeros)  # older: starts as a new run does
     more = replace(zeros, objective=zeros.objective | {"more": jnp.full((2,), 7.0)})
-    assert_same(checkpoints.restore(gs[2], more).objective, rich.objective | {"more": np.full(2, 7.0)})
+    assert_same(
+        checkpoints.restore(gs[2], more).objective, rich.objective | {"more": np.full(2, 7.0)}
+    )
     with pytest.raises(CheckpointError, match="objective/queue: in the checkpoint only"):
         checkpoints.restore(gs[2], state)
     wrong = replace(rich, objective=rich.objective | {"queue": jnp.zeros((2, 4))})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxbrewer.training import read_scalars, signals
-from jaxbrewer.training.checkpoints import steps_in
+from jaxbrewer.training.folders import steps_in
 
 from .. import nnx_job
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import optax
 
-from jaxbrewer.training.checkpoints import steps_in
+from jaxbrewer.training.folders import steps_in
 from tests import fn_job
 
 KEPT = 1

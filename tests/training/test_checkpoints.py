@@ -15,7 +15,9 @@ import pytest
 
 import jaxbrewer
 from jaxbrewer.errors import BatchError, CheckpointError
-from jaxbrewer.training.checkpoints import Checkpoints, checkpoint_path, steps_in
+from jaxbrewer.training.checkpoints import Checkpoints
+from jaxbrewer.training.folders import steps_in
+from jaxbrewer.training.stored import checkpoint_path
 from tests import fn_job, nnx_job
 from tests.nnx_job import read_events
 

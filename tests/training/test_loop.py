@@ -9,7 +9,7 @@ import pytest
 
 import jaxbrewer
 from jaxbrewer.errors import BatchError, CheckpointError
-from jaxbrewer.training.checkpoints import steps_in
+from jaxbrewer.training.folders import steps_in
 from jaxbrewer.training.metrics import MetricsWriter
 from tests import fn_job, nnx_job
 from tests.nnx_job import read_events

@@ -1,0 +1,110 @@
+"""Orbax, which nothing else here knows: items of a checkpoint written in the background, and read."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# Importing Orbax puts a handler on the root logger, after which a user's logging.basicConfig would
+# do nothing, in silence.
+_handlers = logging.root.handlers[:]
+import orbax.checkpoint as ocp  # noqa: E402
+
+logging.root.handlers[:] = _handlers
+
+from ..errors import CheckpointError, told  # noqa: E402
+from ..machine.barrier import Barrier  # noqa: E402
+from .folders import damaged  # noqa: E402
+
+POSITION = "position"
+
+
+class Writer:
+    """Writes checkpoints in the background, one after the other.
+
+    Args:
+        barrier: where several processes wait for each other while one is written.
+    """
+
+    def __init__(self, barrier: Barrier | None):
+        self._checkpointer = ocp.AsyncCheckpointer(
+            _handler(), async_options=ocp.options.AsyncOptions(barrier_sync_fn=barrier)
+        )
+
+    def write(self, path: Path, items: Mapping[str, Any], position: Mapping[str, Any]) -> None:
+        """Starts to write a checkpoint; returns once its arrays are copied."""
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args[POSITION] = ocp.args.JsonSave(position)
+        self._checkpointer.save(path, args=ocp.args.Composite(**args))
+
+    def check(self) -> None:
+        """Raises what has gone wrong in the background so far."""
+        self._checkpointer.check_for_errors()
+
+    def wait(self) -> None:
+        """Waits until all is written; raises what went wrong."""
+        self._checkpointer.wait_until_finished()
+
+    def close(self) -> None:
+        """Ends the background threads."""
+        self._checkpointer.close()
+
+
+def _handler() -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(
+        student=ocp.StandardCheckpointHandler(),
+        projections=ocp.StandardCheckpointHandler(),
+        training=ocp.StandardCheckpointHandler(),
+        position=ocp.JsonCheckpointHandler(),
+    )
+
+
+@contextlib.contextmanager
+def _reader(path: Path) -> Iterator[ocp.Checkpointer]:
+    """Opens a checkpoint; whatever goes wrong with the files is one kind of error."""
+    checkpointer = ocp.Checkpointer(_handler())
+    try:
+        yield checkpointer
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # Orbax and what it reads with raise all kinds, bare ones too
+        raise damaged(path, f"cannot be read ({told(error)})") from error
+    finally:
+        checkpointer.close()
+
+
+def read_items(path: Path, **targets: Any) -> dict[str, Any]:
+    """Reads items as the arrays of their targets are: shapes, types and placement.
+
+    Raises:
+        DamagedCheckpointError: they cannot be read.
+    """
+    args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+    with _reader(path) as checkpointer:
+        return dict(checkpointer.restore(path, args=ocp.args.Composite(**args)))
+
+
+def read_json_item(path: Path) -> Any:
+    """Reads the JSON part.
+
+    Raises:
+        DamagedCheckpointError: it cannot be read.
+    """
+    try:
+        with _reader(path) as checkpointer:
+            args = ocp.args.Composite(**{POSITION: ocp.args.JsonRestore()})
+            return checkpointer.restore(path, args=args)[POSITION]
+    except RecursionError as error:
+        raise damaged(path, "is damaged: its position is nested without end") from error
+
+
+def shapes_of(path: Path) -> dict[str, Any]:
+    """Item → its arrays, by shape; what is not there is missing.
+
+    Raises:
+        DamagedCheckpointError: its metadata cannot be read.
+    """
+    with _reader(path) as checkpointer:
+        items = checkpointer.metadata(path).item_metadata
+        return {name: item.tree for name, item in items.items() if item is not None}
