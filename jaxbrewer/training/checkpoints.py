@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..errors import CheckpointError, told
+from ..errors import CheckpointError, afterwards, told
 from ..machine.barrier import Barrier
 from ..step import guard
 from ..step.program import TrainState
@@ -80,6 +80,7 @@ class Checkpoints:
         self._is_chief = is_chief
         self._barrier = barrier
         self._saving: _Saving | None = None
+        self._failed: Exception | None = None
         if is_chief:
             self._clear_the_way(resume, start)
         self._writer = Writer(barrier)
@@ -139,32 +140,43 @@ class Checkpoints:
         Raises:
             CheckpointError: it has failed.
         """
-        if self._saving is not None:
+        if self._saving is not None or self._failed is not None:
             with self._saves():
                 self._writer.check()
             self._tell()
 
     @contextlib.contextmanager
     def _saves(self) -> Iterator[None]:
-        """Whatever goes wrong with a save, in it or behind it, is one kind of error."""
+        """Whatever goes wrong with a save, in it or behind it, is one kind of error.
+
+        It is raised every time from then on. Orbax raises it once; a process that went on would
+        wait in its next save for others, which have left.
+        """
+        if self._failed is not None:
+            raise self._failed
         try:
             yield
         except Exception as error:
             if self._barrier is not None:
                 self._barrier.fail()
             saving, self._saving = self._saving, None
+            self._failed = error
             if saving is None:
                 raise
+            self._failed = self._not_written(saving, error)
             if self._is_chief:  # room for what comes next
                 folders.remove_leftovers(self.folder, saving.path.name)
-            newest = self.latest()
-            from_there = "there is none yet" if newest is None else f"the newest is gs{newest}"
-            raise CheckpointError(
-                f"{saving.path} could not be written ({told(error)}). It has "
-                f"{saving.megabytes:,.1f} MB of arrays; {folders.space_left(self.folder)}. The "
-                f"checkpoints before it are as they were ({from_there}): make room, and go on with "
-                "resume=True"
-            ) from error
+            raise self._failed from error
+
+    def _not_written(self, saving: _Saving, error: Exception) -> CheckpointError:
+        newest = self.latest()
+        from_there = "there is none yet" if newest is None else f"the newest is gs{newest}"
+        return CheckpointError(
+            f"{saving.path} could not be written ({told(error)}). It has "
+            f"{saving.megabytes:,.1f} MB of arrays; {folders.space_left(self.folder)}. The "
+            f"checkpoints before it are as they were ({from_there}): make room, and go on with "
+            "resume=True"
+        )
 
     def _tell(self) -> None:
         """Says once that a save has ended."""
@@ -271,12 +283,16 @@ class Checkpoints:
 
     def close(self) -> None:
         """As `wait`; then, whatever went wrong, ends the background threads."""
-        try:
+        with (
+            afterwards("clearing away", self._clear_away),
+            afterwards("ending the background threads", self._writer.close),
+        ):
             self.wait()
-        finally:
-            self._writer.close()
-            if self._is_chief:  # a save that failed may have written on while it was cleared away
-                folders.remove_leftovers(self.folder)
+
+    def _clear_away(self) -> None:
+        """Removes what a save that failed wrote while it was being removed."""
+        if self._is_chief:
+            folders.remove_leftovers(self.folder)
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -17,7 +17,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from jaxbrewer.data.batches import own
 from jaxbrewer.errors import CacheError, CheckpointError
+from jaxbrewer.preflight import prepare
+from jaxbrewer.training.checkpoints import Checkpoints
 from jaxbrewer.training.folders import steps_in
 from jaxbrewer.training.lock import RunLock
 from tests import fn_job
@@ -123,6 +126,24 @@ def test_a_save_that_fails_ends_the_run_at_a_step_soon(tmp_path, monkeypatch):
         distiller.train(fn_job.SGD, Slow(fn_job.batches(3)), num_steps=400)
     assert len(drawn) < 200
     assert steps_in(tmp_path / "out") == []
+
+
+def test_a_failure_stays(tmp_path, monkeypatch):
+    """Orbax raises it once: whoever went on would wait in its next save for processes that left."""
+    fail_at(2, monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    checkpoints = Checkpoints(tmp_path / "out", resume=False, max_to_keep=None)
+    with fn_job.distiller(tmp_path / "job") as distiller:
+        program = prepare(distiller.job(), {"": own(fn_job.batches(1)[0])}, fn_job.SGD).programs[""]
+    state = program.init(0)
+    checkpoints.save(2, state, {})
+    told = []
+    for act in (checkpoints.wait, checkpoints.check, lambda: checkpoints.save(4, state, {}),
+                checkpoints.wait, checkpoints.close):  # fmt: skip
+        with pytest.raises(CheckpointError, match="gs2 could not be written") as caught:
+            act()
+        told.append(caught.value)
+    assert all(error is told[0] for error in told)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_save_that_does_not_even_start(tmp_path, monkeypatch, wanted):
