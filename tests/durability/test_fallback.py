@@ -84,7 +84,7 @@ DAMAGES = {
     "no json": (lambda path: (path / "position" / "metadata").write_text("{"), "cannot be read"),
     "renamed": (
         lambda path: (shutil.rmtree(path), shutil.copytree(path.parent / "gs4", path)),
-        "says of itself that it is gs4",
+        "global_step is 4 in a folder named gs6",
     ),
 }
 
@@ -188,10 +188,10 @@ def test_format_1_is_read_with_a_line(whole, out, caplog):
 def test_a_format_1_position_that_cannot_be_is_named(out):
     as_format_1(out / "gs6")
     change_position(out / "gs6", global_step=10**9)
-    with pytest.raises(CheckpointError, match="says of itself that it is gs1000000000"):
+    with pytest.raises(CheckpointError, match="global_step is 1000000000 in a folder named gs6"):
         train(out.parent, resume="gs6")
     change_position(out / "gs6", global_step=-1, processes=[])
-    with pytest.raises(CheckpointError, match="has no sound global_step, processes"):
+    with pytest.raises(CheckpointError, match=r"global_step is -1, expected .*; processes is \[\], expected"):
         train(out.parent, resume="gs6")
 
 
