@@ -681,6 +681,7 @@ def test_the_guides_scripts_run(models, preflight_only, name):
     assert len(preflight_only) == 1
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_guides_scripts_begin_as_textbrewers(name):
     imported = {
@@ -730,6 +731,7 @@ MODULES = ["", "configurations", "presets", "losses", "schedulers", "projections
 MODULES += ["data_utils", "distiller_utils", "compatibility"]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", MODULES)
 def test_every_public_name_of_textbrewer_is_in_the_guide(name):
     known = {path.rpartition(".")[2] for path in named_in_guide()}
@@ -741,6 +743,7 @@ def test_every_public_name_of_textbrewer_is_in_the_guide(name):
             assert attribute in known, f"{module.__name__}.{attribute}"
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", ["BasicDistiller", "GeneralDistiller", "BasicTrainer"])
 def test_every_method_of_textbrewers_distillers_is_in_the_guide(name):
     known = named_in_guide()

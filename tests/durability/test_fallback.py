@@ -191,7 +191,9 @@ def test_a_format_1_position_that_cannot_be_is_named(out):
     with pytest.raises(CheckpointError, match="global_step is 1000000000 in a folder named gs6"):
         train(out.parent, resume="gs6")
     change_position(out / "gs6", global_step=-1, processes=[])
-    with pytest.raises(CheckpointError, match=r"global_step is -1, expected .*; processes is \[\], expected"):
+    with pytest.raises(
+        CheckpointError, match=r"global_step is -1, expected .*; processes is \[\], expected"
+    ):
         train(out.parent, resume="gs6")
 
 

@@ -18,6 +18,14 @@ ROOT = Path(__file__).parents[2]
 BATCHES = 12  # in accumulation windows of 2: 6 updates, saved at the end only
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """A shell that starts the tests in the background lets them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def run(folder, at=None, signum=signal.SIGINT, times=1, **config):
     """A training that sends itself a signal while its batch number `at` is prepared."""
     distiller = nnx_job.distiller(folder, gradient_accumulation_steps=2, **config)
