@@ -5,9 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import linen
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from .handle import PyTree, dotted, native
+from .lookups import intercept
 
 
 class LinenModel:
@@ -112,7 +114,10 @@ class LinenModel:
                 method == "__call__" and wanted(".".join(module.path))
             )
             mutable = [*mutable, "intermediates"]
-        outputs, changed = self.module.apply(variables, *args, mutable=mutable, **options, **kwargs)
+        with linen.intercept_methods(intercept):
+            outputs, changed = self.module.apply(
+                variables, *args, mutable=mutable, **options, **kwargs
+            )
         calls = flatten_dict(dict(changed).pop("intermediates", {}))
         captured = {
             ".".join(path[:-1]): value[-1]

@@ -10,6 +10,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from .handle import PyTree, native
+from .lookups import bound_tables
 
 
 class NNXModel:
@@ -58,6 +59,7 @@ class NNXModel:
             self._nested(1, _fold_keys(state["rngs"], key)),
             self._nested(2, state["other"]),
         )
+        bound_tables(module)
         captured: dict[str, Any] = {}
         if capture:
             for path, submodule in nnx.iter_modules(module):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..data.batches import Batch
+from ..models import lookups
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,10 @@ def culprits(
         arguments: of the step: state, teacher, batch, row.
         total: the loss.
     """
-    found = _not_finite(examine(None)(*arguments))
-    clauses = []
+    with lookups.noted() as notes:
+        found = _not_finite(examine(None)(*arguments))
+    jax.effects_barrier()
+    clauses = lookups.outside(notes)
     if np.isfinite(total) and found["gradient"]:
         clauses.append(_gradient(examine, names, arguments, found["gradient"]))
     elif np.isfinite(total) and found["update"]:

@@ -88,8 +88,8 @@ def layer_norm(
 class Table(nnx.Module):
     """An embedding table, N(0, ``initializer_range``) at first.
 
-    The row of ``pad_id`` starts at zero and gets no gradient, as in torch. An id outside the table
-    gives NaN.
+    The row of ``pad_id`` starts at zero and gets no gradient, as in torch. An id beyond the table
+    gives NaN, and in training one below 0 too.
     """
 
     def __init__(
@@ -106,6 +106,7 @@ class Table(nnx.Module):
         if pad_id is not None:
             rows_at_first = rows_at_first.at[pad_id].set(0)
         self.embedding = nnx.Param(rows_at_first)
+        self.num_embeddings = rows
         self.pad_id = pad_id
         self.dtype = how["dtype"]
 
