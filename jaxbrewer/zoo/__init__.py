@@ -25,6 +25,13 @@ from jaxbrewer.zoo.bigru import (
     BiGRUForTokenClassification as BiGRUForTokenClassification,
     BiGRUModel as BiGRUModel,
 )
+from jaxbrewer.zoo.camembert import (
+    CamembertConfig as CamembertConfig,
+    CamembertForQuestionAnswering as CamembertForQuestionAnswering,
+    CamembertForSequenceClassification as CamembertForSequenceClassification,
+    CamembertForTokenClassification as CamembertForTokenClassification,
+    CamembertModel as CamembertModel,
+)
 from jaxbrewer.zoo.configuration import (
     EncoderConfig as EncoderConfig,
     ModelConfig as ModelConfig,
@@ -69,3 +76,10 @@ from jaxbrewer.zoo.students import (
     student_config as student_config,
 )
 from jaxbrewer.zoo.transfer import init_from_layers as init_from_layers
+from jaxbrewer.zoo.xlm_roberta import (
+    XLMRobertaConfig as XLMRobertaConfig,
+    XLMRobertaForQuestionAnswering as XLMRobertaForQuestionAnswering,
+    XLMRobertaForSequenceClassification as XLMRobertaForSequenceClassification,
+    XLMRobertaForTokenClassification as XLMRobertaForTokenClassification,
+    XLMRobertaModel as XLMRobertaModel,
+)

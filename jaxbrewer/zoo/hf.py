@@ -102,7 +102,7 @@ class PretrainedModel(nnx.Module):
     """What every model here can do: be read from and written to a Hugging Face folder.
 
     ``architecture`` is Hugging Face's name of the class, by default its own, which its subclasses
-    keep; ``tensor_names`` is the table of its tensors, ``config_class`` the config it is built
+    keep (unless they are of another ``model_type``); ``tensor_names`` is the table of its tensors, ``config_class`` the config it is built
     from, ``task`` what its head is for. The first class with a config's ``model_type`` and a task
     is the one that `MODELS` gives for them.
     """
@@ -117,9 +117,9 @@ class PretrainedModel(nnx.Module):
         super().__init_subclass__(**options)
         if not hasattr(cls, "config_class"):  # what several families share
             return
-        if not hasattr(cls, "architecture"):
+        known = MODELS.setdefault(cls.config_class.model_type, {})
+        if known.setdefault(cls.task, cls) is cls and "architecture" not in vars(cls):
             cls.architecture = cls.__name__
-        MODELS.setdefault(cls.config_class.model_type, {}).setdefault(cls.task, cls)
 
     @property
     def base_model(self) -> Any:

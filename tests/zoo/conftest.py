@@ -18,6 +18,8 @@ TINY = dict(
 FAMILIES = {
     "Bert": TINY,
     "Roberta": TINY | {"pad_token_id": 3},
+    "XLMRoberta": TINY | {"pad_token_id": 3},
+    "Camembert": TINY | {"pad_token_id": 3},
     "Electra": TINY | {"embedding_size": 16},
     "DistilBert": dict(
         vocab_size=50, dim=24, n_layers=3, n_heads=4, hidden_dim=40, max_position_embeddings=20

@@ -13,7 +13,8 @@ import jaxbrewer.zoo as zoo
 
 from .conftest import FAMILIES, close, make_batch, make_torch, to_torch
 
-NEW = ("Roberta", "Electra", "DistilBert")
+NEW = ("Roberta", "XLMRoberta", "Camembert", "Electra", "DistilBert")
+ROBERTAS = NEW[:3]
 
 
 def config_of(family, **changes):
@@ -158,6 +159,8 @@ def test_spans_need_two_labels():
 
 PRETRAINING = {
     "Roberta": "RobertaForMaskedLM",
+    "XLMRoberta": "XLMRobertaForMaskedLM",
+    "Camembert": "CamembertForMaskedLM",
     "Electra": "ElectraForPreTraining",
     "DistilBert": "DistilBertForMaskedLM",
 }
@@ -168,7 +171,7 @@ PRETRAINING = {
 def test_heads_of_pretraining_are_passed_over(family, tmp_path):
     theirs = make_torch(PRETRAINING[family])
     theirs.save_pretrained(tmp_path)
-    options = {} if family != "Roberta" else {"add_pooling_layer": False}
+    options = {"add_pooling_layer": False} if family in ROBERTAS else {}
     ours = zoo.from_pretrained(tmp_path, **options)
     assert type(ours).__name__ == f"{family}Model"
     batch = make_batch(family=family)

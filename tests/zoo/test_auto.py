@@ -22,8 +22,9 @@ TASKS = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_task_has_its_class(family):
+    model_type = getattr(zoo, f"{family}Config").model_type
     for task, ending in TASKS.items():
-        cls = zoo.model_class(family.lower(), task)
+        cls = zoo.model_class(model_type, task)
         assert cls is getattr(zoo, family + ending)
         assert cls.architecture == cls.__name__ and cls.task == task
         config = getattr(zoo, f"{family}Config")(**FAMILIES[family])
@@ -93,7 +94,7 @@ def test_configs_are_read_by_their_type(tmp_path):
 def test_refusals(tmp_path):
     file = tmp_path / "config.json"
     file.write_text('{"model_type": "xlnet"}')
-    known = "'bert', 'bigru', 'distilbert', 'electra', 'roberta'"
+    known = "'bert', 'bigru', 'roberta', 'camembert', 'distilbert', 'electra', 'xlm-roberta'"
     for read in (zoo.from_pretrained, zoo.read_config):
         with pytest.raises(ValueError, match=rf"config\.json.*'xlnet': choose from {known}"):
             read(tmp_path)
