@@ -101,10 +101,10 @@ class _Leaf:
 class PretrainedModel(nnx.Module):
     """What every model here can do: be read from and written to a Hugging Face folder.
 
-    ``architecture`` is Hugging Face's name of the class, by default its own, which its subclasses
-    keep (unless they are of another ``model_type``); ``tensor_names`` is the table of its tensors, ``config_class`` the config it is built
-    from, ``task`` what its head is for. The first class with a config's ``model_type`` and a task
-    is the one that `MODELS` gives for them.
+    ``architecture`` is Hugging Face's name of the class, by default its own, which subclasses of
+    the same ``model_type`` keep; ``tensor_names`` is the table of its tensors, ``config_class`` the
+    config it is built from, ``task`` what its head is for. The first class with a config's
+    ``model_type`` and a task is the one that `MODELS` gives for them.
     """
 
     architecture: ClassVar[str]
