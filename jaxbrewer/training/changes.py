@@ -304,7 +304,8 @@ def _compare_functions(
 ) -> None:
     """Compares teacher, student, loss and optimizer, as far as what has changed already lets them."""
     then = saved["job"]
-    changed = {change.name for change in found.changes}
+    before = list(found.changes)
+    changed = {change.name for change in before}
     if reason := _incomparable(saved, ahead, changed):
         found.unknown.append(f"the functions of models, loss and optimizer ({reason})")
         return
@@ -319,16 +320,18 @@ def _compare_functions(
         if was["batch"] != now["batch"]:
             found.unknown.append(f"the functions of models and loss{where} (the inputs are others)")
             continue
-        parts = {"teacher", "student", "loss"}
+        parts = ["teacher", "student", "loss"]
         if "train_mode" in changed:
-            parts -= {"student"}
+            parts.remove("student")
         if changed & {*_OF_LOSS}:
-            parts -= {"loss"}
+            parts.remove("loss")
             found.unknown.append(f"the functions of the loss{where} (its config has changed)")
         else:
             _compare_plans(was["plan"], now["plan"], where, found)
-        compare(sorted(parts), was, now, where, found)
-    if "intermediate_matches" not in changed:
+        compare(parts, was, now, where, found)
+    if any(c.name == "intermediate_matches" and c.place[-5:] in ("", ".proj") for c in before):
+        found.unknown.append("the function of the optimizer (its config has changed)")
+    else:
         compare(["optimizer"], then, record, "", found)
 
 
@@ -373,7 +376,9 @@ def _compare_traces(
 ) -> None:
     for part in parts:
         one, other = was[part], now[part]
-        if one["digest"] != other["digest"]:
+        if part == "loss" and one["inputs"] != other["inputs"]:
+            found.unknown.append(f"the functions of the loss{where} (the models give it others)")
+        elif one["digest"] != other["digest"]:
             change = Change(part, *_said_of_traces(one, other), where, _TRACED)
             found.changes.append(change)
 

@@ -16,7 +16,7 @@ from ..data.batches import Batch, sides
 from ..machine.placement import has_rows
 from ..objective.loss import Loss, Weights
 from ..step.program import Program
-from .digests import named
+from .digests import json_digest, kind_of, named
 from .traces import trace
 
 # For the compiler, where a program runs once.
@@ -28,7 +28,8 @@ def traces(program: Program, batch: Batch) -> tuple[dict[str, Any], dict[str, An
     """Traces teacher, student and loss on a batch, given by shape.
 
     Returns:
-        ``{'teacher': …, 'student': …, 'loss': …}``, and what the loss is of, by shape.
+        ``{'teacher': …, 'student': …, 'loss': …}``, and what the loss is of, by shape. The loss has a
+        further entry ``inputs``, the digest of these shapes.
     """
     state = jax.eval_shape(lambda: program.init(0))
     teacher, results_T = _teacher(program, batch)
@@ -42,6 +43,7 @@ def traces(program: Program, batch: Batch) -> tuple[dict[str, Any], dict[str, An
         "weights": Weights(_SCALAR, _SCALAR),
     }
     loss, _ = trace(lambda **inputs: _with_gradient(program, **inputs), **inputs)
+    loss["inputs"] = json_digest({name: kind_of(x) for name, x in named(inputs).items()})
     return {"teacher": teacher, "student": student, "loss": loss}, inputs
 
 
