@@ -18,8 +18,8 @@ from jaxbrewer.errors import ConfigError
 from .schema import Config, _thawed
 
 PARTS = (
-    "batch", "class", "loss", "max_grad_norm", "optimizer", "schedule", "student", "tasks", "teacher",
-    "train_mode",
+    "batch", "class", "loss", "max_grad_norm", "optimizer", "schedule", "student", "tasks", "tau",
+    "teacher", "train_mode",
 )  # fmt: skip
 """What a job is made of beside its configs; see `training.changes`."""
 

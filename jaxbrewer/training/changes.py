@@ -164,16 +164,20 @@ def compare(
     found = compare_configs(saved, about, same_level=same_level)
     if not same_level and not found.has(_HALVES):
         found.add("half_dtype", then["precision"], record["precision"])
-    for name in ("train_mode", "max_grad_norm"):
+    for name in ("train_mode", "max_grad_norm", "tau"):
         found.add(name, then[name], record[name])
     _compare_schedule(then["schedule"], rows, found)
     found.add("tasks", list(then["tasks"]), list(record["tasks"]))
-    for name in then["tasks"].keys() & record["tasks"].keys():
+    for name in _in_both(then["tasks"], record["tasks"]):
         where = f" of task {name!r}" if name else ""
         _compare_batch(then["tasks"][name], ahead, name, where, found)
         _compare_weights(then["tasks"][name], record["tasks"][name], where, found)
     _compare_functions(saved, record, ahead, found)
     return found
+
+
+def _in_both(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [name for name in one if name in other]
 
 
 def record_in(saved: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -314,7 +318,7 @@ def _compare_functions(
         compare = _compare_probes
         libraries = _versions(then["versions"], record["versions"])
         found.unknown.append(f"the functions of teacher and student ({libraries})")
-    for name in then["tasks"].keys() & record["tasks"].keys():
+    for name in _in_both(then["tasks"], record["tasks"]):
         where = f" of task {name!r}" if name else ""
         was, now = then["tasks"][name], record["tasks"][name]
         if was["batch"] != now["batch"]:

@@ -5,6 +5,7 @@ versions       of the libraries that trace and compute
 precision      the level that models and optimizer ran at, in words
 train_mode     whether the student trained in train mode
 max_grad_norm  0 where nothing is clipped
+tau            of the order of several tasks
 optimizer      the trace of its start and of an update, without clipping and accumulation
 tasks          task → its `batch` by shape and the `rows` of all processes; its `plan` in words; the
                teacher's `weights`; the traces of `teacher`, `student` and `loss`
@@ -79,6 +80,7 @@ def make_record(ahead: Ahead, saved: Mapping[str, Any] | None = None) -> dict[st
         "precision": str(program.precision),
         "train_mode": program.train,
         "max_grad_norm": max(float(ahead.request.max_grad_norm), 0.0),
+        "tau": float(ahead.request.tau),
         "optimizer": update,
         "probes": {"optimizer": _probe(update, lambda: parts.probe_optimizer(optimizer, params))},
         "tasks": {name: _task(p, name, ahead, then.get(name)) for name, p in programs.items()},
