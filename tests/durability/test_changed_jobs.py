@@ -15,15 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import jaxbrewer
 from jaxbrewer import presets
 from jaxbrewer.configurations.configs import names_of_changes
 from jaxbrewer.errors import CheckpointError, ConfigError
+from jaxbrewer.models.wrap import as_model
 from jaxbrewer.training import record as records
 from jaxbrewer.training.digests import json_digest
 from jaxbrewer.training.traces import trace
-from tests import fn_job
+from tests import fn_job, nnx_job
 
 STOP = 3
 KEYS = ("logits", "hidden", "losses", "labels")
@@ -540,6 +542,16 @@ def test_an_optimizer_by_what_it_starts_from():
     assert found[0] == found[1]
     assert found[0][0] != found[2][0]
     np.testing.assert_allclose(2 * found[0][1], found[2][1], rtol=1e-6)
+
+
+def test_the_random_keys_of_a_teacher_do_not_count():
+    """It is in evaluation mode; its weights may have been loaded into a model of another seed."""
+    model, twin, other = (nnx_job.Encoder(1, 4, seed=seed, dropout=0.1) for seed in (1, 2, 2))
+    nnx.update(twin, nnx.state(model, nnx.Param))
+    first, same, another = (
+        records.weights_of((as_model(x).params, as_model(x).state)) for x in (model, twin, other)
+    )
+    assert first == same != another
 
 
 def test_long_schedules_are_kept_by_some_of_their_rows():
