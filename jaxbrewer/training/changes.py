@@ -260,7 +260,8 @@ def _compare_batch(
     """Compares inputs, their axes and kinds of numbers, and the rows of a batch; lengths may differ."""
     one, other = _inputs(was["batch"]), _inputs(outline(ahead.batches[task]))
     if one.keys() != other.keys():
-        found.add("batch", sorted(one), sorted(other), f", inputs{where}")
+        was_of, now_of = (", ".join(sorted(x)) for x in (one, other))
+        found.changes.append(Change("batch", was_of, now_of, f", inputs{where}"))
     for name in sorted(one.keys() & other.keys()):
         if not _are_alike(one[name], other[name]):
             found.add("batch", one[name], other[name], f", {name}{where}")

@@ -210,7 +210,7 @@ REFUSED = {
     # batches
     "batch size": ("batch, rows: was 8, is 5", {"train": {"data": batches(size=5)}}),
     "inputs": (
-        "batch, inputs: was ['ids', 'labels', 'mask'], is ['ids', 'labels']",
+        "batch, inputs: was ids, labels, mask, is ids, labels",
         {"train": {"data": [without_mask(batch) for batch in batches()]}},
     ),
     "axes": (
