@@ -206,6 +206,21 @@ def one_of(choices: Collection[str]) -> Check:
     return check
 
 
+def names(choices: Callable[[], Collection[str]]) -> Check:
+    """Returns a check for names of some choices, in any collection or one alone; keeps a tuple."""
+
+    def check(value: Any) -> tuple[str, ...]:
+        given = (value,) if isinstance(value, str) else value
+        if not isinstance(given, list | tuple | set | frozenset):
+            raise ValueError("expected a list of names")
+        for name in given:
+            if not isinstance(name, str) or name not in choices():
+                raise ValueError(f"{short(name)} is none of the names; {suggest(name, choices())}")
+        return tuple(sorted(set(given)))
+
+    return check
+
+
 def frozen(value: Any, depth: int = 0) -> Any:
     """Accepts what JSON can carry: text, finite numbers, None, and lists and dicts of them."""
     if depth > _MAX_DEPTH:

@@ -7,7 +7,7 @@ no disk and no device. Schedulers stay names here, and nothing the caller gave i
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar
 
 from jaxbrewer import presets
@@ -17,10 +17,20 @@ from jaxbrewer.errors import ConfigError
 
 from .schema import Config, _thawed
 
-# ---------------------------------------------------------------------------------------- the base
+PARTS = (
+    "batch", "class", "loss", "max_grad_norm", "optimizer", "schedule", "student", "tasks", "tau",
+    "teacher", "train_mode",
+)  # fmt: skip
+"""What a job is made of beside its configs; see `training.changes`."""
 
+FREE = (
+    "ckpt_frequency", "ckpt_epoch_frequency", "ckpt_steps", "log_dir", "output_dir", "device",
+    "data_parallel", "local_rank", "resume", "max_to_keep", "mapping", "sharding",
+    "max_nonfinite_steps", "resume_changes", "cache_dir",
+)  # fmt: skip
+"""Fields that may differ where a run is resumed: they change no number of a run on sound data."""
 
-# ------------------------------------------------------------------------------------- the configs
+ANY = "any"
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,7 @@ class TrainingConfig(Config):
     mapping: str = "sharded"
     sharding: str | None = None
     max_nonfinite_steps: int | None = 1
+    resume_changes: Any = ()
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         "gradient_accumulation_steps": checks.integer(1),
@@ -109,6 +120,7 @@ class TrainingConfig(Config):
         "mapping": checks.one_of(("sharded", "pmap")),
         "sharding": checks.optional(checks.one_of(("teacher", "all"))),
         "max_nonfinite_steps": checks.optional(checks.integer(1)),
+        "resume_changes": checks.names(lambda: names_of_changes()),
     }
 
     @classmethod
@@ -279,3 +291,10 @@ class DistillationConfig(Config):
         if kept.get("cache_dir") is None or kept.get("is_caching_logits", True):
             return []
         return ["cache_dir is given, but is_caching_logits is False: set it to use the cache"]
+
+
+def names_of_changes() -> tuple[str, ...]:
+    """What `TrainingConfig.resume_changes` may name; another accumulation is always refused."""
+    apart = (*FREE, "gradient_accumulation_steps")
+    named = [f.name for cls in (TrainingConfig, DistillationConfig) for f in fields(cls)]
+    return (*sorted({*named, *PARTS} - {*apart}), ANY)

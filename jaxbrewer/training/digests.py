@@ -91,12 +91,13 @@ def _summed(arrays: tuple[Any, ...]) -> np.ndarray:
     whole = None
     if meshes:
         whole = jax.sharding.NamedSharding(meshes.pop(), jax.sharding.PartitionSpec())
-    sums = jax.jit(_sums, out_shardings=whole)(arrays)
-    return np.asarray(sums.addressable_data(0))
+    # One program for each kind of array: one for all takes long to compile.
+    summed = jax.jit(_sums, out_shardings=whole)
+    return np.stack([np.asarray(x.addressable_data(0)) for x in [summed(x) for x in arrays]])
 
 
-def _sums(arrays: tuple[Any, ...]) -> jax.Array:
-    return jnp.stack([jnp.stack(_sums_of(x)) for x in arrays])
+def _sums(x: jax.Array) -> jax.Array:
+    return jnp.stack(_sums_of(x))
 
 
 def _sums_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:

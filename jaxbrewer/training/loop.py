@@ -111,7 +111,7 @@ class Loop:
         position: where the run starts; kept up to date.
         after_save: called after each checkpoint with the saved state and the global step; true:
             stop.
-        about: what is written into a checkpoint beside the position.
+        about: optimizer steps done → what is written into a checkpoint beside the position.
         batches_per_epoch: for the progress bar, where it is known.
         placement: where arrays lie; `state` is as the step takes it.
         processes: this process and the others.
@@ -127,7 +127,7 @@ class Loop:
     metrics: MetricsWriter
     position: Position
     after_save: Callable[["Loop", TrainState, int], bool]
-    about: dict[str, Any]
+    about: Callable[[int], Mapping[str, Any]]
     batches_per_epoch: int | None
     placement: Placement
     processes: Processes
@@ -247,7 +247,7 @@ class Loop:
             "global_step": p.global_step,
             "micro_step": p.micro_step,
             "processes": self.processes.objects(mine | {"host_random": random}),
-            **self.about,
+            **self.about(p.global_step),
         }
 
     def _end_epoch(self, event: EpochEnd) -> None:

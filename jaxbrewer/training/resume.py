@@ -39,11 +39,13 @@ class Resumed:
         path: the checkpoint.
         position: where it stands, for this process.
         is_verified: whether all of it is known to be what was saved.
+        saved: its JSON part.
     """
 
     path: Path
     position: Position
     is_verified: bool
+    saved: Mapping[str, Any]
 
     def said(self, total_steps: int) -> str:
         """A line for the log."""
@@ -66,9 +68,8 @@ def checkpoint_to_resume(config: TrainingConfig, processes: Processes) -> Resume
         return None
     if not saved.is_verified and processes.rank == 0:
         logger.warning("%s", unverified(saved.path, saved.position))
-    return Resumed(
-        saved.path, _position(saved.path.name, saved.position, config, processes), saved.is_verified
-    )
+    position = _position(saved.path.name, saved.position, config, processes)
+    return Resumed(saved.path, position, saved.is_verified, saved.position)
 
 
 def _saved(config: TrainingConfig, processes: Processes) -> Saved | None:

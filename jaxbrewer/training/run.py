@@ -18,7 +18,7 @@ from ..data.streams import Event, Micro, Position, by_epochs, checked, taken
 from ..errors import PreflightWarning, afterwards, warn
 from ..machine.devices import resolve_device
 from ..machine.memory import kept_memory
-from ..machine.placement import Placement, placement_for, placement_to_cache
+from ..machine.placement import Placement, placement_for, placement_to_cache, rows_of
 from ..machine.processes import Processes, joined
 from ..machine.programs import keep_programs
 from ..models.adaptors import model_name
@@ -32,12 +32,13 @@ from ..preflight.prepare import Prepared, check_by_shape, prepare
 from ..preflight.report import describe
 from ..step.optimizer import Optimizer
 from ..step.program import Program, TrainState
-from . import signals, teacher_cache
+from . import changes, signals, teacher_cache
 from .checkpoints import Checkpoints
 from .folders import make
 from .lock import RunLock
 from .loop import CallbackResult, CompiledTask, Loop
 from .metrics import MetricsWriter
+from .record import Ahead, make_record, weights_of, with_schedule
 from .request import Request, make_factor, make_timeline
 from .resume import Resumed, checkpoint_to_resume, open_streams
 from .stored import read_variables
@@ -133,7 +134,7 @@ def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> 
         _take_folder(progress, processes)
     resumed = checkpoint_to_resume(job.config, processes)
     if resumed is not None and resumed.position.global_step >= timeline.total_steps:
-        _bring_back(progress, request, timeline, resumed, placement, processes)
+        _bring_back(progress, request, timeline, factor, resumed, placement, processes)
         return
     # Looking at the first batches comes before anything is touched on disk. A resumed run skips to
     # its position, which only its checkpoint knows.
@@ -141,8 +142,13 @@ def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> 
     with processes.together("checking the models and the first batch"):
         first, events = open_streams(request, timeline, start, job.config.seed)
         prepared = _prepared(progress, first, request, placement)
+        rows = _rows(prepared.job, factor, timeline.total_steps)
+    teachers, weights = _teachers(prepared, placement)
+    ahead = _ahead(prepared, request, first, weights, start, processes)
+    record = _recorded(ahead, rows, resumed, processes)
+    with processes.together("preparing the batches"):
         programs, events = _fed(
-            prepared, first, events, request, timeline, start, placement, processes
+            prepared, first, events, request, timeline, start, placement, processes, teachers
         )
     with (
         signals.waiting() as asked,
@@ -166,15 +172,18 @@ def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> 
             if processes.rank == 0:
                 logger.info("%s", resumed.said(timeline.total_steps))
         loop = Loop(
-            tasks={name: _compiled(program, placement) for name, program in programs.items()},
+            tasks={
+                name: _compiled(program, placement, teachers.get(name, ()))
+                for name, program in programs.items()
+            },
             state=placement.enter(state),
-            rows=_rows(prepared.job, factor, timeline.total_steps),
+            rows=rows,
             timeline=timeline,
             checkpoints=checkpoints,
             metrics=metrics,
             position=start,
             after_save=partial(_after_save, progress, request, on_checkpoint),
-            about=dict(job.about),
+            about=lambda step: {**job.about, "job": with_schedule(record, rows, step)},
             batches_per_epoch=next(iter(request.feeds.values())).length,
             placement=placement,
             processes=processes,
@@ -225,6 +234,46 @@ def _prepared(
     return prepared
 
 
+def _teachers(
+    prepared: Prepared, placement: Placement
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Each task's teacher: its arrays, placed, and what a record says of them."""
+    place = placement if prepared.job.cache is None else placement_to_cache(placement)
+    programs = prepared.programs.items()
+    teachers = {name: place.teacher(program.teacher.variables) for name, program in programs}
+    return teachers, {name: weights_of(place.leave(x)) for name, x in teachers.items()}
+
+
+def _ahead(
+    prepared: Prepared,
+    request: Request,
+    first: Mapping[str, Batch],
+    weights: Mapping[str, Any],
+    start: Position,
+    processes: Processes,
+) -> Ahead:
+    """The run as it begins; across processes all must call it."""
+    rows = {name: int(processes.numbers(rows_of(x)).sum()) for name, x in first.items()}
+    lengths = [feed.length for feed in request.feeds.values()]
+    is_known = len(lengths) == 1 and lengths[0] is not None
+    is_last = not is_known or start.batch + 1 == lengths[0]
+    return Ahead(prepared, request, first, rows, start.micro_step > 0 and is_last, weights)
+
+
+def _recorded(
+    ahead: Ahead, rows: np.ndarray, resumed: Resumed | None, processes: Processes
+) -> dict[str, Any]:
+    """The record of a run, which is refused where it is not the job that it goes on with."""
+    job = ahead.prepared.job
+    with processes.together("comparing the job"):
+        saved = None if resumed is None else changes.record_in(resumed.saved)
+        record = make_record(ahead, saved)
+    if resumed is not None:
+        found = changes.compare(resumed.saved, job.about, record, ahead, rows)
+        changes.check(resumed.path, job.config, found, processes)
+    return record
+
+
 def _fed(
     prepared: Prepared,
     first: Mapping[str, Batch],
@@ -234,8 +283,12 @@ def _fed(
     start: Position,
     placement: Placement,
     processes: Processes,
+    teachers: dict[str, Any],
 ) -> tuple[dict[str, Program], Iterator[Event]]:
-    """The programs, and the stream of their batches: the teacher's results cached if asked for."""
+    """The programs, and the stream of their batches: the teacher's results cached if asked for.
+
+    `teachers` are their arrays, placed; that of a cached one is let go.
+    """
     programs = prepared.programs
     checks = {name: _batch_check(program, first[name]) for name, program in programs.items()}
     if prepared.job.cache is None:
@@ -249,7 +302,7 @@ def _fed(
     stream = taken(by_epochs(feed.loader, 1, Position()), feed.postprocess)
     stream = checked(stream, checks)
     batches = [event.inputs for event in stream if isinstance(event, Micro)]
-    loader = _cached(prepared.job, program, batches, placement, processes)
+    loader = _cached(prepared.job, program, batches, placement, processes, teachers.pop(""))
     served = replace(program, teacher=Teacher())
     return {"": served}, by_epochs(loader, timeline.epochs, start)
 
@@ -260,6 +313,7 @@ def _cached(
     batches: list[Batch],
     placement: Placement,
     processes: Processes,
+    variables: Any,
 ) -> teacher_cache.CachedLoader:
     """Runs the teacher once; returns the loader that serves its results with the batches."""
     cache = job.cache or CacheOptions(None, "float32")
@@ -269,7 +323,7 @@ def _cached(
     place = placement_to_cache(placement)
     return teacher_cache.build(
         program.teacher,
-        place.teacher(program.teacher.variables),
+        variables,
         batches,
         program.reads,
         folder=folder,
@@ -332,12 +386,12 @@ def _metrics(job: Job, processes: Processes) -> Iterator[MetricsWriter]:
         yield metrics
 
 
-def _compiled(program: Program, placement: Placement) -> CompiledTask:
+def _compiled(program: Program, placement: Placement, teacher: Any) -> CompiledTask:
     scaled = program.precision.is_scaled
     names = (*program.names, *(("loss_scale", "skipped_windows") if scaled else ()))
     return CompiledTask(
         step=placement.compile(program),
-        teacher_variables=placement.teacher(program.teacher.variables),
+        teacher_variables=teacher,
         tags=("scalar/total_loss", *(f"scalar/{name}" for name in names)),
         is_scaled=scaled,
         names=program.names,
@@ -396,6 +450,7 @@ def _bring_back(
     progress: _Progress,
     request: Request,
     timeline: Timeline,
+    factor: Callable | None,
     end: Resumed,
     placement: Placement,
     processes: Processes,
@@ -403,10 +458,19 @@ def _bring_back(
     """Takes from its last checkpoint what a finished run has left."""
     logger.info("%s is the end of this run; nothing is left to train", end.path.name)
     job = progress.outcome.job
-    if job.custom_matches:  # their projections are made when the models are looked at
+    if changes.record_in(end.saved) is None:
+        found = changes.compare_configs(end.saved, job.about)
+        changes.check(end.path, job.config, found, processes)
+    # Projections of custom matches are made when the models are looked at.
+    if job.custom_matches or changes.record_in(end.saved) is not None:
         with processes.together("checking the models and the first batch"):
             first, _ = open_streams(request, timeline, Position(), job.config.seed)
-            job = prepare(job, first, request.optimizer, device=placement.devices[0]).job
+            prepared = _prepared(progress, first, request, placement)
+            rows = _rows(prepared.job, factor, timeline.total_steps)
+        job = prepared.job
+        _, weights = _teachers(prepared, placement)
+        ahead = _ahead(prepared, request, first, weights, Position(), processes)
+        _recorded(ahead, rows, end, processes)
     student = next(iter(job.tasks.values())).student.model
     projections = job.projections.models()
     with _checkpoints(progress, processes, end):

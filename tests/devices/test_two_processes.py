@@ -163,6 +163,13 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(folder, tmp_path, caplog):
     assert_close(found, wanted)
 
 
+def test_a_job_that_has_changed_in_one_process_is_refused_in_all(folder):
+    first, second = errors(folder, "changed")
+    assert first == second
+    assert first.startswith("CheckpointError")
+    assert "teacher, weights: was" in first
+
+
 def test_shapes_that_disagree_are_an_error_in_all(folder):
     for error in errors(folder, "disagree"):
         assert error.startswith("BatchError: the processes' batches do not fit together")

@@ -146,6 +146,15 @@ def resumed(rank, config):
     return whole(rank, config, resume=True)[0]
 
 
+def changed(rank, config):
+    """Process 1 alone comes back with another teacher."""
+    every.train(every.JOBS["general"](config()), parts(rank, every.batches(4)))
+    distiller = every.JOBS["general"](config(resume=True))
+    distiller.model_T = every.teacher(1 if rank == 0 else 9)
+    with distiller:
+        distiller.train(nnx_job.SGD, parts(rank, every.batches(4)), num_epochs=2)
+
+
 def best(rank, config):
     return {"best": whole(rank, config)[0].best_checkpoint.name}
 
@@ -194,6 +203,7 @@ SCENARIOS = [
     interrupted,
     resumed,
     best,
+    changed,
     disagree,
     fails,
     has_nothing,

@@ -259,7 +259,11 @@ def test_a_resumed_run_has_the_same_bits(tmp_path):
         ({"half_dtype": "bfloat16"}, "scaling/scale: in the checkpoint only"),
         ({"fp16_opt_level": "O3"}, r"params/w: saved as float32\[2, 1\], wanted float16\[2, 1\]"),
     ):
-        mine = trainer(tmp_path / "cut", **{**config, **other}, resume=True)
+        changed = {**config, **other, "resume": True}
+        mine = trainer(tmp_path / "cut", **changed)
+        with mine, pytest.raises(CheckpointError, match=next(iter(other))):
+            mine.train(MOMENTUM, data, num_epochs=3)
+        mine = trainer(tmp_path / "cut", **changed, resume_changes=list(other))
         with mine, pytest.raises(CheckpointError, match=difference):
             mine.train(MOMENTUM, data, num_epochs=3)
 
