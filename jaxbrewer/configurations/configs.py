@@ -18,7 +18,7 @@ from jaxbrewer.errors import ConfigError
 from .schema import Config, _thawed
 
 PARTS = (
-    "batch", "class", "loss", "max_grad_norm", "optimizer", "schedule", "student", "tasks", "tau",
+    "batch", "class", "data", "loss", "max_grad_norm", "optimizer", "schedule", "student", "tasks", "tau",
     "teacher", "train_mode",
 )  # fmt: skip
 """What a job is made of beside its configs; see `training.changes`."""

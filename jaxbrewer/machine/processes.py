@@ -21,7 +21,8 @@ from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..data.batches import Batch, Whole, signature_of
-from ..data.streams import EpochEnd, Event, Micro, Position, host_random
+from ..data.states import host_random
+from ..data.streams import EpochEnd, Event, Micro, Position
 from ..errors import BatchError
 from .barrier import Barrier
 from .placement import has_rows, rows_of

@@ -7,8 +7,8 @@ student     ``{'params': …, 'state': …}``
 projections likewise, by projection
 training    optimizer state (with an open accumulation window), random key, counters, loss scale;
             by name, where there are any: the guard's counters, the objective's own state
-position    JSON: step, epoch, batch, the same with its random state for each process, the
-            configs, the record of the job (`record`), the format's version, the digest of every
+position    JSON: step, epoch, batch, the same with its random and loaders' states for each process,
+            the configs, the record of the job (`record`), the format's version, the digest of every
             array, and one of all this
 =========== ====================================================================
 

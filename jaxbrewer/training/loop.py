@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..data.streams import EpochEnd, Event, Micro, Position, as_json, host_random
+from ..data.states import LoaderState, as_json, host_random
+from ..data.streams import EpochEnd, Event, Micro, Position
 from ..errors import BatchError, afterwards, despite
 from ..machine.placement import Placement
 from ..machine.processes import Processes
@@ -138,6 +139,9 @@ class Loop:
     _stops: bool = False  # one of several processes has been asked to stop
     _opens: Position = field(default_factory=Position)  # see `Begun`
     _drawn: Any = None  # the host's random state after the last batch, if later ones are drawn
+    _loaders: dict[str, LoaderState] = field(
+        default_factory=dict
+    )  # after the last batch trained on
     _started: Mapping[str, Any] = field(default_factory=dict)  # weight → whether it was finite
 
     def run(self, events: Iterator[Event], after_step: Callable[[], None]) -> None:
@@ -154,6 +158,7 @@ class Loop:
         """
         self._log_start()
         self._opens = self.position
+        self._loaders = dict(self.position.loaders)
         self._started = jax.device_get(_which_are_finite(self.state.params))
         with (  # ended from the last to the first: the checkpoint is on disk whatever else fails
             afterwards("writing the metrics", self.metrics.flush),
@@ -167,6 +172,8 @@ class Loop:
                 self._micro_step(event)
                 after_step()
                 self._drawn = event.host_random
+                if event.loader is not None:
+                    self._loaders[event.task] = event.loader
                 bar.update(1)
                 done = self._opened == self.timeline.accumulation
                 self._move(event.epoch, event.batch + 1, done)
@@ -205,8 +212,13 @@ class Loop:
             self._opened = 0
 
     def _open_window(self) -> None:
-        """Notes where an accumulation window starts; the host's random state is of before its batches."""
-        self._opens = replace(self.position, host_random=self._drawn or host_random())
+        """Notes where an accumulation window starts, with the data's state before its batches."""
+        self._opens = self._here()
+
+    def _here(self) -> Position:
+        """The position, with the random states and those of the loaders there."""
+        drawn = self._drawn or host_random()
+        return replace(self.position, host_random=drawn, loaders=dict(self._loaders))
 
     def _after_update(self, epoch: int) -> bool:
         """Logs and saves where it is due; returns whether training ends here."""
@@ -218,6 +230,9 @@ class Loop:
         if is_due:
             saved = self._save(step, epoch)
             stop = self.after_save(self, saved, step)
+            self.metrics.mark(
+                step, self.position.micro_step
+            )  # behind what the callback has written
             if self.processes.numbers(stop).any():
                 self._say("The callback stopped training at step %d", step)
                 return True
@@ -234,19 +249,24 @@ class Loop:
         self._check_weights()
         self._say("Saving at global step %d, epoch %d", step, epoch + 1)
         saved = self.placement.leave(self.state)
-        here = replace(self.position, host_random=self._drawn or host_random())
-        self.checkpoints.save(step, saved, self._described(here))
+        save = partial(self.checkpoints.save, step, saved, self._described(self._here()))
+        with afterwards("writing the checkpoint", save):
+            self.metrics.mark(step, self.position.micro_step)
+            self.metrics.flush()  # whoever goes on from the checkpoint has the points before it
         return saved
 
     def _described(self, p: Position) -> dict[str, Any]:
         """A position as checkpoints hold it, with those of the other processes."""
         mine = {"epoch": p.epoch, "batch": p.batch}
-        random = as_json(p.host_random)
+        state = {
+            "host_random": as_json(p.host_random),
+            "loaders": {task: loader.as_json() for task, loader in p.loaders.items()},
+        }
         return {
             **mine,
             "global_step": p.global_step,
             "micro_step": p.micro_step,
-            "processes": self.processes.objects(mine | {"host_random": random}),
+            "processes": self.processes.objects(mine | state),
             **self.about(p.global_step),
         }
 

@@ -1,42 +1,86 @@
 """Where the numbers go: tensorboard files, written off the training thread."""
 
 import os
+import secrets
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 TOGETHER = 32  # points are written so many at a time,
 LATEST = 1.0  # or after so many seconds,
 FLUSH_EVERY = 10.0  # and are on disk after so many
+SETTLED_WITHIN = 10.0  # seconds that a writer's queue may take
 
 
 def read_scalars(folder: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
     """Reads the scalars of a ``log_dir``: tag → step → value; of a step written twice, the later.
 
-    For plots and tests, without tensorboard itself. An unfinished last record is left out.
+    For plots and tests, without tensorboard itself. As there, a run that has started anew at a step
+    purges what was written before of that step and later ones. An unfinished last record is left
+    out.
     """
     points: dict[str, dict[int, float]] = {}
-    for path in sorted(Path(folder).glob("events.*")):
-        data = path.read_bytes()
-        start = 0
-        while start + 12 <= len(data):
-            (length,) = struct.unpack("<Q", data[start : start + 8])
-            record = data[start + 12 : start + 12 + length]
-            start += 12 + length + 4  # two checksums of four bytes
-            if len(record) < length:
-                break
-            event = Event.FromString(record)
-            for value in event.summary.value:
-                points.setdefault(value.tag, {})[event.step] = value.simple_value
+    for _, event in _standing(folder):
+        for value in event.summary.value:
+            points.setdefault(value.tag, {})[event.step] = value.simple_value
     return points
+
+
+def _standing(folder: str | os.PathLike[str]) -> list[tuple[str, Event]]:
+    """The events in a folder that no later start purges, in tensorboard's order, with their files."""
+    standing: list[tuple[str, Event]] = []
+    for path in sorted(Path(folder).glob("events.*")):
+        for event in _read(path):
+            if event.session_log.status == SessionLog.START:
+                standing = [earlier for earlier in standing if earlier[1].step < event.step]
+            elif event.WhichOneof("what") in ("summary", "session_log"):
+                standing.append((path.name, event))
+    return standing
+
+
+def _read(path: Path) -> Iterator[Event]:
+    data = path.read_bytes()
+    start = 0
+    while start + 12 <= len(data):
+        (length,) = struct.unpack("<Q", data[start : start + 8])
+        record = data[start + 12 : start + 12 + length]
+        start += 12 + length + 4  # two checksums of four bytes
+        if len(record) < length:
+            return
+        yield Event.FromString(record)
+
+
+def _parted(
+    events: list[tuple[str, Event]], checkpoint: str, step: int, tags: Set[str], current: str
+) -> tuple[list[Event], list[Event]]:
+    """What stands of the events once a run goes on from a checkpoint, and what does not.
+
+    Args:
+        events: those of `_standing`.
+        checkpoint: its name.
+        step: the micro-step at which it stands.
+        tags: ours. Others count steps as they like: of those, what lies behind the checkpoint's
+            mark goes.
+        current: the file that is being written; what others have in it is of this run.
+    """
+    marks = [i for i, (_, e) in enumerate(events) if e.session_log.checkpoint_path == checkpoint]
+    stands: list[Event] = []
+    goes: list[Event] = []
+    for i, (file, event) in enumerate(events):
+        if any(value.tag in tags for value in event.summary.value):
+            is_after = event.step >= step
+        else:
+            is_after = file != current and (i > marks[-1] if marks else event.step >= step)
+        (goes if is_after else stands).append(event)
+    return stands, goes
 
 
 class EventWriter(SummaryWriter):
@@ -87,6 +131,47 @@ class MetricsWriter:
         self._points.append((now, step, tags, values))
         if len(self._points) >= TOGETHER or now > self._points[0][0] + LATEST:
             self._send(self._thread)
+
+    def mark(self, checkpoint: int, step: int) -> None:
+        """Marks in the file what lies before ``gs{checkpoint}``, which stands at micro-step `step`."""
+        if self._writer is not None:
+            log = SessionLog(status=SessionLog.CHECKPOINT, checkpoint_path=f"gs{checkpoint}")
+            # Through the writer's queue, so that it stays behind the points that the user gave it.
+            self._writer._get_file_writer().add_event(Event(session_log=log), step)
+
+    def go_on(self, checkpoint: str, step: int, tags: Set[str]) -> None:
+        """Purges what was written after the checkpoint that a run goes on from.
+
+        Args:
+            checkpoint: its name: ``gs12``.
+            step: the micro-step at which it stands.
+            tags: those that `write` will be given.
+        """
+        if self._writer is None:
+            return
+        file = self._writer._get_file_writer().event_writer._ev_writer
+        self._settle(Path(file._file_name))
+        events, current = _standing(self._writer.logdir), Path(file._file_name).name
+        stands, goes = _parted(events, checkpoint, step, tags, current)
+        if not goes:
+            return
+        first = min(event.step for event in goes)
+        log = SessionLog(status=SessionLog.START)  # by which tensorboard purges all from there on
+        file.write_event(Event(wall_time=time.time(), step=first, session_log=log))
+        for event in stands:
+            if event.step >= first:
+                file.write_event(event)
+        self._writer.flush()
+
+    def _settle(self, path: Path) -> None:
+        """Waits until what the user has given the writer's queue is in its file."""
+        last = secrets.token_hex(16)
+        log = SessionLog(msg=last)
+        self._writer._get_file_writer().add_event(Event(session_log=log), 0)
+        deadline = time.time() + SETTLED_WITHIN
+        while last.encode() not in path.read_bytes() and time.time() < deadline:
+            time.sleep(0.002)
+            self._writer.flush()
 
     def _send(self, thread: ThreadPoolExecutor) -> Future:
         if self._writing is not None:

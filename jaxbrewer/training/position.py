@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from ..configurations.checks import short
-from ..data.streams import is_host_random
+from ..data.states import is_host_random, loader_state_problem
 from ..errors import CheckpointError
 from .backend import POSITION, read_json_item
 from .digests import json_digest
@@ -84,6 +84,13 @@ def _position_problems(position: Mapping[str, Any], folder: str) -> Iterator[str
         yield from _count_problems(process, ("epoch", "batch"), f"{where}.")
         if not is_host_random(process.get("host_random")):
             yield f"{where}.host_random is no state of Python's and numpy's generators"
+        loaders = process.get("loaders", {})
+        if not isinstance(loaders, Mapping):
+            yield f"{where}.loaders is {short(loaders)}, expected an object"
+            continue
+        for task, loader in loaders.items():
+            if problem := loader_state_problem(loader):
+                yield f"{where}.loaders[{task!r}]: {problem}"
 
 
 def _count_problems(values: Mapping[str, Any], names: tuple[str, ...], where: str) -> Iterator[str]:

@@ -3,28 +3,29 @@
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..configurations.configs import TrainingConfig
 from ..data.batches import Batch
+from ..data.states import LoaderState, restore_host_random
 from ..data.streams import (
     Event,
+    Micro,
     Position,
     by_epochs,
     by_steps,
     by_tasks,
     peek,
-    restore_host_random,
     taken,
     task_order,
 )
 from ..errors import CheckpointError, DamagedCheckpointError
 from ..machine.processes import Processes
 from .folders import is_finished, others_in, steps_in
-from .request import Request
+from .request import Feed, Request
 from .stored import Saved, examine, none_is_whole, unverified
 from .timeline import Timeline
 
@@ -133,7 +134,7 @@ def _position(
     if len(each) == processes.count:
         mine = each[processes.rank]
     else:
-        mine = each[0] | {"host_random": None}
+        mine = each[0] | {"host_random": None, "loaders": {}}
         logger.warning(
             "%s was saved by %d processes and goes on in %d: each starts %d batches into epoch %d of "
             "its own data, which is right only if a step still takes the same number of examples",
@@ -143,37 +144,104 @@ def _position(
             mine["batch"],
             mine["epoch"] + 1,
         )
+    loaders = {task: LoaderState(**state) for task, state in mine.get("loaders", {}).items()}
+    if not loaders and processes.rank == 0:
+        logger.warning(
+            "%s says nothing of its data that fits this run: whether the batches before it were the "
+            "same cannot be compared",
+            name,
+        )
     return Position(
-        mine["epoch"], mine["batch"], step, saved["micro_step"], mine.get("host_random")
+        mine["epoch"],
+        mine["batch"],
+        step,
+        saved["micro_step"],
+        mine.get("host_random"),
+        loaders,
+        may_differ=data_may_differ(config),
     )
 
 
-def open_streams(
-    request: Request, timeline: Timeline, start: Position, seed: int
-) -> tuple[dict[str, Batch], Iterator[Event]]:
-    """Opens the streams; returns each task's first batch, and the stream of all from `start` on.
+def data_may_differ(config: TrainingConfig) -> bool:
+    """Whether a resume with other data is meant."""
+    return not {"data", "any"}.isdisjoint(config.resume_changes)
 
-    Looking at the first batches loses none of them. `seed` is of the tasks' order.
+
+class Opened(NamedTuple):
+    """The data of a run, looked at.
+
+    Attributes:
+        first: task → a batch of it: its first one, or one before it.
+        events: the stream of all, from the start on.
+        loaders: task → the state of its loader before the first of these.
+    """
+
+    first: dict[str, Batch]
+    events: Iterator[Event]
+    loaders: dict[str, LoaderState]
+
+
+def open_streams(request: Request, timeline: Timeline, start: Position, seed: int) -> Opened:
+    """Opens the streams. Looking at the first batches loses none of them.
+
+    Args:
+        request: has the loaders.
+        timeline: of the run.
+        start: where to begin.
+        seed: of the tasks' order.
+
+    Raises:
+        CheckpointError: the data before `start` are not those that were taken there.
     """
     if list(request.feeds) == [""]:
-        (feed,) = request.feeds.values()
-        if timeline.epochs is not None:
-            stream = by_epochs(feed.loader, timeline.epochs, start)
-        else:
-            stream = by_steps(feed.loader, start)
-        first, events = peek(taken(stream, feed.postprocess))
-        if first is None and start.micro_step:  # this process's last epoch is over already
-            first, _ = peek(taken(by_epochs(feed.loader, 1, Position()), feed.postprocess))
-            restore_host_random(start)
-        if first is None:
-            raise ValueError("the loader gave no batch: it is empty")
-        return {"": first}, events
+        return _open_one(request, timeline, start)
     sizes = {task: feed.length for task, feed in request.feeds.items()}
     order = task_order(sizes, request.tau, seed)
     done = list(islice(order, start.micro_step))  # the draws tell how far each loader had come
-    firsts, streams = {}, {}
+    firsts, streams, loaders = {}, {}, {}
     for task, feed in request.feeds.items():
-        stream = islice(by_steps(feed.loader, Position()), done.count(task), None)
-        firsts[task], streams[task] = peek(taken(stream, feed.postprocess, task))
-    restore_host_random(start)
-    return firsts, by_tasks(streams, order)
+        stream = _task_stream(task, feed, start, done.count(task))
+        first, streams[task] = peek(taken(stream, feed.postprocess, task))
+        if first is None:  # by_steps gives one, or says why not
+            raise ValueError(f"the loader of task {task!r} gave no batch")
+        firsts[task] = first.inputs
+        loaders[task] = start.loaders.get(task) or _before(first)
+    restore_host_random(start.host_random)
+    return Opened(firsts, by_tasks(streams, order), loaders)
+
+
+def _open_one(request: Request, timeline: Timeline, start: Position) -> Opened:
+    (feed,) = request.feeds.values()
+    if timeline.epochs is not None:
+        stream = by_epochs(feed.loader, timeline.epochs, start)
+    else:
+        stream = by_steps(feed.loader, start)
+    first, events = peek(taken(stream, feed.postprocess))
+    if first is None and start.micro_step:  # this process's last epoch is over already
+        first, _ = peek(taken(by_epochs(feed.loader, 1, Position()), feed.postprocess))
+        restore_host_random(start.host_random)
+    if first is None:
+        raise ValueError("the loader gave no batch: it is empty")
+    return Opened({"": first.inputs}, events, dict(start.loaders))
+
+
+def _task_stream(task: str, feed: Feed, start: Position, done: int) -> Iterator[Event]:
+    """One of several tasks' own stream, which has given `done` batches before the start."""
+    kept = start.loaders.get(task)
+    if kept is None:
+        return islice(by_steps(feed.loader, Position()), done, None)
+    if kept.taken != done and not start.may_differ:
+        raise CheckpointError(
+            f"task {task!r} had {kept.taken} batches before the checkpoint, and would have had {done} "
+            "now: the order of the tasks follows from the sizes of their loaders, tau and the seed. "
+            "Give those it was trained with; if others are meant, say resume_changes={'data'}"
+        )
+    loaders = {task: replace(kept, taken=done)}
+    here = replace(start, epoch=kept.epoch, batch=kept.batch, host_random=None, loaders=loaders)
+    return by_steps(feed.loader, here, task, is_sampled=True)
+
+
+def _before(first: Micro) -> LoaderState:
+    """The state of a loader before its first batch."""
+    after: Any = first.loader
+    return replace(after, batch=0, taken=0, checksum=0, shown={})

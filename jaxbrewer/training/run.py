@@ -14,6 +14,7 @@ import optax
 
 from ..data.batches import Batch, check_ids, sides
 from ..data.likeness import Likeness
+from ..data.states import put_back, random_state, undisturbed
 from ..data.streams import Event, Micro, Position, by_epochs, checked, taken
 from ..errors import PreflightWarning, afterwards, warn
 from ..machine.devices import resolve_device
@@ -40,7 +41,7 @@ from .loop import CallbackResult, CompiledTask, Loop
 from .metrics import MetricsWriter
 from .record import Ahead, make_record, weights_of, with_schedule
 from .request import Request, make_factor, make_timeline
-from .resume import Resumed, checkpoint_to_resume, open_streams
+from .resume import Opened, Resumed, checkpoint_to_resume, open_streams
 from .stored import read_variables
 from .timeline import Timeline
 
@@ -140,15 +141,18 @@ def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> 
     # its position, which only its checkpoint knows.
     start = Position() if resumed is None else resumed.position
     with processes.together("checking the models and the first batch"):
-        first, events = open_streams(request, timeline, start, job.config.seed)
-        prepared = _prepared(progress, first, request, placement)
+        # A cache is one pass over the loader, of which the batches are served in an order of its own.
+        looked_at = start if job.cache is None else Position()
+        opened = open_streams(request, timeline, looked_at, job.config.seed)
+        start = start if job.cache else replace(start, loaders=opened.loaders)
+        prepared = _prepared(progress, opened.first, request, placement)
         rows = _rows(prepared.job, factor, timeline.total_steps)
     teachers, weights = _teachers(prepared, placement)
-    ahead = _ahead(prepared, request, first, weights, start, processes)
+    ahead = _ahead(prepared, request, opened.first, weights, start, processes)
     record = _recorded(ahead, rows, resumed, processes)
     with processes.together("preparing the batches"):
         programs, events = _fed(
-            prepared, first, events, request, timeline, start, placement, processes, teachers
+            prepared, opened, request, timeline, start, placement, processes, teachers
         )
     with (
         signals.waiting() as asked,
@@ -162,7 +166,7 @@ def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> 
                 processes,
                 share=len(placement.devices) // processes.count,
                 start=start,
-                like=next(iter(first.values())),
+                like=next(iter(opened.first.values())),
                 is_asked=lambda: bool(asked),
             )
         program = next(iter(programs.values()))
@@ -191,6 +195,9 @@ def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> 
             print_freq=job.print_freq,
         )
         del state  # the loop's steps own it
+        if resumed is not None:
+            tags = {tag for task in loop.tasks.values() for tag in task.tags}
+            metrics.go_on(resumed.path.name, start.micro_step, tags)
         try:
             with kept_memory(placement.devices[0].platform) as bound_memory:
                 loop.run(events, bound_memory)
@@ -276,8 +283,7 @@ def _recorded(
 
 def _fed(
     prepared: Prepared,
-    first: Mapping[str, Batch],
-    events: Iterator[Event],
+    opened: Opened,
     request: Request,
     timeline: Timeline,
     start: Position,
@@ -290,21 +296,24 @@ def _fed(
     `teachers` are their arrays, placed; that of a cached one is let go.
     """
     programs = prepared.programs
-    checks = {name: _batch_check(program, first[name]) for name, program in programs.items()}
+    checks = {name: _batch_check(program, opened.first[name]) for name, program in programs.items()}
     if prepared.job.cache is None:
-        return programs, checked(events, checks)
+        return programs, checked(opened.events, checks)
     if timeline.epochs is None:
         raise ValueError(
             "is_caching_logits goes with num_epochs, not with num_steps: the cache is one pass over "
             "the loader"
         )
     (program,), (feed,) = programs.values(), request.feeds.values()
+    if "" in start.loaders:
+        put_back(start.loaders[""].begun, feed.loader)
+    begun = random_state(feed.loader)
     stream = taken(by_epochs(feed.loader, 1, Position()), feed.postprocess)
     stream = checked(stream, checks)
     batches = [event.inputs for event in stream if isinstance(event, Micro)]
     loader = _cached(prepared.job, program, batches, placement, processes, teachers.pop(""))
     served = replace(program, teacher=Teacher())
-    return {"": served}, by_epochs(loader, timeline.epochs, start)
+    return {"": served}, by_epochs(loader, timeline.epochs, start, begun=begun)
 
 
 def _cached(
@@ -422,7 +431,8 @@ def _after_save(
     progress.note(variables=None)
     if loop.is_chief:
         logger.info("Running the callback at step %d", step)
-    result = request.callback(model=model, step=step)
+    with undisturbed(feed.loader for feed in request.feeds.values()):
+        result = request.callback(model=model, step=step)
     if not isinstance(result, CallbackResult):
         return False
     if result.score is not None:
@@ -464,7 +474,7 @@ def _bring_back(
     # Projections of custom matches are made when the models are looked at.
     if job.custom_matches or changes.record_in(end.saved) is not None:
         with processes.together("checking the models and the first batch"):
-            first, _ = open_streams(request, timeline, Position(), job.config.seed)
+            first = open_streams(request, timeline, Position(), job.config.seed).first
             prepared = _prepared(progress, first, request, placement)
             rows = _rows(prepared.job, factor, timeline.total_steps)
         job = prepared.job

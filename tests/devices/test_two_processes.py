@@ -148,6 +148,12 @@ def test_a_resumed_run_has_the_same_bits(folder):
         np.testing.assert_array_equal(found[key], value, err_msg=key)
 
 
+def test_other_data_in_one_process_are_an_error_in_all(folder):
+    other, own = errors(folder, "other_data")
+    assert other.startswith("BatchError: process 1 failed while checking the models and the first")
+    assert own.startswith("CheckpointError: the loader gives other batches than before")
+
+
 def test_the_best_checkpoint_is_known_to_all(folder):
     for rank in range(2):
         said = json.loads((folder / f"best-{rank}.json").read_text())

@@ -155,6 +155,13 @@ def changed(rank, config):
         distiller.train(nnx_job.SGD, parts(rank, every.batches(4)), num_epochs=2)
 
 
+def other_data(rank, config):
+    """One of the processes goes on with other data."""
+    checkpoint = Path(config().output_dir).parents[1] / "resumed" / "out" / "gs2"
+    distiller = every.JOBS["general"](config(resume=str(checkpoint)))
+    every.train(distiller, Shuffled(parts(rank, every.batches(4, seed=9 * rank))))
+
+
 def best(rank, config):
     return {"best": whole(rank, config)[0].best_checkpoint.name}
 
@@ -202,6 +209,7 @@ SCENARIOS = [
     uninterrupted,
     interrupted,
     resumed,
+    other_data,
     best,
     changed,
     disagree,

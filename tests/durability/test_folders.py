@@ -238,6 +238,8 @@ ABSURD = {
         put(9, "processes", 0, "host_random", "numpy", 1),
         "no state of Python's",
     ),
+    "loaders": (put([], "processes", 0, "loaders"), r"loaders is \[\], expected an object"),
+    "a loader": (put({"": {}}, "processes", 0, "loaders"), r"loaders\[''\]: expected an object"),
     "a list": (lambda position: b"[1]", "its position is a list"),
     "a number": (lambda position: b"1e9", "its position is a float"),
     "not JSON": (lambda position: b"{", "cannot be read"),

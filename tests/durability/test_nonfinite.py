@@ -17,7 +17,7 @@ import pytest
 
 import jaxbrewer
 from jaxbrewer.data.batches import own
-from jaxbrewer.data.streams import as_json, host_random
+from jaxbrewer.data.states import as_json, host_random
 from jaxbrewer.errors import CheckpointError
 from jaxbrewer.preflight import prepare
 from jaxbrewer.step import guard, loss_scale
