@@ -21,7 +21,7 @@ PARTS = (
     "batch", "class", "data", "loss", "max_grad_norm", "optimizer", "schedule", "student", "tasks", "tau",
     "teacher", "train_mode",
 )  # fmt: skip
-"""What a job is made of beside its configs; see `training.changes`."""
+"""What a job is made of beside its configs; see `training.comparison`."""
 
 FREE = (
     "ckpt_frequency", "ckpt_epoch_frequency", "ckpt_steps", "log_dir", "output_dir", "device",
@@ -74,6 +74,9 @@ class TrainingConfig(Config):
             the last of them is saved, unless it is there already: resuming on clean data gives the bits
             of a run that had clean data there. float16's overflows do not count: the loss scale sees to
             them.
+        resume_changes: what may have changed since the checkpoint that a run goes on from, by the names
+            that the error gives: fields of the configs, and `PARTS` (``['temperature', 'teacher']``);
+            ``'any'``: everything. By default nothing may.
 
     Raises:
         ConfigError: a ValueError that lists everything wrong.

@@ -8,8 +8,8 @@ projections likewise, by projection
 training    optimizer state (with an open accumulation window), random key, counters, loss scale;
             by name, where there are any: the guard's counters, the objective's own state
 position    JSON: step, epoch, batch, the same with its random and loaders' states for each process,
-            the configs, the record of the job (`record`), the format's version, the digest of every
-            array, and one of all this
+            the configs, the record of the job (`comparison.record`), the format's version, the
+            digest of every array, and one of all this
 =========== ====================================================================
 
 Format 2 has the digests, by which whatever is read is verified; format 1 has none.

@@ -12,36 +12,35 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ..data.batches import Batch, check_ids, sides
-from ..data.likeness import Likeness
-from ..data.states import put_back, random_state, undisturbed
-from ..data.streams import Event, Micro, Position, by_epochs, checked, taken
+from ..data.batches import Batch
+from ..data.states import undisturbed
+from ..data.streams import Event, Position
 from ..errors import PreflightWarning, afterwards, warn
 from ..machine.devices import resolve_device
 from ..machine.memory import kept_memory
-from ..machine.placement import Placement, placement_for, placement_to_cache, rows_of
+from ..machine.placement import Placement, placement_for, placement_to_cache
 from ..machine.processes import Processes, joined
 from ..machine.programs import keep_programs
-from ..models.adaptors import model_name
 from ..models.handle import Model
-from ..models.precision import FLOAT32
-from ..models.teachers import Teacher
 from ..objective.plan import Weight
 from ..objective.tables import tabulate
-from ..preflight.job import CacheOptions, Job
-from ..preflight.prepare import Prepared, check_by_shape, prepare
+from ..preflight.job import Job
+from ..preflight.prepare import Prepared, prepare
 from ..preflight.report import describe
 from ..step.optimizer import Optimizer
 from ..step.program import Program, TrainState
-from . import changes, signals, teacher_cache
+from . import signals
 from .checkpoints import Checkpoints
+from .comparison import changes
+from .comparison.record import weights_of, with_schedule
+from .comparison.start import ahead_of, recorded
+from .feed import fed, watched
 from .folders import make
 from .lock import RunLock
 from .loop import CallbackResult, CompiledTask, Loop
 from .metrics import MetricsWriter
-from .record import Ahead, make_record, weights_of, with_schedule
 from .request import Request, make_factor, make_timeline
-from .resume import Opened, Resumed, checkpoint_to_resume, open_streams
+from .resume import Resumed, checkpoint_to_resume, open_streams
 from .stored import read_variables
 from .timeline import Timeline
 
@@ -120,90 +119,168 @@ def train(job: Job, request: Request, on_checkpoint: OnCheckpoint) -> Outcome:
     return progress.outcome
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """What is known of a run before its job is looked at."""
+
+    progress: _Progress
+    request: Request
+    timeline: Timeline
+    factor: Callable | None
+    placement: Placement
+    processes: Processes
+
+    @property
+    def job(self) -> Job:
+        return self.progress.outcome.job
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A job that was looked at, and its data from `start` on.
+
+    Attributes:
+        first: task → its first batch.
+        rows: see `_rows`.
+        teachers: task → the teacher's arrays, placed.
+        record: what checkpoints keep of the job.
+    """
+
+    programs: Mapping[str, Program]
+    events: Iterator[Event]
+    first: Mapping[str, Batch]
+    start: Position
+    rows: np.ndarray
+    teachers: Mapping[str, Any]
+    record: Mapping[str, Any]
+
+
 def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> None:
-    job = progress.outcome.job
     keep_programs()
-    placement = placement_for(job.config)
-    processes = Processes(placement.devices)
-    progress.note(rank=processes.rank)
-    with processes.together("reading the arguments of train"):
-        request = request.of_all(processes)
-        timeline = make_timeline(job.config, request)
-        factor = make_factor(request, timeline.total_steps)
+    setting = _setting(progress, request)
+    job, processes = setting.job, setting.processes
     _warn_of_evaluation(job)
     if Path(job.config.output_dir).is_dir():
         _take_folder(progress, processes)
     resumed = checkpoint_to_resume(job.config, processes)
-    if resumed is not None and resumed.position.global_step >= timeline.total_steps:
-        _bring_back(progress, request, timeline, factor, resumed, placement, processes)
+    if resumed is not None and resumed.position.global_step >= setting.timeline.total_steps:
+        _bring_back(setting, resumed)
         return
-    # Looking at the first batches comes before anything is touched on disk. A resumed run skips to
-    # its position, which only its checkpoint knows.
-    start = Position() if resumed is None else resumed.position
-    with processes.together("checking the models and the first batch"):
-        # A cache is one pass over the loader, of which the batches are served in an order of its own.
-        looked_at = start if job.cache is None else Position()
-        opened = open_streams(request, timeline, looked_at, job.config.seed)
-        start = start if job.cache else replace(start, loaders=opened.loaders)
-        prepared = _prepared(progress, opened.first, request, placement)
-        rows = _rows(prepared.job, factor, timeline.total_steps)
-    teachers, weights = _teachers(prepared, placement)
-    ahead = _ahead(prepared, request, opened.first, weights, start, processes)
-    record = _recorded(ahead, rows, resumed, processes)
-    with processes.together("preparing the batches"):
-        programs, events = _fed(
-            prepared, opened, request, timeline, start, placement, processes, teachers
-        )
+    # Looking at the first batches comes before anything is touched on disk.
+    ready = _looked_at(setting, resumed)
     with (
         signals.waiting() as asked,
         _checkpoints(progress, processes, resumed) as checkpoints,
         _metrics(job, processes) as metrics,
     ):
-        events = _watched(events, checkpoints)
-        if processes.count > 1:
-            events = joined(
-                events,
-                processes,
-                share=len(placement.devices) // processes.count,
-                start=start,
-                like=next(iter(opened.first.values())),
-                is_asked=lambda: bool(asked),
-            )
-        program = next(iter(programs.values()))
-        state = placement.start(program, job.config.seed)
-        if resumed is not None:
-            state = checkpoints.restore(resumed.path, state)
-            if processes.rank == 0:
-                logger.info("%s", resumed.said(timeline.total_steps))
-        loop = Loop(
-            tasks={
-                name: _compiled(program, placement, teachers.get(name, ()))
-                for name, program in programs.items()
-            },
-            state=placement.enter(state),
-            rows=rows,
-            timeline=timeline,
-            checkpoints=checkpoints,
-            metrics=metrics,
-            position=start,
-            after_save=partial(_after_save, progress, request, on_checkpoint),
-            about=lambda step: {**job.about, "job": with_schedule(record, rows, step)},
-            batches_per_epoch=next(iter(request.feeds.values())).length,
-            placement=placement,
-            processes=processes,
-            is_asked=lambda: bool(asked),
-            print_freq=job.print_freq,
-        )
-        del state  # the loop's steps own it
-        if resumed is not None:
-            tags = {tag for task in loop.tasks.values() for tag in task.tags}
-            metrics.go_on(resumed.path.name, start.micro_step, tags)
+        after_save = partial(_after_save, progress, setting.request, on_checkpoint)
+        is_asked = partial(bool, asked)
+        events = _events(setting, ready, checkpoints, is_asked)
+        loop = _loop(setting, ready, resumed, checkpoints, metrics, after_save, is_asked)
         try:
-            with kept_memory(placement.devices[0].platform) as bound_memory:
+            with kept_memory(setting.placement.devices[0].platform) as bound_memory:
                 loop.run(events, bound_memory)
         finally:
             progress.note(steps=loop.position.global_step)
-        progress.note(variables=_copies(placement, loop.state))
+        progress.note(variables=_copies(setting.placement, loop.state))
+
+
+def _setting(progress: _Progress, request: Request) -> _Setting:
+    config = progress.outcome.job.config
+    placement = placement_for(config)
+    processes = Processes(placement.devices)
+    progress.note(rank=processes.rank)
+    with processes.together("reading the arguments of train"):
+        request = request.of_all(processes)
+        timeline = make_timeline(config, request)
+        factor = make_factor(request, timeline.total_steps)
+    return _Setting(progress, request, timeline, factor, placement, processes)
+
+
+def _looked_at(setting: _Setting, resumed: Resumed | None) -> _Ready:
+    """Looks at the models and the first batches; a resumed run skips to its position."""
+    job, request, processes = setting.job, setting.request, setting.processes
+    start = Position() if resumed is None else resumed.position
+    with processes.together("checking the models and the first batch"):
+        # A cache is one pass over the loader, of which the batches are served in an order of its own.
+        looked_at = start if job.cache is None else Position()
+        opened = open_streams(request, setting.timeline, looked_at, job.config.seed)
+        start = start if job.cache else replace(start, loaders=opened.loaders)
+        prepared = _prepared(setting, opened.first)
+        rows = _rows(prepared.job, setting.factor, setting.timeline.total_steps)
+    teachers, weights = _teachers(prepared, setting.placement)
+    ahead = ahead_of(prepared, request, opened.first, weights, start, processes)
+    record = recorded(ahead, rows, resumed, processes)
+    with processes.together("preparing the batches"):
+        programs, events = fed(
+            prepared,
+            opened,
+            request,
+            setting.timeline,
+            start,
+            setting.placement,
+            processes,
+            teachers,
+        )
+    return _Ready(programs, events, opened.first, start, rows, teachers, record)
+
+
+def _events(
+    setting: _Setting, ready: _Ready, checkpoints: Checkpoints, is_asked: Callable[[], bool]
+) -> Iterator[Event]:
+    """The stream that the loop takes, joined with those of other processes."""
+    events = watched(ready.events, checkpoints)
+    processes = setting.processes
+    if processes.count == 1:
+        return events
+    return joined(
+        events,
+        processes,
+        share=len(setting.placement.devices) // processes.count,
+        start=ready.start,
+        like=next(iter(ready.first.values())),
+        is_asked=is_asked,
+    )
+
+
+def _loop(
+    setting: _Setting,
+    ready: _Ready,
+    resumed: Resumed | None,
+    checkpoints: Checkpoints,
+    metrics: MetricsWriter,
+    after_save: Callable[[Loop, TrainState, int], bool],
+    is_asked: Callable[[], bool],
+) -> Loop:
+    """The loop, at the state that the run starts from."""
+    job, placement = setting.job, setting.placement
+    tasks = {
+        name: _compiled(program, placement, ready.teachers.get(name, ()))
+        for name, program in ready.programs.items()
+    }
+    state = placement.start(next(iter(ready.programs.values())), job.config.seed)
+    if resumed is not None:
+        state = checkpoints.restore(resumed.path, state)
+        if setting.processes.rank == 0:
+            logger.info("%s", resumed.said(setting.timeline.total_steps))
+        tags = {tag for task in tasks.values() for tag in task.tags}
+        metrics.go_on(resumed.path.name, ready.start.micro_step, tags)
+    return Loop(
+        tasks=tasks,
+        state=placement.enter(state),
+        rows=ready.rows,
+        timeline=setting.timeline,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        position=ready.start,
+        after_save=after_save,
+        about=lambda step: {**job.about, "job": with_schedule(ready.record, ready.rows, step)},
+        batches_per_epoch=next(iter(setting.request.feeds.values())).length,
+        placement=placement,
+        processes=setting.processes,
+        is_asked=is_asked,
+        print_freq=job.print_freq,
+    )
 
 
 def _warn_of_evaluation(job: Job) -> None:
@@ -215,11 +292,9 @@ def _warn_of_evaluation(job: Job) -> None:
         )
 
 
-def _prepared(
-    progress: _Progress, first: Mapping[str, Batch], request: Request, placement: Placement
-) -> Prepared:
+def _prepared(setting: _Setting, first: Mapping[str, Batch]) -> Prepared:
     """Runs the preflight."""
-    job = progress.outcome.job
+    job, request, placement = setting.job, setting.request, setting.placement
     prepared = prepare(
         job,
         first,
@@ -228,7 +303,9 @@ def _prepared(
         device=placement.devices[0],
     )
     program = next(iter(prepared.programs.values()))
-    progress.note(job=prepared.job, student=program.student.model, projections=program.projections)
+    setting.progress.note(
+        job=prepared.job, student=program.student.model, projections=program.projections
+    )
     for batch in first.values():
         placement.check(batch)
     if job.config.sharding == "teacher" and not any(
@@ -249,106 +326,6 @@ def _teachers(
     programs = prepared.programs.items()
     teachers = {name: place.teacher(program.teacher.variables) for name, program in programs}
     return teachers, {name: weights_of(place.leave(x)) for name, x in teachers.items()}
-
-
-def _ahead(
-    prepared: Prepared,
-    request: Request,
-    first: Mapping[str, Batch],
-    weights: Mapping[str, Any],
-    start: Position,
-    processes: Processes,
-) -> Ahead:
-    """The run as it begins; across processes all must call it."""
-    rows = {name: int(processes.numbers(rows_of(x)).sum()) for name, x in first.items()}
-    lengths = [feed.length for feed in request.feeds.values()]
-    is_known = len(lengths) == 1 and lengths[0] is not None
-    is_last = not is_known or start.batch + 1 == lengths[0]
-    return Ahead(prepared, request, first, rows, start.micro_step > 0 and is_last, weights)
-
-
-def _recorded(
-    ahead: Ahead, rows: np.ndarray, resumed: Resumed | None, processes: Processes
-) -> dict[str, Any]:
-    """The record of a run, which is refused where it is not the job that it goes on with."""
-    job = ahead.prepared.job
-    with processes.together("comparing the job"):
-        saved = None if resumed is None else changes.record_in(resumed.saved)
-        record = make_record(ahead, saved)
-    if resumed is not None:
-        found = changes.compare(resumed.saved, job.about, record, ahead, rows)
-        changes.check(resumed.path, job.config, found, processes)
-    return record
-
-
-def _fed(
-    prepared: Prepared,
-    opened: Opened,
-    request: Request,
-    timeline: Timeline,
-    start: Position,
-    placement: Placement,
-    processes: Processes,
-    teachers: dict[str, Any],
-) -> tuple[dict[str, Program], Iterator[Event]]:
-    """The programs, and the stream of their batches: the teacher's results cached if asked for.
-
-    `teachers` are their arrays, placed; that of a cached one is let go.
-    """
-    programs = prepared.programs
-    checks = {name: _batch_check(program, opened.first[name]) for name, program in programs.items()}
-    if prepared.job.cache is None:
-        return programs, checked(opened.events, checks)
-    if timeline.epochs is None:
-        raise ValueError(
-            "is_caching_logits goes with num_epochs, not with num_steps: the cache is one pass over "
-            "the loader"
-        )
-    (program,), (feed,) = programs.values(), request.feeds.values()
-    if "" in start.loaders:
-        put_back(start.loaders[""].begun, feed.loader)
-    begun = random_state(feed.loader)
-    stream = taken(by_epochs(feed.loader, 1, Position()), feed.postprocess)
-    stream = checked(stream, checks)
-    batches = [event.inputs for event in stream if isinstance(event, Micro)]
-    loader = _cached(prepared.job, program, batches, placement, processes, teachers.pop(""))
-    served = replace(program, teacher=Teacher())
-    return {"": served}, by_epochs(loader, timeline.epochs, start, begun=begun)
-
-
-def _cached(
-    job: Job,
-    program: Program,
-    batches: list[Batch],
-    placement: Placement,
-    processes: Processes,
-    variables: Any,
-) -> teacher_cache.CachedLoader:
-    """Runs the teacher once; returns the loader that serves its results with the batches."""
-    cache = job.cache or CacheOptions(None, "float32")
-    folder = cache.folder
-    if processes.count > 1 and folder is not None:
-        folder = str(Path(folder) / f"process-{processes.rank}")
-    place = placement_to_cache(placement)
-    return teacher_cache.build(
-        program.teacher,
-        variables,
-        batches,
-        program.reads,
-        folder=folder,
-        dtype=cache.dtype,
-        seed=job.config.seed,
-        place=place.batch,
-        level="" if program.precision == FLOAT32 else str(program.precision),
-    )
-
-
-def _watched(events: Iterator[Event], checkpoints: Checkpoints) -> Iterator[Event]:
-    """The stream, which fails where a save has failed: in every process, as a batch's failure does."""
-    checkpoints.check()
-    for event in events:
-        yield event
-        checkpoints.check()
 
 
 def _take_folder(progress: _Progress, processes: Processes) -> None:
@@ -456,66 +433,36 @@ def _rows(job: Job, factor: Callable | None, total: int) -> np.ndarray:
     return rows.astype(jnp.result_type(float))
 
 
-def _bring_back(
-    progress: _Progress,
-    request: Request,
-    timeline: Timeline,
-    factor: Callable | None,
-    end: Resumed,
-    placement: Placement,
-    processes: Processes,
-) -> None:
+def _bring_back(setting: _Setting, end: Resumed) -> None:
     """Takes from its last checkpoint what a finished run has left."""
     logger.info("%s is the end of this run; nothing is left to train", end.path.name)
-    job = progress.outcome.job
+    job, request, processes = setting.job, setting.request, setting.processes
     if changes.record_in(end.saved) is None:
         found = changes.compare_configs(end.saved, job.about)
         changes.check(end.path, job.config, found, processes)
     # Projections of custom matches are made when the models are looked at.
     if job.custom_matches or changes.record_in(end.saved) is not None:
+        start = Position()
         with processes.together("checking the models and the first batch"):
-            first = open_streams(request, timeline, Position(), job.config.seed).first
-            prepared = _prepared(progress, first, request, placement)
-            rows = _rows(prepared.job, factor, timeline.total_steps)
+            first = open_streams(request, setting.timeline, start, job.config.seed).first
+            prepared = _prepared(setting, first)
+            rows = _rows(prepared.job, setting.factor, setting.timeline.total_steps)
         job = prepared.job
-        _, weights = _teachers(prepared, placement)
-        ahead = _ahead(prepared, request, first, weights, Position(), processes)
-        _recorded(ahead, rows, end, processes)
+        _, weights = _teachers(prepared, setting.placement)
+        recorded(
+            ahead_of(prepared, request, first, weights, start, processes), rows, end, processes
+        )
     student = next(iter(job.tasks.values())).student.model
     projections = job.projections.models()
-    with _checkpoints(progress, processes, end):
+    with _checkpoints(setting.progress, processes, end):
         variables = read_variables(end.path, student, projections)
-    progress.note(
+    setting.progress.note(
         job=job,
         steps=end.position.global_step,
         variables=variables,
         student=student,
         projections=projections,
     )
-
-
-def _batch_check(program: Program, first: Batch) -> Callable[[Batch], None]:
-    """Checks a batch on the host: against the first, and the ids of every model that limits them.
-
-    One of new shapes or types, for which the step is compiled anew, is run by shape before.
-    """
-    student = program.student
-    name = model_name(student.role)
-    limited = [(student.model.signature(), student.model.id_limits, name, 1)]
-    for side in program.teacher.sides:
-        limited.append((side.model.signature(), side.model.id_limits, model_name(side.role), 0))
-    likeness = Likeness(first)
-
-    def check(batch: Batch) -> None:
-        is_new = likeness.check(batch)
-        parts = sides(batch)
-        for signature, limits, role, part in limited:
-            if part == 1 or parts[2] is None:
-                check_ids(parts[part], signature, limits, role)
-        if is_new:
-            check_by_shape(program, batch)
-
-    return check
 
 
 def report(job: Job, batches: Mapping[str, Batch], optimizer: Optimizer | None) -> str:

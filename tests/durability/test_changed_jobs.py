@@ -22,9 +22,9 @@ from jaxbrewer import presets
 from jaxbrewer.configurations.configs import names_of_changes
 from jaxbrewer.errors import CheckpointError, ConfigError
 from jaxbrewer.models.wrap import as_model
-from jaxbrewer.training import record as records
+from jaxbrewer.training.comparison import record as records
+from jaxbrewer.training.comparison.traces import trace
 from jaxbrewer.training.digests import json_digest
-from jaxbrewer.training.traces import trace
 from tests import fn_job, nnx_job
 
 STOP = 3
@@ -430,7 +430,7 @@ def test_a_teacher_that_is_cached(tmp_path):
 PRINTED = """
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
-from jaxbrewer.training.traces import trace
+from jaxbrewer.training.comparison.traces import trace
 
 @jax.custom_vjp
 def bent(x):
@@ -531,7 +531,7 @@ def test_what_a_kernel_does_counts():
 def test_an_optimizer_by_what_it_starts_from():
     """A rate that lies in its state is not in its update."""
     from jaxbrewer.step.optimizer import build
-    from jaxbrewer.training.parts import probe_optimizer, trace_optimizer
+    from jaxbrewer.training.comparison.parts import probe_optimizer, trace_optimizer
 
     params = {"student": {"w": jnp.ones((3, 4))}, "projections": {}}
     found = []

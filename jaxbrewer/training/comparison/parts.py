@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..data.batches import Batch, sides
-from ..machine.placement import has_rows
-from ..objective.loss import Loss, Weights
-from ..step.program import Program
-from .digests import json_digest, kind_of, named
+from ...data.batches import Batch, sides
+from ...machine.placement import has_rows
+from ...objective.loss import Loss, Weights
+from ...step.program import Program
+from ..digests import json_digest, kind_of, named
 from .traces import trace
 
 # For the compiler, where a program runs once.

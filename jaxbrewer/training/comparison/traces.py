@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from .digests import digest, named
+from ..digests import digest, named
 
 # Parameters of operations that change no number.
 _APART = {

@@ -25,14 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..data.batches import Batch, Static, sides
-from ..machine.placement import rows_of
-from ..preflight.prepare import Prepared
-from ..step import optimizer as optimizers
-from ..step.program import Program
+from ...data.batches import Batch, Static, sides
+from ...machine.placement import rows_of
+from ...preflight.prepare import Prepared
+from ...step import optimizer as optimizers
+from ...step.program import Program
+from ..digests import digests, json_digest, kind_of
+from ..request import Request
 from . import parts
-from .digests import digests, json_digest, kind_of
-from .request import Request
 
 _LIBRARIES = ("jaxbrewer", "jax", "flax", "optax")
 _MOST_ROWS = 256

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from ..configurations.checks import short
-from ..configurations.configs import ANY, FREE, DistillationConfig, TrainingConfig
-from ..errors import CheckpointError
-from ..machine.processes import Processes
-from .digests import kind_of, named
+from ...configurations.checks import short
+from ...configurations.configs import ANY, FREE, DistillationConfig, TrainingConfig
+from ...errors import CheckpointError
+from ...machine.processes import Processes
+from ..digests import kind_of, named
 from .record import Ahead, axes, outline, rows_digest
 
 logger = logging.getLogger(__name__)
