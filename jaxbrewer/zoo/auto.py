@@ -32,7 +32,7 @@ def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
     """Reads a config, from its file or from a folder with ``config.json``, into its own class.
 
     A file that does not say its ``model_type``, as TextBrewer's do not, is a BERT's. ``changes``
-    are fields to set on top.
+    are fields to set on top, and ``ignore`` names keys that the model does not depend on.
 
     Raises ``ValueError`` for a type that is not known, and as `ModelConfig.from_json_file` does.
     """

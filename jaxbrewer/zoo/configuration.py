@@ -25,6 +25,8 @@ BOOKKEEPING_KEYS = frozenset({
     "sep_token_id", "task_specific_params", "tie_encoder_decoder", "tie_word_embeddings",
     "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "use_bfloat16",
     "use_cache",
+    # What sentence-transformers writes beside a model of transformers.
+    "sbert_ce_default_activation_function", "sentence_transformers",
     # Settings of text generation, which older files carry for every kind of model.
     "assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids",
     "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
@@ -179,7 +181,10 @@ class ModelConfig:
         if unknown:
             *others, last = checks.keys(unknown, fields)
             names = repr(unknown) if len(unknown) <= 20 else "[…], with all their names,"
-            advice = f"(or pass ignore={names} if the model does not depend on it)"
+            advice = (
+                "(if the model does not depend on it, take it out of the file, or in Python pass "
+                f"ignore={names})"
+            )
             raise ConfigError(cls.__name__, [*others, f"{last} {advice}"])
         return cls(**chosen).replace(**changes)
 

@@ -72,6 +72,21 @@ def _not_finite(array: np.ndarray, dtype: Any) -> str:
     return f"holds {largest:g}, beyond the range of {np.dtype(dtype)}"
 
 
+def _conversion(folder: Path) -> str:
+    """What to do where the weights are a pickle: another folder, by the class that has the head."""
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if not pickled:
+        return ""
+    config = folder / CONFIG
+    named = architectures_of(read_json_object(config), config) if config.is_file() else ()
+    cls = named[0] if named and named[0].isidentifier() else "AutoModel"
+    return (
+        f"; {pickled[0]} is a pickle, which can run code when read: convert it once, into another "
+        f"folder, with transformers.{cls}.from_pretrained({str(folder)!r}).save_pretrained("
+        f"{str(folder) + '-safetensors'!r}), and copy the tokenizer's files there"
+    )
+
+
 def weight_files(folder: Path) -> dict[Path, dict[str, str] | None]:
     """The files of a folder's weights: the one file, or the shards.
 
@@ -84,14 +99,7 @@ def weight_files(folder: Path) -> dict[Path, dict[str, str] | None]:
         return {folder / WEIGHTS: None}
     index = folder / INDEX
     if not index.is_file():
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
-        advice = (
-            f"; {pickled[0]} is a pickle, which can run code when read: convert it once with "
-            "transformers (AutoModel.from_pretrained(folder).save_pretrained(folder))"
-            if pickled
-            else ""
-        )
-        raise ValueError(f"{folder} has no {WEIGHTS} and no {INDEX}{advice}")
+        raise ValueError(f"{folder} has no {WEIGHTS} and no {INDEX}{_conversion(folder)}")
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no 'weight_map' from tensors to files")

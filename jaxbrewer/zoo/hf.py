@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -43,6 +43,15 @@ MODELS: dict[str, dict[str | None, type["PretrainedModel"]]] = {}
 
 Filled as classes are defined: importing `jaxbrewer.zoo` defines those of its families.
 """
+
+# How the names end of classes with a head for a task, as against those of pretraining.
+_HEADED = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+    "ForNextSentencePrediction",
+)
 
 # Our names of leaves, and Hugging Face's; only a kernel is stored the other way round.
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -140,6 +149,7 @@ class PretrainedModel(nnx.Module):
         folder: str | os.PathLike[str],
         *,
         config: ModelConfig | None = None,
+        ignore: Collection[str] = (),
         new_head: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -149,8 +159,9 @@ class PretrainedModel(nnx.Module):
         """Reads a model from a folder in Hugging Face's format; returns it in eval mode.
 
         ``model.safetensors`` or its shards, in any float type, become ``param_dtype``. ``config``
-        stands in for the folder's ``config.json``; ``changes`` are fields of it to set, such as
-        ``num_labels=3`` or ``output_hidden_states=True``, or options of the constructor, such as
+        stands in for the folder's ``config.json``; ``ignore`` names keys there that the model does
+        not depend on; ``changes`` are fields of it to set, such as ``num_labels=3`` or
+        ``output_hidden_states=True``, or options of the constructor, such as
         ``add_pooling_layer=False``. ``rngs`` gives dropout its randomness
         and a new head its weights; the default is ``nnx.Rngs(0)``.
 
@@ -176,7 +187,7 @@ class PretrainedModel(nnx.Module):
         """
         folder = existing_folder(folder)
         if config is None:
-            config = cls.config_class.from_pretrained(folder)
+            config = cls.config_class.from_pretrained(folder, ignore=ignore)
         constructor = inspect.signature(cls.__init__).parameters
         options = {name: changes.pop(name) for name in constructor if name in changes}
         config = config.replace(**changes)
@@ -347,16 +358,24 @@ def _wrong_head(
     expected: Mapping[str, _Leaf],
     found: Mapping[str, Stored],
 ) -> list[str]:
-    """A problem where the file's head has this head's name but belongs to another task."""
+    """A problem where the file's head has this head's name but belongs to another task.
+
+    Where the config names a class without a head for a task, it is of the model that was
+    fine-tuned, and the head can only be what that has learned.
+    """
     prefix = _encoder_prefix(model)
     config = folder / CONFIG
     if not prefix or not config.is_file():
         return []
     architectures = architectures_of(read_json_object(config), config)
     shared = [name for name in expected if name in found and not name.startswith(prefix)]
-    if not shared or not architectures or model.architecture in architectures:
+    others = [name for name in architectures if name.endswith(_HEADED)]
+    if not shared or not others or model.architecture in architectures:
         return []
-    return [f"head: {', '.join(shared)} belong to a {architectures[0]}, pass new_head=True"]
+    return [
+        f"head: {', '.join(shared)} belong to a {others[0]}: read it with that class, or start a new "
+        "head with new_head=True"
+    ]
 
 
 def _advice(
@@ -370,7 +389,7 @@ def _advice(
         advice.append("to start a new head on this encoder, pass new_head=True")
     elif bodies and all(map(model.tensor_names.is_head, bodies)):
         advice.append(
-            "to start a new pooler, pass new_head=True; to do without, build the model so"
+            "to start a new pooler, pass new_head=True; to do without, add_pooling_layer=False"
         )
     if any(not name.startswith(prefix) for name in reshaped):
         advice.append(

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import jaxbrewer.zoo as zoo
 from jaxbrewer.zoo import BertConfig, WeightsMismatchError
 
-from .conftest import TINY, make_torch, to_torch
+from .conftest import TINY, close, make_torch, to_torch
 
 SEQUENCE = "BertForSequenceClassification"
 
@@ -225,9 +227,62 @@ def test_new_head_starts_a_missing_pooler(tmp_path, batch):
 
 @pytest.mark.torch
 def test_a_head_of_another_task_is_refused(folder):
-    with pytest.raises(WeightsMismatchError, match=f"belong to a {SEQUENCE}, pass new_head=True"):
+    message = (
+        f"belong to a {SEQUENCE}: read it with that class, or start a new head with new_head=True"
+    )
+    with pytest.raises(WeightsMismatchError, match=message):
         zoo.BertForTokenClassification.from_pretrained(folder)
     zoo.BertForTokenClassification.from_pretrained(folder, new_head=True)
+
+
+@pytest.mark.torch
+def test_a_fine_tuned_head_beside_the_config_of_pretraining_is_read(folder, tmp_path, batch):
+    """As where the weights alone were saved, and the config is that of the model before."""
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    config = json.loads((copied / "config.json").read_text())
+    for architectures in (["BertForMaskedLM"], ["BertModel"], ["BertForPreTraining"], None):
+        (copied / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
+        cls = zoo.BertForSequenceClassification
+        wanted = cls.from_pretrained(folder)(**batch).logits
+        np.testing.assert_array_equal(cls.from_pretrained(copied)(**batch).logits, wanted)
+
+
+@pytest.mark.torch
+def test_the_way_out_of_a_pickle_keeps_the_head(tmp_path, batch):
+    """The snippet is run as it stands in the message."""
+    import torch
+    import transformers
+
+    theirs = make_torch(SEQUENCE, num_labels=3)
+    folder = tmp_path / "model"
+    theirs.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is a pickle") as caught:
+        zoo.BertForSequenceClassification.from_pretrained(folder)
+    snippet = re.search(
+        r"transformers\.\w+\.from_pretrained\(.*?\)\.save_pretrained\(.*?\)", str(caught.value)
+    )
+    before = (folder / "config.json").read_text()
+    eval(snippet[0], {"transformers": transformers})
+    assert (folder / "config.json").read_text() == before
+    ours = zoo.from_pretrained(f"{folder}-safetensors")
+    close(ours(**batch).logits, theirs(**to_torch(batch)).logits, 1e-5)
+
+
+@pytest.mark.torch
+def test_keys_of_a_config_may_be_ignored(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    config = json.loads((copied / "config.json").read_text())
+    known = {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity",
+             "sentence_transformers": {"version": "5.0"}}  # fmt: skip
+    (copied / "config.json").write_text(json.dumps(config | known))
+    zoo.from_pretrained(copied)
+    (copied / "config.json").write_text(json.dumps(config | {"house_style": 1}))
+    for read in (zoo.from_pretrained, zoo.BertModel.from_pretrained, zoo.read_config):
+        with pytest.raises(ValueError, match=r"house_style.*ignore=\['house_style'\]"):
+            read(copied)
+        read(copied, ignore=["house_style"])
 
 
 @pytest.mark.torch
