@@ -14,7 +14,7 @@ from typing import Any
 from jaxbrewer.errors import UnknownNameError, suggest
 from jaxbrewer.losses.attention import att_ce_loss, att_ce_mean_loss, att_mse_loss, att_mse_sum_loss
 from jaxbrewer.losses.hidden import cos_loss, fsp_loss, hid_mse_loss, mmd_loss, pkd_loss
-from jaxbrewer.losses.logits import kd_ce_loss, kd_mse_loss
+from jaxbrewer.losses.logits import kd_bce_loss, kd_ce_loss, kd_mse_loss
 from jaxbrewer.projections import linear_projection, projection_with_activation
 from jaxbrewer.schedulers import (
     constant_temperature_scheduler,
@@ -63,7 +63,11 @@ FEATURES: list[str] = ["hidden", "attention"]
 ADAPTOR_KEYS: list[str] = ["logits", "logits_mask", "losses", "inputs_mask", "labels", *FEATURES]
 """The keys of the dict an adaptor returns. What is appended to FEATURES counts besides."""
 
-KD_LOSS_MAP: dict[str, Callable[..., Any]] = {"mse": kd_mse_loss, "ce": kd_ce_loss}
+KD_LOSS_MAP: dict[str, Callable[..., Any]] = {
+    "mse": kd_mse_loss,
+    "ce": kd_ce_loss,
+    "bce": kd_bce_loss,
+}
 """Losses on logits: ``kd(logits_S, logits_T, temperature)``."""
 
 MATCH_LOSS_MAP: dict[str, Callable[..., Any]] = {

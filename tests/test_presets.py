@@ -7,7 +7,7 @@ from jaxbrewer.configurations.configs import DistillationConfig, IntermediateMat
 from jaxbrewer.errors import ConfigError, UnknownNameError, suggest
 from jaxbrewer.presets import MAPS, TEMPERATURE_SCHEDULER, lookup, register_new
 
-OURS: dict[str, set[str]] = {}  # table → names that TextBrewer does not have
+OURS: dict[str, set[str]] = {"kd_loss": {"bce"}}  # table → names that TextBrewer does not have
 
 
 @pytest.fixture(autouse=True)

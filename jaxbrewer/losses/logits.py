@@ -1,5 +1,6 @@
 """Losses on logits: knowledge distillation's own."""
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
@@ -58,6 +59,30 @@ def kd_mse_loss(
     check_logits("kd_mse_loss", logits_S, logits_T, temperature, mask)
     S, T, selected = _soften(logits_S, logits_T, temperature, mask)
     return mean_square(S - T, selected)
+
+
+def kd_bce_loss(
+    logits_S: Float[Array, "*positions classes"],
+    logits_T: Float[Array, "*positions classes"],
+    temperature: float | Float[Array, "*positions"] = 1,
+    mask: Shaped[Array, "*positions"] | None = None,
+) -> Scalar:
+    r"""Binary cross-entropy of each class under the teacher's: labels that do not exclude each other.
+
+    .. math:: \operatorname{mean}_{i,c} -p_T \log p_S - (1 - p_T) \log(1 - p_S),
+        \quad p(i, c) = \sigma(z(i, c) / t_i)
+
+    There is no factor :math:`t^2`. ``temperature`` is one number or one per position. ``mask``
+    selects: the mean runs over all classes of the positions where it is not 0. It is torch's
+    ``binary_cross_entropy_with_logits`` of the student under the teacher's probabilities;
+    TextBrewer has no such loss.
+
+    Raises:
+        ValueError: Shapes of logits, temperature and mask do not fit together.
+    """
+    check_logits("kd_bce_loss", logits_S, logits_T, temperature, mask)
+    S, T, selected = _soften(logits_S, logits_T, temperature, mask)
+    return mean(jnp.mean(jax.nn.softplus(S) - S * jax.nn.sigmoid(T), axis=-1), selected)
 
 
 def _soften(

@@ -12,11 +12,14 @@ import numpy as np
 
 from ..data.batches import Batch
 from ..errors import Findings
+from ..losses.logits import kd_bce_loss, kd_ce_loss, kd_mse_loss
 from ..models.adaptors import Results
 from ..models.handle import Model
 from .loss import kd_term, match_term, project_by_shape, takes_mask
 from .plan import KD, Match, Plan
 from .probes import heeds_mask, is_position_mean, is_positionwise
+
+_BUILT_IN = (kd_ce_loss, kd_mse_loss, kd_bce_loss)
 
 
 def check_plan(
@@ -105,7 +108,8 @@ def _check_kd(
                 "be no KD loss"
             )
         return
-    masked = _check_logits(results_S, results_T, found)
+    masked = _check_logits(kd, results_S, results_T, found)
+    _check_classes(plan, results_S, found)
     if kd.probability_shift:
         _check_labels(results_S, masked, batch, found)
     if masked:
@@ -120,7 +124,29 @@ def _check_kd(
         )
 
 
-def _check_logits(results_S: Results, results_T: Results, found: Findings) -> bool:
+def _check_classes(plan: Plan, results_S: Results, found: Findings) -> None:
+    """A softmax over one class is 1 whatever the logits are, and one over the batch means nothing."""
+    kd = plan.kd
+    if kd is None or kd.loss is not kd_ce_loss or plan.kd_weight.is_zero:
+        return
+    learns = "losses" in results_S and not plan.hard_label_weight.is_zero
+    learns |= any(match.weight != 0 for match in plan.matches)
+    for i, logits in enumerate(results_S["logits"]):
+        if logits.ndim < 2:
+            found.problems.append(
+                f"logits[{i}] are {list(logits.shape)}, without an axis of classes, over which "
+                "kd_loss_type='ce' takes a softmax: return [batch, classes]; of one number an "
+                "example, [batch, 1] with kd_loss_type='mse'"
+            )
+        elif logits.shape[-1] == 1:
+            (found.warnings if learns else found.problems).append(
+                f"logits[{i}] are {list(logits.shape)}: a softmax over one class is always 1, so "
+                "the KD loss 'ce' and its gradient are 0. For regression and scores set "
+                "kd_loss_type='mse', for a single yes or no 'bce'"
+            )
+
+
+def _check_logits(kd: KD, results_S: Results, results_T: Results, found: Findings) -> bool:
     """Checks logits and their masks; returns whether masks are in use."""
     logits_S, logits_T = results_S["logits"], results_T["logits"]
     if len(logits_S) != len(logits_T):
@@ -130,11 +156,14 @@ def _check_logits(results_S: Results, results_T: Results, found: Findings) -> bo
         )
         return False
     for i, (l_S, l_T) in enumerate(zip(logits_S, logits_T, strict=True)):
-        if l_S.shape[-1:] != l_T.shape[-1:]:
+        # A loss of the user's own may know what to do: it is traced.
+        if l_S.shape[-1:] != l_T.shape[-1:] and kd.loss in _BUILT_IN:
+            fewer = min(l_S.shape[-1], l_T.shape[-1])
             found.problems.append(
                 f"logits[{i}]: the student has {l_S.shape[-1]} classes {list(l_S.shape)}, the "
                 f"teacher {l_T.shape[-1]} {list(l_T.shape)}. Give both models the same num_labels, "
-                "or for language-model logits the same vocabulary"
+                "or for language-model logits the same vocabulary; where the longer one is the same "
+                f"with padding at its end, cut it in its adaptor: logits[..., :{fewer}]"
             )
     masks = {"S": results_S.get("logits_mask"), "T": results_T.get("logits_mask")}
     if masks["S"] is None and masks["T"] is None:

@@ -73,6 +73,7 @@ class Case:
 CASES = [
     Case("kd_ce_loss", zero_at_equal=False),
     Case("kd_mse_loss"),
+    Case("kd_bce_loss", zero_at_equal=False),
     Case("att_mse_loss", attention, padded_attention),
     Case("att_mse_sum_loss", attention, padded_attention),
     Case("att_ce_loss", attention, padded_attention, zero_at_equal=False),
@@ -173,7 +174,7 @@ def test_many_masked_positions_are_counted_in_single_precision():
     assert losses.cos_loss(state, -state, mask) == 2
 
 
-@pytest.mark.parametrize("name", ["kd_ce_loss", "kd_mse_loss"])
+@pytest.mark.parametrize("name", ["kd_ce_loss", "kd_mse_loss", "kd_bce_loss"])
 def test_the_temperature_at_masked_positions_does_not_count(name):
     rng = np.random.default_rng(0)
     loss = getattr(losses, name)
@@ -187,7 +188,7 @@ def test_the_temperature_at_masked_positions_does_not_count(name):
 
 def test_equal_temperatures_are_one_temperature():
     S, T = states(np.random.default_rng(0), LENGTH), states(np.random.default_rng(1), LENGTH)
-    for loss in (losses.kd_ce_loss, losses.kd_mse_loss):
+    for loss in (losses.kd_ce_loss, losses.kd_mse_loss, losses.kd_bce_loss):
         by_position = loss(S, T, jnp.full((BATCH, LENGTH), 4.0))
         assert by_position == loss(S, T, 4) == loss(S, T, jnp.float32(4))
 

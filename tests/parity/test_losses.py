@@ -183,6 +183,27 @@ def test_kd_loss(name, form, temperature, kind, dtype):
     check(name, inputs, dtype, mask, temperature=temperature)
 
 
+@pytest.mark.parametrize("temperature", ["number", "by position"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_binary_kd_loss(temperature, masked, x64):
+    """TextBrewer has none: value and gradients against torch's formula."""
+    rng = np.random.default_rng(masked)
+    S, T = rng.normal(0, 5, (2, 3, 4, 5))
+    t = 3.0 if temperature == "number" else rng.uniform(1, 8, (3, 4))
+    mask = rng.integers(0, 2, (3, 4)) if masked else None
+    ours = jax.value_and_grad(losses.kd_bce_loss, (0, 1))(S, T, t, mask)
+    theirs = [torch.tensor(x, requires_grad=True) for x in (S, T)]
+    scale = torch.as_tensor(t) if temperature == "number" else torch.tensor(t)[..., None]
+    chosen = torch.ones(3, 4) if mask is None else torch.tensor(mask)
+    wanted = torch.nn.functional.binary_cross_entropy_with_logits(
+        (theirs[0] / scale)[chosen != 0], torch.sigmoid(theirs[1] / scale)[chosen != 0]
+    )
+    wanted.backward()
+    np.testing.assert_allclose(ours[0], wanted.item(), rtol=1e-12)
+    for found, x in zip(ours[1], theirs, strict=True):
+        np.testing.assert_allclose(found, x.grad.numpy(), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(("name", "form"), MATCHES)
 def test_one_position_of_one_example(name, form, x64):
     mask = None if name == "pkd_loss" else np.ones((1, 1), np.int64)

@@ -192,7 +192,17 @@ MISTAKES = {
     "vocabularies that differ": (
         {"teacher": encoder(1, classes=9), "keys": adaptor(logits=fn_job.tokens)},
         {},
-        ["student has 3 classes.*the teacher 9.*the same vocabulary"],
+        [r"student has 3 classes.*the teacher 9.*the same vocabulary.*cut it in .*logits\[\.\.\., :3\]"],
+    ),
+    "a softmax over one class": (
+        {"teacher": encoder(1, classes=1), "student": encoder(2, classes=1)},
+        {},
+        [r"logits\[0\] are \[3, 1\]: a softmax over one class is always 1.*kd_loss_type='mse'"],
+    ),
+    "logits without classes": (
+        {"keys": adaptor(logits=lambda b, o: o["logits"][:, 0])},
+        {},
+        [r"logits\[0\] are \[3\], without an axis of classes.*\[batch, 1\] with kd_loss_type='mse'"],
     ),
     "lists of unequal length": (
         {"keys_S": adaptor(logits=several(2))},
@@ -568,6 +578,18 @@ SUSPECT = {
     "a mask without effect": (
         {"keys": ("logits", "logits_mask")}, {}, ["logits_mask has no effect on logits without"]
     ),
+    "a softmax over one class beside a match": (
+        {"teacher": encoder(1, classes=1), "student": encoder(2, classes=1),
+         "keys": ("logits", "hidden"), "config": matched(match(1, 1), match(2, 2))},
+        {},
+        [r"a softmax over one class is always 1, so the KD loss 'ce' and its gradient are 0"],
+    ),
+    "one class by mse": (
+        {"teacher": encoder(1, classes=1), "student": encoder(2, classes=1),
+         "config": {"kd_loss_type": "mse"}},
+        {},
+        [],
+    ),
     "unmasked padding labels under the shift": (
         {"config": shift(), "keys": TOKEN_KEYS, "student": token_model(), "teacher": token_model()},
         {"batch": TOKEN_LABELS},
@@ -592,6 +614,33 @@ SUSPECT = {
         [],
     ),
 }  # fmt: skip
+
+
+def test_a_loss_of_the_users_own_may_take_other_classes(tmp_path, monkeypatch):
+    """As for two vocabularies: it is traced, and its own numbers count."""
+
+    def cut(S, T, temperature):
+        return jnp.mean((S[..., :2] - T[..., :2]) ** 2) / temperature
+
+    monkeypatch.setitem(presets.KD_LOSS_MAP, "cut", cut)
+    teacher, student = encoder(1, classes=9), encoder(2, classes=3)
+    config = {"kd_loss_type": "cut", "temperature": 2}
+    distiller = fn_job.distiller(tmp_path, teacher=teacher, student=student, config=config)
+    (batch,) = fn_job.batches(1)
+    before = student.params
+
+    def loss(params):
+        S, T = (fn_job.encode(p, batch["ids"])["logits"] for p in (params, teacher.params))
+        return cut(S, T, 2)
+
+    with distiller:
+        distiller.train(functools.partial(optax.sgd, learning_rate=1.0), [batch], num_epochs=1)
+    wanted = jax.tree.map(lambda p, g: p - g, before, jax.grad(loss)(before))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), student.params, wanted)
+    monkeypatch.setitem(presets.KD_LOSS_MAP, "cut", lambda S, T, temperature: S - T)
+    other = {"teacher": teacher, "student": encoder(2), "config": config}
+    (problem,) = failure(fn_job.distiller(tmp_path / "other", **other))
+    assert "the KD loss 'cut'" in problem
 
 
 @pytest.mark.parametrize("name", SUSPECT)
