@@ -27,6 +27,7 @@ from .presets import (
 )
 from .training.loop import CallbackResult
 from .training.stored import export_hf, load_student
+from .utils import decay_mask
 
 __version__ = "0.1.0"
 
@@ -64,6 +65,7 @@ __all__ = [
     "MultiTaskDistiller",
     "MultiTeacherDistiller",
     "TrainingConfig",
+    "decay_mask",
     "export_hf",
     "load_student",
     "data",

@@ -1,4 +1,4 @@
-"""A look at a model's parameters: how many, where, how much memory."""
+"""A look at a model's parameters: how many, where, how much memory, and which decay."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -10,6 +10,27 @@ from flax import linen, nnx
 
 _INDENT = "  "
 _MEBIBYTE = 1024 * 1024
+
+
+def decay_mask(params: Any) -> Any:
+    """Which parameters decay: all but biases and what norms scale by, as TextBrewer's scripts have it.
+
+    For ``functools.partial(optax.adamw, weight_decay=0.01, mask=jaxbrewer.decay_mask)``: it is right
+    for the student's parameters and for those of each projection.
+
+    Args:
+        params: a tree of parameters, with dotted names or nested; they are told by their names:
+            ``bias``, ``scale``, and whatever lies in a module with ``norm`` in its name.
+
+    Returns:
+        A tree like it, True where a parameter decays.
+    """
+
+    def decays(path: Any, leaf: Any) -> bool:
+        *modules, name = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        return name not in ("bias", "scale") and not any("norm" in x.lower() for x in modules)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 @dataclasses.dataclass

@@ -1,14 +1,22 @@
-"""The table of parameters, for every kind of model."""
+"""The table of parameters, for every kind of model, and which of them decay."""
 
+import functools
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 
-from jaxbrewer.utils import LayerNode, display_parameters
+import jaxbrewer
+from jaxbrewer import zoo
+from jaxbrewer.models.wrap import as_model
+from jaxbrewer.step.optimizer import build
+from jaxbrewer.utils import LayerNode, decay_mask, display_parameters
+
+from .zoo.conftest import FAMILIES, make_torch
 
 
 class Block(nnx.Module):
@@ -117,3 +125,38 @@ def test_refusals():
         display_parameters(linen.Dense(4))
     with pytest.raises(ValueError, match="max_level=-1"):
         display_parameters({}, max_level=-1)
+
+
+# ------------------------------------------------------------------------------------- decay
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "Electra", "DistilBert"])
+def test_what_decays_is_what_textbrewers_scripts_let_decay(family):
+    """Their list is ``['bias', 'LayerNorm.weight']``; DistilBERT's norms are named otherwise."""
+    theirs = make_torch(f"{family}ForSequenceClassification")
+    spared = ("bias", "LayerNorm.weight", "layer_norm.weight")
+    wanted = sum(p.numel() for n, p in theirs.named_parameters() if not n.endswith(spared))
+    config = getattr(zoo, f"{family}Config")(**FAMILIES[family])
+    ours = getattr(zoo, f"{family}ForSequenceClassification")(config, rngs=nnx.Rngs(0))
+    params = as_model(ours).params
+    mask = decay_mask(params)
+    assert sum(params[name].size for name, decays in mask.items() if decays) == wanted
+    nested = nnx.to_pure_dict(nnx.state(ours, nnx.Param))
+    assert sum(jax.tree.leaves(decay_mask(nested))) == sum(mask.values())
+
+
+def test_the_mask_goes_with_an_optimizer_and_projections(tmp_path):
+    """With gradients of 0, what decays is all that moves."""
+    optimizer = functools.partial(
+        optax.adamw, learning_rate=0.1, weight_decay=0.5, mask=jaxbrewer.decay_mask
+    )
+    params = {"student": {"layer.kernel": jnp.ones(2), "layer.bias": jnp.ones(2)},
+              "projections": {"hidden": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}}  # fmt: skip
+    made = build(optimizer, {"hidden": None})
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = made.update(zeros, made.init(params), params, factor=jnp.ones(()))
+    for part in (updates["student"], updates["projections"]["hidden"]):
+        assert {name: bool(x.any()) for name, x in part.items()} == {
+            name: not name.endswith("bias") for name in part
+        }

@@ -21,7 +21,8 @@ CALLS: dict[str, tuple[Verdict, str]] = {
     "AdamW": (
         Verdict.CHANGED,
         "say the decay: torch's default is 0.01, transformers' old one has 0 and eps=1e-6, optax's "
-        "is 1e-4. " + _FACTORY.format("adamw") + ", without the model's parameters",
+        "is 1e-4. " + _FACTORY.format("adamw") + ", without the model's parameters; a group "
+        "without decay for ['bias', 'LayerNorm.weight'] is mask=jaxbrewer.decay_mask",
     ),
     "BERTAdam": (
         Verdict.CHANGED,
