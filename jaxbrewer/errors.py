@@ -157,10 +157,11 @@ def despite(error: BaseException, doing: str, step: Callable[[], object]) -> Non
     try:
         step()
     except Exception as other:  # noqa: BLE001  whatever it is, it is told with the first
-        note = f"{doing} failed too: {type(other).__name__}: {other}"
+        what = f"{type(other).__name__}: {other}"
         # What cannot be written cannot be flushed and closed either: that is told once.
-        if repr(other) != repr(error) and note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
+        notes = getattr(error, "__notes__", ())
+        if repr(other) != repr(error) and not any(note.endswith(what) for note in notes):
+            error.add_note(f"{doing} failed too: {what}")
 
 
 def told(error: BaseException) -> str:

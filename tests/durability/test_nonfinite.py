@@ -433,7 +433,7 @@ def test_a_scale_that_no_overflow_explains_stops_the_state_too(tmp_path, monkeyp
     arrays, _ = saved(tmp_path, 4)
     assert arrays["training.scaling.scale"] == 1
     assert all(np.isfinite(x).all() for x in arrays.values() if x.dtype.kind == "f")
-    again = distiller(tmp_path, resume=True, **half)
+    again = distiller(tmp_path, resume=True, resume_changes=["data"], **half)
     with again:
         again.train(ADAM, batches(6), num_steps=6)
     assert steps_in(tmp_path / "out") == [4, 6]
