@@ -39,7 +39,7 @@ def fed(
     `teachers` are their arrays, placed; that of a cached one is let go.
     """
     programs = prepared.programs
-    checks = {name: _batch_check(program, opened.first[name]) for name, program in programs.items()}
+    checks = {name: batch_check(program, opened.first[name]) for name, program in programs.items()}
     if prepared.job.cache is None:
         return programs, checked(opened.events, checks)
     if timeline.epochs is None:
@@ -94,7 +94,7 @@ def watched(events: Iterator[Event], checkpoints: Checkpoints) -> Iterator[Event
         checkpoints.check()
 
 
-def _batch_check(program: Program, first: Batch) -> Callable[[Batch], None]:
+def batch_check(program: Program, first: Batch) -> Callable[[Batch], None]:
     """Checks a batch on the host: against the first, and the ids of every model that limits them.
 
     One of new shapes or types, for which the step is compiled anew, is run by shape before.

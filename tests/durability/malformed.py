@@ -24,7 +24,7 @@ from jaxbrewer.data.batches import own
 from jaxbrewer.data.streams import Micro, checked, taken
 from jaxbrewer.errors import BatchError
 from jaxbrewer.preflight.prepare import prepare
-from jaxbrewer.training import run
+from jaxbrewer.training import feed
 
 VOCABULARY, CLASSES, LENGTH, ROWS, WIDTH = 11, 3, 5, 4, 4
 NAMES = ("ids", "mask", "labels", "scale")
@@ -286,7 +286,7 @@ def checks_of(folder):
         first = own(first if container is dict else as_tuple(first))
         with distiller:
             programs = prepare(distiller.job(), {"": first}, optax.sgd(0.1)).programs
-        found[container] = run._batch_check(programs[""], first)
+        found[container] = feed.batch_check(programs[""], first)
     return found
 
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxbrewer.data.batches import Static, check_ids, own
 from jaxbrewer.data.likeness import Likeness
 from jaxbrewer.errors import BatchError
-from jaxbrewer.training import run
+from jaxbrewer.training import feed
 
 from . import malformed
 from .malformed import BAD, LEGAL, MALFORMED, good
@@ -79,7 +79,7 @@ def test_another_length_is_not_traced_twice(tmp_path, monkeypatch):
         malformed.train(tmp_path, loader)
         counts.append(len(traces))
         traces.clear()
-        monkeypatch.setattr(run, "check_by_shape", lambda program, batch: None)
+        monkeypatch.setattr(feed, "check_by_shape", lambda program, batch: None)
     with_check, without = counts
     assert with_check == without
 
