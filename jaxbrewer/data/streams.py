@@ -304,7 +304,7 @@ _CURE = (
     "Give the data and the batch size it was trained on. A loader that shuffles itself does so by a "
     "seed and the epoch (set_epoch), by a torch generator in its attribute generator, or shows its "
     "state (state_dict and load_state_dict; get_state and set_state on its iterator). If other data "
-    "are meant, say resume_changes={'data'}"
+    "are meant, say resume_changes=['data']"
 )
 
 

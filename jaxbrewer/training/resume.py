@@ -234,7 +234,7 @@ def _task_stream(task: str, feed: Feed, start: Position, done: int) -> Iterator[
         raise CheckpointError(
             f"task {task!r} had {kept.taken} batches before the checkpoint, and would have had {done} "
             "now: the order of the tasks follows from the sizes of their loaders, tau and the seed. "
-            "Give those it was trained with; if others are meant, say resume_changes={'data'}"
+            "Give those it was trained with; if others are meant, say resume_changes=['data']"
         )
     loaders = {task: replace(kept, taken=done)}
     here = replace(start, epoch=kept.epoch, batch=kept.batch, host_random=None, loaders=loaders)

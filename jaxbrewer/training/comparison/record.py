@@ -88,8 +88,15 @@ def make_record(ahead: Ahead, saved: Mapping[str, Any] | None = None) -> dict[st
 
 
 def versions() -> dict[str, str]:
-    """The versions of the libraries that trace and compute."""
-    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    """The versions of the libraries that trace and compute; of one that is not installed, ``''``."""
+    return {name: _version(name) for name in _LIBRARIES}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # jaxbrewer itself, run from its clone
+        return ""
 
 
 def _task(
