@@ -544,7 +544,7 @@ def test_every_kd_loss_of_the_presets_is_textbrewers_too(x64):
     import textbrewer
     import torch
 
-    assert set(presets.KD_LOSS_MAP) == set(textbrewer.presets.KD_LOSS_MAP)
+    assert set(textbrewer.presets.KD_LOSS_MAP) <= set(presets.KD_LOSS_MAP)
     S, T = logits(4), logits(4)
     for name, temperature in itertools.product(("ce", "mse"), (1.0, 8.0)):
         expected = torch_kd(name)(torch.tensor(S), torch.tensor(T), temperature)
