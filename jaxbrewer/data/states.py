@@ -92,8 +92,8 @@ def _generators(loader: Any) -> dict[str, Any]:
 
 
 def random_state(loader: Any) -> dict[str, Any]:
-    """The states of the global generators, and of those that the loader shows, as JSON."""
-    state = {"host": as_json(host_random())}
+    """The states of the global generators, and of those that the loader shows."""
+    state = {"host": host_random()}
     with contextlib.suppress(TypeError):  # a generator of another kind: it is not known
         own = {place: encoded(each.get_state()) for place, each in _generators(loader).items()}
         state |= {"generators": own} if own else {}
@@ -151,7 +151,8 @@ class LoaderState:
 
     def as_json(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        return kept | {"begun": {**self.begun, "host": as_json(self.begun["host"])}}
 
 
 def loader_state_problem(value: Any) -> str | None:

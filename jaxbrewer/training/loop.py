@@ -118,6 +118,7 @@ class Loop:
         processes: this process and the others.
         is_asked: whether this process has been asked to stop; of several, batches tell it.
         print_freq: log lines in an epoch, or between two checkpoints of a run by steps.
+        data_draw: whether taking a batch may draw on the host's random generators.
     """
 
     tasks: Mapping[str, CompiledTask]
@@ -134,6 +135,7 @@ class Loop:
     processes: Processes
     is_asked: Callable[[], bool] = lambda: False
     print_freq: int = 20
+    data_draw: bool = True
     _pending: deque[Begun] = field(default_factory=deque)
     _opened: int = 0  # micro-batches in the current accumulation window
     _stops: bool = False  # one of several processes has been asked to stop
@@ -213,11 +215,12 @@ class Loop:
 
     def _open_window(self) -> None:
         """Notes where an accumulation window starts, with the data's state before its batches."""
-        self._opens = self._here()
+        drawn = None if self.data_draw else self._opens.host_random  # to read it takes 0.1 ms
+        self._opens = self._here(drawn)
 
-    def _here(self) -> Position:
-        """The position, with the random states and those of the loaders there."""
-        drawn = self._drawn or host_random()
+    def _here(self, drawn: Any = None) -> Position:
+        """The position, with the random states (`drawn`, if given) and those of the loaders there."""
+        drawn = self._drawn or drawn or host_random()
         return replace(self.position, host_random=drawn, loaders=dict(self._loaders))
 
     def _after_update(self, epoch: int) -> bool:

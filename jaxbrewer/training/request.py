@@ -37,6 +37,11 @@ class Feed:
             length = None
         return cls(loader, postprocess, length)
 
+    @property
+    def may_draw(self) -> bool:
+        """Whether taking a batch may draw on the host's random generators: a plain list does not."""
+        return type(self.loader) not in (list, tuple) or self.postprocess is not None
+
 
 @dataclass(frozen=True)
 class Request:

@@ -280,6 +280,7 @@ def _loop(
         processes=setting.processes,
         is_asked=is_asked,
         print_freq=job.print_freq,
+        data_draw=any(feed.may_draw for feed in setting.request.feeds.values()),
     )
 
 
