@@ -20,7 +20,7 @@ import harness
 import turns
 import workloads
 
-from jaxbrewer.training.metrics import read_scalars
+from jaxbrewer.training import read_scalars
 
 
 def compare(

@@ -32,7 +32,7 @@ import workloads
 os.environ["JAXBREWER_COMPILATION_CACHE"] = "off"  # compiling is timed
 
 import jaxbrewer
-from jaxbrewer.training.metrics import read_scalars
+from jaxbrewer.training import read_scalars
 
 # Width, layers, heads, inner width and vocabulary of the teacher; the student has half the layers.
 SIZES = {

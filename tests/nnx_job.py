@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 import jaxbrewer
-from jaxbrewer.training.metrics import read_scalars
+from jaxbrewer.training import read_scalars
 
 VOCABULARY = 20
 SGD = functools.partial(optax.sgd, learning_rate=0.1)

@@ -47,7 +47,7 @@ MOST_ROOMS = 25
 KEPT_APART = {
     "orbax": {"training.backend"},
     "optax": {"commands.checking", "step.optimizer", "step.program", "testing", "training.run"},
-    "tensorboardX": {"distillers.base", "training.metrics"},
+    "tensorboardX": {"training.event_files"},
     "tqdm": {"training.teacher_cache", "training.loop"},
     "safetensors": {
         "training.teacher_cache", "zoo.folders", "zoo.hf", "commands.weights",
@@ -227,6 +227,15 @@ def test_importing_needs_none_of_the_extras():
         [sys.executable, "-c", block.format(extras)], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_importing_brings_no_torch():
+    """TensorboardX imports it where it is, which takes longer than all else."""
+    block = (
+        "import sys, jaxbrewer; print({'torch', 'transformers', 'tensorboardX'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
 
 
 def test_public_names_are_there():

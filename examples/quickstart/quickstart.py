@@ -25,7 +25,7 @@ from flax import nnx
 
 from jaxbrewer import BasicTrainer, DistillationConfig, GeneralDistiller, TrainingConfig
 from jaxbrewer.schedulers import get_linear_schedule_with_warmup
-from jaxbrewer.training.metrics import read_scalars
+from jaxbrewer.training import read_scalars
 from jaxbrewer.utils import display_parameters
 from jaxbrewer.zoo import BertConfig, BertForSequenceClassification
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from flax import nnx
-from tensorboardX import SummaryWriter
 
 from .. import training
 from ..configurations.configs import TrainingConfig
@@ -20,7 +19,6 @@ from ..objective.loss import Loss, Project, Weights
 from ..objective.objectives import Objective, Overridden, base_loss
 from ..preflight.job import Job, Projections, Task
 from ..step.optimizer import Optimizer
-from ..training.metrics import EventWriter
 from ..training.request import Feed, Request
 from ..training.run import Outcome
 
@@ -63,13 +61,7 @@ class Trainable:
                     f"run. Instead: {instead}"
                 )
         if "compute_loss" in cls.__dict__:
-            try:
-                inspect.signature(cls.compute_loss).bind(*range(5))
-            except TypeError as error:
-                raise TypeError(
-                    f"{cls.__name__}.compute_loss must take (self, results_S, results_T, project, "
-                    f"weights), not {inspect.signature(cls.compute_loss)}"
-                ) from error
+            _check_compute_loss(cls.compute_loss, cls.__name__, "self")
 
     def __init__(self, train_config: TrainingConfig, model_S: Any, adaptor_S: Adaptor):
         if not isinstance(train_config, TrainingConfig):
@@ -88,7 +80,7 @@ class Trainable:
         self.rank = 0
         self.local_rank = train_config.local_rank
         self._in_context = False
-        self._tb_writer: SummaryWriter | None = None
+        self._tb_writer: Any = None
 
     _student_name: ClassVar[str] = "model_S"
 
@@ -105,13 +97,16 @@ class Trainable:
         self._in_context = False
 
     @property
-    def tb_writer(self) -> SummaryWriter | None:
+    def tb_writer(self) -> Any:
         """The tensorboard writer, opened when asked for; None without ``log_dir``.
 
-        A training closes it at its end if it was opened there, by it or by a callback. One that
-        was opened outside serves the trainings that follow, and is its user's to close.
+        It is a `tensorboardX.SummaryWriter`. A training closes it at its end if it was opened
+        there, by it or by a callback. One that was opened outside serves the trainings that follow,
+        and is its user's to close.
         """
         if self._tb_writer is None and self.t_config.log_dir is not None:
+            from ..training.event_files import EventWriter  # only who writes waits for its imports
+
             self._tb_writer = EventWriter(str(self.t_config.log_dir))
         return self._tb_writer
 
@@ -224,6 +219,7 @@ class Trainable:
         objective = self._objective()
         named = (vars(self), *(vars(c) for c in type(self).__mro__ if c is not Trainable))
         if any("compute_loss" in names for names in named):
+            _check_compute_loss(self.compute_loss, type(self).__name__)
             objective = Overridden(objective, self.compute_loss)
         return Job(
             config=self.t_config,
@@ -276,3 +272,22 @@ class Trainable:
         writer, self._tb_writer = self._tb_writer, None
         if writer is not None:
             writer.close()
+
+
+def _check_compute_loss(function: Any, owner: str, *bound: str) -> None:
+    """Refuses a ``compute_loss`` that cannot be called as it will be."""
+    wanted = (*bound, "results_S", "results_T", "project", "weights")
+    if not callable(function):
+        raise TypeError(
+            f"{owner}.compute_loss is a {type(function).__name__}, not a function of "
+            f"({', '.join(wanted)})"
+        )
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*wanted)
+    except TypeError as error:
+        raise TypeError(
+            f"{owner}.compute_loss must take ({', '.join(wanted)}), not {signature}. (TextBrewer's "
+            "takes the two results only; project applies the projection of a match, weights holds "
+            "the scheduled weights)"
+        ) from error

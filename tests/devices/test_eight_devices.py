@@ -13,7 +13,7 @@ from jaxbrewer.data import streams
 from jaxbrewer.data.batches import own, sides
 from jaxbrewer.objective.loss import Weights
 from jaxbrewer.preflight import prepare
-from jaxbrewer.training.metrics import read_scalars
+from jaxbrewer.training import read_scalars
 
 from .. import nnx_job
 from . import every

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import jaxbrewer
+from jaxbrewer.training import read_scalars
 from jaxbrewer.training.folders import steps_in
-from jaxbrewer.training.metrics import read_scalars
 
 from .. import nnx_job
 from . import every, two_processes

@@ -12,7 +12,8 @@ import optax
 import pytest
 
 import jaxbrewer
-from jaxbrewer.training.metrics import EventWriter, MetricsWriter, read_scalars
+from jaxbrewer.training.event_files import EventWriter, read_scalars
+from jaxbrewer.training.metrics import MetricsWriter
 
 from .test_loaders import identity, model, pick
 

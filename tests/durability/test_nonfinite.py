@@ -22,9 +22,9 @@ from jaxbrewer.errors import CheckpointError
 from jaxbrewer.preflight import prepare
 from jaxbrewer.step import guard, loss_scale
 from jaxbrewer.step.program import rewound
+from jaxbrewer.training import read_scalars
 from jaxbrewer.training.checkpoints import Checkpoints
 from jaxbrewer.training.folders import steps_in
-from jaxbrewer.training.metrics import read_scalars
 from tests.formats.jobs import read
 
 KINDS = ("input", "label", "teacher", "gradient")

@@ -20,7 +20,7 @@ from jaxbrewer.models.handle import Model
 from jaxbrewer.models.precision import FLOAT32, Precision, at_level, resolve
 from jaxbrewer.models.wrap import as_model
 from jaxbrewer.preflight import prepare
-from jaxbrewer.training.metrics import read_scalars
+from jaxbrewer.training import read_scalars
 from jaxbrewer.zoo import (
     BertConfig,
     BertForSequenceClassification,

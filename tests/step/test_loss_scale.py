@@ -12,8 +12,8 @@ import jaxbrewer
 from jaxbrewer.errors import CheckpointError
 from jaxbrewer.preflight import prepare
 from jaxbrewer.step import loss_scale
+from jaxbrewer.training import read_scalars
 from jaxbrewer.training.folders import steps_in
-from jaxbrewer.training.metrics import read_scalars
 
 SLOPE = 4.0  # of the loss in the product: 65536 · 4 does not fit into float16, 8192 · 4 does
 

@@ -12,7 +12,8 @@ import pytest
 from tensorboardX import SummaryWriter
 
 from jaxbrewer.training import metrics
-from jaxbrewer.training.metrics import EventWriter, MetricsWriter, read_scalars
+from jaxbrewer.training.event_files import EventWriter, read_scalars
+from jaxbrewer.training.metrics import MetricsWriter
 
 from .. import fn_job
 
@@ -156,7 +157,8 @@ def test_the_distillers_writer_is_there_for_its_user_at_any_time(tmp_path):
 
 LEFT_OPEN = """
 import sys, numpy as np
-from jaxbrewer.training.metrics import EventWriter, MetricsWriter
+from jaxbrewer.training.event_files import EventWriter
+from jaxbrewer.training.metrics import MetricsWriter
 points = MetricsWriter(EventWriter(sys.argv[1]))
 points.write(0, ("a",), np.float32([3]))
 points.close()
