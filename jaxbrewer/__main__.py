@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        options = _parser().parse_args(argv)
+        options = parser().parse_args(argv)
         return options.run(options)
     except CommandError as error:
         print(f"jaxbrewer: {error}", file=sys.stderr)
@@ -80,16 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    whole = _Parser(
         prog="jaxbrewer",
         description=__doc__,
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"jaxbrewer {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    whole.add_argument("--version", action="version", version=f"jaxbrewer {__version__}")
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, help: str, description: str, run: Callable[[Any], int]) -> Any:
         command = commands.add_parser(
@@ -107,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_weights(add)
     _add_check(add)
     _add_inspect(add)
-    return parser
+    return whole
 
 
 def _add_port(add: Callable[..., Any]) -> None:
@@ -134,6 +135,13 @@ def _add_weights(add: Callable[..., Any]) -> None:
     )
     command.add_argument(
         "--num-labels", type=_count, metavar="N", help="classes; by the head's shape if left out"
+    )
+    command.add_argument(
+        "--drop",
+        action="append",
+        default=[],
+        metavar="TENSOR",
+        help="a tensor that the model does not need; may be given several times",
     )
 
 
@@ -200,7 +208,12 @@ def _run_port(options: argparse.Namespace) -> int:
 
 def _run_weights(options: argparse.Namespace) -> int:
     return weights.port_weights(
-        options.file, options.config, options.out, options.task, options.num_labels
+        options.file,
+        options.config,
+        options.out,
+        options.task,
+        options.num_labels,
+        options.drop,
     )
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 
+from jaxbrewer import zoo
 from jaxbrewer.commands import BY_HAND, FINE, CommandError
 from jaxbrewer.commands.port.verdicts import Run, describe_timeline
 from jaxbrewer.commands.zoo_models import (
@@ -69,6 +70,7 @@ def check(
         _model(name, source, files[name], task, num_labels)
         for name, source in (("teacher", teacher), ("student", student))
     )
+    adaptor = zoo.adaptor(None if task == "none" else task)
     # Caching changes when the teacher runs, not what is matched with what.
     distiller = GeneralDistiller(
         # On whatever device: nothing is put on one.
@@ -76,8 +78,8 @@ def check(
         dataclasses.replace(distill_config, is_caching_logits=False, cache_dir=None),
         model_T,
         model_S,
-        standard_adaptor,
-        standard_adaptor,
+        adaptor,
+        adaptor,
     )
     batch = own(_batch((model_T, model_S), task, batch_size, length))
     print(_report(distiller, batch))
@@ -85,26 +87,6 @@ def check(
     if distill_config.is_caching_logits:
         print("is_caching_logits: the teacher's part of a step is paid once, before the first")
     return FINE
-
-
-def standard_adaptor(batch: Mapping[str, Any], outputs: Any) -> dict[str, Any]:
-    """Hands on what models of the zoo return, under the adaptor's keys.
-
-    ``logits`` (or both ends' of answers), ``hidden_states``, ``attentions``, the ``loss``, and the
-    ``attention_mask`` as ``inputs_mask``; ``labels`` where the batch has them.
-    """
-    ends = [getattr(outputs, f"{end}_logits", None) for end in ("start", "end")]
-    ends_labels = [batch.get(f"{end}_positions") for end in ("start", "end")]
-    logits = getattr(outputs, "logits", None)
-    found = {
-        "logits": logits if logits is not None else (ends if ends[0] is not None else None),
-        "hidden": getattr(outputs, "hidden_states", None),
-        "attention": getattr(outputs, "attentions", None),
-        "losses": getattr(outputs, "loss", None),
-        "inputs_mask": batch.get("attention_mask"),
-        "labels": batch.get("labels", ends_labels if ends_labels[0] is not None else None),
-    }
-    return {key: value for key, value in found.items() if value is not None}
 
 
 def _config(cls: Any, file: str) -> Any:

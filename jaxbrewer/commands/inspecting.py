@@ -17,7 +17,15 @@ from jaxbrewer.files import UnreadableFileError, read_json_object
 from jaxbrewer.training.folders import is_finished, scores_in, steps_in
 from jaxbrewer.training.stored import examine
 from jaxbrewer.utils import display_parameters
-from jaxbrewer.zoo.folders import CONFIG, INDEX, WEIGHTS, Stored, check_sizes, find_tensors
+from jaxbrewer.zoo.folders import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    Stored,
+    check_sizes,
+    config_file,
+    find_tensors,
+)
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
@@ -38,7 +46,7 @@ def inspect_folder(name: str, max_level: int) -> int:
     if not folder.is_dir():
         there = "a file" if folder.exists() else "not there"
         raise CommandError(f"{name} is {there}, expected a folder")
-    if any((folder / file).is_file() for file in (CONFIG, WEIGHTS, INDEX)):
+    if any(file.is_file() for file in (config_file(folder), folder / WEIGHTS, folder / INDEX)):
         return _inspect_model(folder, max_level)
     if is_finished(folder):
         return _inspect_checkpoint(folder.resolve(), max_level)
@@ -60,8 +68,8 @@ def inspect_folder(name: str, max_level: int) -> int:
 def _inspect_model(folder: Path, max_level: int) -> int:
     print(f"{folder}: a model's folder")
     code, config = FINE, None
-    if (folder / CONFIG).exists():
-        values = read_json_object(folder / CONFIG)
+    if (file := config_file(folder)).exists():
+        values = read_json_object(file)
         for key, value in values.items():
             print(f"  {key}: {short(value)}")
         try:

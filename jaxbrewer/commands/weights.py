@@ -6,7 +6,7 @@ import pickle
 import re
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from jaxbrewer import zoo
 from jaxbrewer.commands import BY_HAND, FINE, CommandError
 from jaxbrewer.commands.zoo_models import config_from, model_class, model_type_of, read_config
+from jaxbrewer.errors import suggest
 from jaxbrewer.zoo.hf import CONFIG, WEIGHTS, export_weights
 
 # What torch's reader raises on a file that is not one of its own.
@@ -26,7 +27,12 @@ _UNREADABLE = (
 
 
 def port_weights(
-    file: str, config_file: str, out: str, task: str | None, num_labels: int | None
+    file: str,
+    config_file: str,
+    out: str,
+    task: str | None,
+    num_labels: int | None,
+    drop: Sequence[str] = (),
 ) -> int:
     """Ports weights; see the command's help.
 
@@ -38,7 +44,7 @@ def port_weights(
     if (folder / WEIGHTS).exists():
         raise CommandError(f"--out {out} holds a {WEIGHTS} already; give another folder")
     values = read_config(Path(config_file))
-    tensors = read_state_dict(Path(file))
+    tensors = _without(drop, read_state_dict(Path(file)), file)
     if task is None:
         task = _task_of(tensors)
         print(f"--task was not given; the names of the tensors say {task}")
@@ -83,6 +89,15 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
             "it whole?"
         ) from error
     return _as_arrays(_checked(loaded, path, torch), path, torch)
+
+
+def _without(
+    drop: Sequence[str], tensors: Mapping[str, np.ndarray], file: str
+) -> dict[str, np.ndarray]:
+    """The tensors but those of the given names, which must be there."""
+    if absent := [name for name in drop if name not in tensors]:
+        raise CommandError(f"--drop {absent[0]}: {file} has none: {suggest(absent[0], tensors)}")
+    return {name: array for name, array in tensors.items() if name not in drop}
 
 
 def _torch() -> Any:
@@ -183,8 +198,12 @@ def _built(cls: Any, config: Any, tensors: Mapping[str, np.ndarray], file: str) 
         except zoo.WeightsMismatchError as error:
             lines = str(error).replace(folder, file).splitlines()
             problems = [line for line in lines if "new_head" not in line]  # no option here
-            advice = "  is it another --task, --config or --num-labels?"
-            raise CommandError("\n".join([*problems, advice]), BY_HAND) from error
+            advice = ["  is it another --task, --config or --num-labels?"]
+            extra = re.findall(r"not in the model: (\S+)", str(error))
+            if extra:
+                drops = " ".join(f"--drop {name}" for name in extra[:8])
+                advice.append(f"  to leave out what the model does not need: {drops}")
+            raise CommandError("\n".join([*problems, *advice]), BY_HAND) from error
         except ValueError as error:
             raise CommandError(str(error).replace(folder, file), BY_HAND) from error
 

@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxbrewer import zoo
 from jaxbrewer.files import read_json_object
+from jaxbrewer.zoo.folders import config_file
 
 TASKS = ("sequence-classification", "token-classification", "question-answering", "none")
 """What a model's head is for; ``none`` is the encoder alone."""
@@ -76,8 +77,8 @@ def config_from(values: Mapping[str, Any], **changes: Any) -> Any:
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
-    """Reads a model's config: a JSON file, or the ``config.json`` in a folder."""
-    return read_json_object(path / "config.json" if path.is_dir() else path)
+    """Reads a model's config: a JSON file, or the one in a folder."""
+    return read_json_object(config_file(path) if path.is_dir() else path)
 
 
 def by_shape(cls: type[zoo.PretrainedModel], config: Any) -> Any:

@@ -7,6 +7,7 @@ so to `from_pretrained`. ``X as X`` tells type checkers that the name is handed 
 # One import for each file; isort would have one for each name.
 # ruff: isort: skip_file
 
+from jaxbrewer.zoo.adaptors import adaptor as adaptor
 from jaxbrewer.zoo.auto import (
     from_config as from_config,
     from_pretrained as from_pretrained,

@@ -12,8 +12,8 @@ from flax.typing import Dtype
 from jaxbrewer.files import read_json_object
 from jaxbrewer.zoo.bert import BertConfig
 from jaxbrewer.zoo.configuration import ModelConfig
-from jaxbrewer.zoo.folders import architectures_of
-from jaxbrewer.zoo.hf import CONFIG, MODELS, PretrainedModel, existing_folder
+from jaxbrewer.zoo.folders import architectures_of, config_file
+from jaxbrewer.zoo.hf import MODELS, PretrainedModel, existing_folder
 
 
 def model_class(model_type: str, task: str | None = None) -> type[PretrainedModel]:
@@ -36,7 +36,7 @@ def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
 
     Raises ``ValueError`` for a type that is not known, and as `ModelConfig.from_json_file` does.
     """
-    file = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
+    file = config_file(path) if Path(path).is_dir() else Path(path)
     model_type = read_json_object(file).get("model_type", BertConfig.model_type)
     try:
         cls = model_class(model_type).config_class
@@ -77,15 +77,16 @@ def from_pretrained(folder: str | os.PathLike[str], task: str | None = None, **o
     `PretrainedModel.from_pretrained` does.
     """
     folder = existing_folder(folder)
-    values = read_json_object(folder / CONFIG)
+    file = config_file(folder)
+    values = read_json_object(file)
     model_type = values.get("model_type", BertConfig.model_type)
     try:
         if task is None:
-            cls = _saved_class(model_type, architectures_of(values, CONFIG))
+            cls = _saved_class(model_type, architectures_of(values, file))
         else:
             cls = model_class(model_type, task)
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
+        raise ValueError(f"{file}: {error}") from error
     return cls.from_pretrained(folder, **options)
 
 

@@ -5,13 +5,13 @@ import dataclasses
 import os
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from jaxbrewer.configurations import checks
 from jaxbrewer.errors import ConfigError
 from jaxbrewer.files import read_json_object, write_json
 from jaxbrewer.zoo.activations import ACTIVATIONS
+from jaxbrewer.zoo.folders import config_file
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Keys of Hugging Face config files that do not change what an encoder computes.
@@ -203,8 +203,8 @@ class ModelConfig:
     def from_pretrained(
         cls, folder: str | os.PathLike[str], *, ignore: Collection[str] = (), **changes: Any
     ) -> Self:
-        """Reads ``config.json`` in a folder; the arguments and errors of `from_dict`."""
-        return cls.from_json_file(Path(folder) / "config.json", ignore=ignore, **changes)
+        """Reads the config in a folder; the arguments and errors of `from_dict`."""
+        return cls.from_json_file(config_file(folder), ignore=ignore, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """The config under Hugging Face's keys, which `from_dict` and transformers read back."""

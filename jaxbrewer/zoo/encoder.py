@@ -149,6 +149,11 @@ class EncoderModel(PretrainedModel):
         attentions = scores or either(output_attentions, config.output_attentions)
         embedded = self._embed(input_ids, token_type_ids, position_ids, inputs_embeds)
         mask = None if attention_mask is None else jnp.asarray(attention_mask)
+        if mask is not None and mask.ndim == 2 and mask.shape != embedded.shape[:2]:
+            raise ValueError(
+                f"attention_mask is {list(mask.shape)}, expected {list(embedded.shape[:2])} as the "
+                "inputs are: pad both to one length"
+            )
         reported: Reported = "probabilities" if attentions else None
         reported = "scores" if scores else reported
         all_hidden, all_weights = self.encoder(embedded, visible_keys(mask), reported)

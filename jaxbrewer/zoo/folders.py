@@ -19,6 +19,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
+_OLD_CONFIG = "bert_config.json"  # as Google's and TextBrewer's files are called
+
 MOST_LABELS = 2**20
 """A head of more classes is not built."""
 
@@ -77,7 +79,7 @@ def _conversion(folder: Path) -> str:
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     if not pickled:
         return ""
-    config = folder / CONFIG
+    config = config_file(folder)
     named = architectures_of(read_json_object(config), config) if config.is_file() else ()
     cls = named[0] if named and named[0].isidentifier() else "AutoModel"
     return (
@@ -85,6 +87,13 @@ def _conversion(folder: Path) -> str:
         f"folder, with transformers.{cls}.from_pretrained({str(folder)!r}).save_pretrained("
         f"{str(folder) + '-safetensors'!r}), and copy the tokenizer's files there"
     )
+
+
+def config_file(folder: str | os.PathLike[str]) -> Path:
+    """Where a folder's config is: ``config.json``, or ``bert_config.json`` where only that is."""
+    old = Path(folder) / _OLD_CONFIG
+    new = Path(folder) / CONFIG
+    return old if old.is_file() and not new.is_file() else new
 
 
 def weight_files(folder: Path) -> dict[Path, dict[str, str] | None]:

@@ -30,6 +30,7 @@ from jaxbrewer.zoo.folders import (
     WeightsMismatchError,
     architectures_of,
     check_sizes,
+    config_file,
     find_tensors,
 )
 
@@ -55,8 +56,12 @@ _HEADED = (
 
 # Our names of leaves, and Hugging Face's; only a kernel is stored the other way round.
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-# What layer norms were called in files converted from TensorFlow.
-_OLD_LEAF_NAMES = ((re.compile(r"\.gamma$"), ".weight"), (re.compile(r"\.beta$"), ".bias"))
+# What other tools made of a tensor's name: torch's DataParallel, and TensorFlow's norms.
+_OTHER_NAMES = (
+    (re.compile(r"^(module\.)+"), ""),
+    (re.compile(r"\.gamma$"), ".weight"),
+    (re.compile(r"\.beta$"), ".bias"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,7 +345,7 @@ def _canonical(
     problems = []
     for original, tensor in stored.items():
         name = original
-        for pattern, replacement in _OLD_LEAF_NAMES:
+        for pattern, replacement in _OTHER_NAMES:
             name = pattern.sub(replacement, name)
         if not prefix:
             name = name.removeprefix(written)
@@ -364,7 +369,7 @@ def _wrong_head(
     fine-tuned, and the head can only be what that has learned.
     """
     prefix = _encoder_prefix(model)
-    config = folder / CONFIG
+    config = config_file(folder)
     if not prefix or not config.is_file():
         return []
     architectures = architectures_of(read_json_object(config), config)

@@ -54,6 +54,12 @@ class ModelOutput:
         return dict(self.items()).get(name, default)
 
     def __getitem__(self, key: int | slice | str) -> Any:
+        if isinstance(key, int) and not -len(self) <= key < len(self):
+            raise IndexError(
+                f"no item {key} in this output, which has {', '.join(self.keys())} in this order; "
+                "hidden_states and attentions come with output_hidden_states=True and "
+                "output_attentions=True in the model's config"
+            )
         if not isinstance(key, str):
             return self.to_tuple()[key]
         if key not in self:

@@ -184,6 +184,21 @@ def test_a_bare_encoder_needs_no_pooler(run, bert):
 
 
 @pytest.mark.torch
+def test_tensors_that_are_not_needed_are_dropped_by_name(run, bert):
+    import torch
+
+    state = {**bert.state_dict(), "log_sigma": torch.ones(2)}
+    code, printed = port_weights(run, state)
+    assert code == 1
+    assert "not in the model: log_sigma" in printed
+    assert "--drop log_sigma" in printed
+    assert (
+        "has none: did you mean 'log_sigma'?" in port_weights(run, state, "--drop", "log_sigm")[1]
+    )
+    assert port_weights(run, state, "--drop", "log_sigma")[0] == 0
+
+
+@pytest.mark.torch
 def test_what_is_passed_over_is_named(run, bert):
     code, printed = port_weights(run, bert.state_dict(), "--task", "token-classification")
     assert code == 0
@@ -407,17 +422,6 @@ def test_base_models_take_no_memory(run):
     kernel = model.bert.encoder.layer[0].intermediate.kernel.get_value()
     assert kernel.shape == (768, 3072)
     assert set(kernel.strides) == {0}
-
-
-def test_the_standard_adaptor_hands_on_what_is_there():
-    model = zoo.BertForQuestionAnswering(
-        zoo.BertConfig(**SHAPE, output_hidden_states=True), rngs=zoo_models.nnx.Rngs(0)
-    )
-    ends = {"start_positions": np.zeros(3, np.int32), "end_positions": np.ones(3, np.int32)}
-    batch = {"input_ids": ids(), **ends}
-    found = checking.standard_adaptor(batch, model(**batch))
-    assert set(found) == {"logits", "hidden", "losses", "labels"}
-    assert len(found["logits"]) == len(found["labels"]) == 2
 
 
 def test_a_run_knows_its_steps():

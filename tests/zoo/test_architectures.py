@@ -52,6 +52,14 @@ def test_robertas_longest_sequence():
         model(np.full((1, 17), 5))
 
 
+def test_a_mask_of_another_length_is_refused():
+    model = zoo.RobertaModel(config_of("Roberta"), rngs=nnx.Rngs(0))
+    with pytest.raises(
+        ValueError, match=r"attention_mask is \[2, 5\], expected \[2, 6\].*one length"
+    ):
+        model(np.full((2, 6), 5), np.ones((2, 5), np.int32))
+
+
 def test_robertas_row_of_padding_is_zero_at_first():
     model = zoo.RobertaModel(config_of("Roberta"), rngs=nnx.Rngs(0))
     for table in (model.embeddings.word_embeddings, model.embeddings.position_embeddings):

@@ -170,6 +170,7 @@ def test_shards_that_lack_a_tensor_are_refused(folder):
         rename("LayerNorm.weight", "LayerNorm.gamma"),
         rename("LayerNorm.bias", "LayerNorm.beta"),
         rename("bert.", ""),
+        lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()},
         lambda tensors: tensors | {"bert.embeddings.position_ids": np.arange(20)[None]},
         lambda tensors: tensors | {"cls.predictions.bias": np.zeros(50, np.float32)},
     ],
@@ -245,6 +246,18 @@ def test_a_fine_tuned_head_beside_the_config_of_pretraining_is_read(folder, tmp_
         cls = zoo.BertForSequenceClassification
         wanted = cls.from_pretrained(folder)(**batch).logits
         np.testing.assert_array_equal(cls.from_pretrained(copied)(**batch).logits, wanted)
+
+
+@pytest.mark.torch
+def test_a_config_under_its_old_name_is_read(folder, tmp_path, batch):
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").unlink()
+    del config["model_type"]
+    (copied / "bert_config.json").write_text(json.dumps(config))
+    np.testing.assert_array_equal(logits_of(copied, batch), logits_of(folder, batch))
+    assert type(zoo.from_pretrained(copied)) is type(zoo.from_pretrained(folder))
+    assert zoo.read_config(copied) == zoo.read_config(folder)
 
 
 @pytest.mark.torch

@@ -30,7 +30,9 @@ def test_absent_fields_do_not_count():
 
 def test_what_is_not_there():
     out = QuestionAnsweringModelOutput(start_logits=LOGITS, end_logits=LOGITS)
-    with pytest.raises(IndexError):
+    with pytest.raises(
+        IndexError, match=r"no item 2 .*end_logits in this order; hidden_states .*=True"
+    ):
         out[2]
     with pytest.raises(KeyError, match="pass output_attentions=True"):
         out["attentions"]

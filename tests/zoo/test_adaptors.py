@@ -1,0 +1,48 @@
+"""The usual adaptors hand on what is there, under a distiller's keys."""
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxbrewer import zoo
+
+SHAPE = {
+    "vocab_size": 30,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+}
+IDS = np.arange(12).reshape(3, 4)
+MASK = np.ones((3, 4), np.int32)
+OF_SEQUENCES, OF_TOKENS = {"labels": np.zeros(3, np.int32)}, {"labels": np.zeros((3, 4), np.int32)}
+OF_SPANS = {"start_positions": np.zeros(3, np.int32), "end_positions": np.ones(3, np.int32)}
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "keys"),
+    [
+        (None, {}, {"hidden"}),
+        ("sequence-classification", {}, {"logits", "hidden"}),
+        ("sequence-classification", OF_SEQUENCES, {"logits", "losses", "labels", "hidden"}),
+        ("token-classification", OF_TOKENS, {"logits", "losses", "labels", "hidden"}),
+        ("question-answering", {}, {"logits", "hidden"}),
+        ("question-answering", OF_SPANS, {"logits", "losses", "labels", "hidden"}),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_there_is_handed_on(task, labels, keys, masked):
+    config = zoo.BertConfig(**SHAPE, output_hidden_states=True)
+    model = zoo.from_config(config, task, rngs=nnx.Rngs(0))
+    batch = {"input_ids": IDS, **labels, **({"attention_mask": MASK} if masked else {})}
+    found = zoo.adaptor(task)(batch, model(**batch))
+    of_mask = {"inputs_mask"} | ({"logits_mask"} if task == "token-classification" else set())
+    assert set(found) == (keys | of_mask if masked else keys)
+    if task == "question-answering":
+        assert [x.shape for x in found["logits"]] == [(3, 4)] * 2
+        assert len(found.get("labels", (0, 0))) == 2
+
+
+def test_another_task_is_refused():
+    with pytest.raises(ValueError, match="did you mean 'token-classification'"):
+        zoo.adaptor("token-clasification")
