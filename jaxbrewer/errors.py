@@ -3,10 +3,14 @@
 import contextlib
 import difflib
 import inspect
+import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import jax
 
 
 class ConfigError(ValueError):
@@ -169,3 +173,81 @@ def told(error: BaseException) -> str:
     text = " ".join(str(error).split())
     shown = text if len(text) <= 300 else f"{text[:300]} …"
     return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
+
+
+# A slip in a function that JAX traces: the error's class, what its message or the module it comes
+# from matches, and the way out. The first that fits counts.
+_Slip = tuple[type[Exception] | tuple[type[Exception], ...], str, str]
+_SLIPS: tuple[_Slip, ...] = (
+    (
+        jax.errors.NonConcreteBooleanIndexError,
+        "",
+        "it selects by a boolean index, so that a shape would depend on values. Leave the array "
+        "whole and return the mask beside it, as 'logits_mask' or 'inputs_mask'; or use "
+        "jnp.where(mask, x, 0)",
+    ),
+    (
+        jax.errors.TracerBoolConversionError,
+        "",
+        "it branches on an array's values (if, and, while). Use jnp.where(condition, a, b)",
+    ),
+    (
+        (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError, IndexError),
+        r"[Tt]race|must be static",
+        "it asks for an array's values (int(), float(), .item(), jnp.nonzero, a length made of "
+        "them), which are not known when the step is compiled. Keep them in arrays, as sums and masks",
+    ),
+    (
+        jax.errors.TracerArrayConversionError,
+        "",
+        "it makes a numpy or torch array of a JAX array. Compute with jax.numpy: jnp.asarray for "
+        "np.asarray, jnp.exp for np.exp, and so on",
+    ),
+    (
+        Exception,
+        r"^torch\b|must be Tensor, not|__dlpack",
+        "it calls a function of torch on a JAX array. Compute with jax.numpy, jax.nn or optax: "
+        "jnp.mean((S - T) ** 2) for torch.nn.functional.mse_loss(S, T)",
+    ),
+    (
+        AttributeError,
+        r"Tracer.* has no attribute '?(detach|cpu|cuda|numpy|to|float|half|long|size|dim|unsqueeze"
+        r"|permute|contiguous|masked_fill|masked_select|expand|softmax|log_softmax|requires_grad)\b",
+        "it calls a method that torch has and JAX arrays lack. Leave out .detach(), .cpu() and "
+        ".numpy(); others are in jax.numpy: x[:, None] for x.unsqueeze(1), x.astype('float32') for "
+        "x.float(), jnp.where(mask, value, x) for x.masked_fill(mask, value)",
+    ),
+    (
+        TypeError,
+        r"'int' object is not callable|unexpected keyword argument '(dim|keepdim)'",
+        "is it written for torch? Here x.shape[0] stands for x.size(0), axis= for dim=, and "
+        "keepdims= for keepdim=",
+    ),
+)
+
+
+def explained(error: BaseException) -> str:
+    """An error of a user's function that JAX traces.
+
+    Returns:
+        Its class; the way out if it is a usual slip, otherwise its message; and the line of the
+        user's code that it comes from.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = frames[-1].f_globals.get("__name__", "") if frames else ""
+    ways = [
+        way
+        for kind, pattern, way in _SLIPS
+        if isinstance(error, kind) and any(re.search(pattern, x) for x in (str(error), module))
+    ]
+    return f"{type(error).__name__}: {ways[0] if ways else error}{_place(error)}"
+
+
+def _place(error: BaseException) -> str:
+    """The last line of the user's own code that an error came through."""
+    package = Path(__file__).parent
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if package not in path.parents and "site-packages" not in path.parts and path.exists():
+            return f" ({path.name}, line {frame.lineno})"
+    return ""

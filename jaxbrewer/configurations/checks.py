@@ -26,19 +26,37 @@ _MAX_DEPTH = 16
 Check = Callable[[Any], Any]
 _MOST_SHOWN = 20  # unknown keys
 
+_OF_OPTIMIZER = "it belongs to the optimizer: functools.partial(optax.adamw, {}=…)"
+_OF_TRAIN = "it is an argument of train: distiller.train(…, {}=…)"
+_ELSEWHERE = {
+    "learning_rate": _OF_OPTIMIZER.format("learning_rate"),
+    "lr": _OF_OPTIMIZER.format("learning_rate"),
+    "weight_decay": _OF_OPTIMIZER.format("weight_decay"),
+    "num_epochs": _OF_TRAIN.format("num_epochs"),
+    "num_train_epochs": _OF_TRAIN.format("num_epochs"),
+    "epochs": _OF_TRAIN.format("num_epochs"),
+    "num_steps": _OF_TRAIN.format("num_steps"),
+    "max_steps": _OF_TRAIN.format("num_steps"),
+    "max_grad_norm": _OF_TRAIN.format("max_grad_norm"),
+    "batch_size": "the loader decides it: batches are taken as they come",
+    "per_device_train_batch_size": "the loader decides it: batches are taken as they come",
+    "warmup_steps": _OF_TRAIN.format("scheduler_class"),
+}
+
 
 def keys(given: Iterable[Any], known: Collection[str], required: Collection[str] = ()) -> list[str]:
     """Returns what is wrong with the keys that were given, one sentence each.
 
-    Unknown ones come with the nearest known name; those that are near none share one sentence,
-    which lists the known names. Of very many, the first are named and the others counted. Missing
-    ones follow.
+    Unknown ones come with the nearest known name, or with where they belong if that is elsewhere;
+    those that are near none share one sentence, which lists the known names. Of very many, the
+    first are named and the others counted. Missing ones follow.
     """
     given = list(given)
     unknown = [key for key in given if key not in known]
     by_hint: dict[str, list[str]] = {}
     for key in unknown[:_MOST_SHOWN]:
-        by_hint.setdefault(suggest(key, known), []).append(short(key))
+        hint = _ELSEWHERE.get(key) if isinstance(key, str) else None
+        by_hint.setdefault(hint or suggest(key, known), []).append(short(key))
     problems = [
         f"unknown key{'s' if len(alike) > 1 else ''} {', '.join(alike)}; {hint}"
         for hint, alike in by_hint.items()

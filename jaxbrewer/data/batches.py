@@ -86,6 +86,8 @@ def _own(value: Any, path: tuple) -> Any:
     if kind is dict or isinstance(value, Mapping):
         return {k: _own(v, (*path, k)) for k, v in value.items()}
     if isinstance(value, tuple | list):
+        if isinstance(value, list) and path:
+            _check_no_numbers(value, path)
         items = [_own(v, (*path, i)) for i, v in enumerate(value)]
         return kind(*items) if hasattr(value, "_fields") else tuple(items)
     if value is None or isinstance(value, bool):
@@ -104,6 +106,25 @@ def _own(value: Any, path: tuple) -> Any:
         parts = [_own(v, (*path, i)) for i, v in enumerate(parts)]
         return jax.tree_util.tree_unflatten(structure, parts)
     raise BatchError(_cannot_go(value, path))
+
+
+def _check_no_numbers(value: list, path: tuple) -> None:
+    """Refuses a list of numbers, or of lists of them: each number would be an input of its own."""
+    rows = [x for x in value if type(x) is list] or [value]
+    if not all(type(x) in (int, float) for row in rows for x in row[:2]) or not any(rows):
+        return
+    lengths = sorted({len(row) for row in rows})
+    if rows[0] is value or len(lengths) == 1:
+        raise BatchError(
+            f"{place(path)} is a list of numbers, expected one array: np.asarray({place(path)}), in the "
+            "loader or with train(…, batch_postprocessor=…)"
+        )
+    raise BatchError(
+        f"{place(path)} is a list of {len(rows)} lists of {lengths[0]} to {lengths[-1]} numbers, expected "
+        "one array [batch, length]: pad them to one length in the loader (tokenizer(…, padding=True, "
+        "return_tensors='np'), or jaxbrewer.data.bucket_by_length for whole data sets) or with "
+        "train(…, batch_postprocessor=…)"
+    )
 
 
 def _cannot_go(value: Any, path: tuple, why: str = "") -> str:

@@ -28,7 +28,11 @@ def as_model(model: Any, role: str = "model") -> Model:
     elif hasattr(model, "init") and hasattr(model, "apply"):
         fix = "a Linen module comes with its variables: LinenModel(module, variables)"
     elif hasattr(model, "state_dict"):
-        fix = "a torch module does not run here: load its weights into a model of jaxbrewer.zoo"
+        fix = (
+            "a torch module does not run here. Read its Hugging Face folder with "
+            "jaxbrewer.zoo.from_pretrained(folder), or make one of its state dict: jaxbrewer "
+            "port-weights STATE_DICT --config config.json --out FOLDER"
+        )
     elif callable(model):
         fix = "a function comes with its parameters: FunctionModel(apply, params)"
     else:

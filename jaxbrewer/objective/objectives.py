@@ -231,13 +231,13 @@ class Overridden(Extension):
         finally:
             _base.reset(token)
         if isinstance(loss, Loss):
-            return loss
+            return loss._replace(total=_number(loss.total), terms=_numbers(loss.terms))
         if not (isinstance(loss, tuple) and len(loss) == 2 and isinstance(loss[1], Mapping)):
             raise TypeError(
                 f"compute_loss returned a {type(loss).__name__}; return the pair (total, {{name: "
                 "term}}) or a jaxbrewer.Loss"
             )
-        return Loss(loss[0], dict(loss[1]), 0)
+        return Loss(_number(loss[0]), _numbers(loss[1]), 0)
 
     def check(
         self,
@@ -263,6 +263,15 @@ class Overridden(Extension):
             jax.eval_shape(run, results_S, results_T)
         if calls:
             self.base.check(results_S, results_T, batch, projections, found)
+
+
+def _numbers(terms: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _number(term) for name, term in terms.items()}
+
+
+def _number(value: Any) -> Any:
+    """A Python integer, such as the 0 that a sum begins with, as the float that it stands for."""
+    return float(value) if isinstance(value, int) else value
 
 
 def base_loss(results_S: Results, results_T: Results, project: Project, weights: Weights) -> Loss:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ..data.batches import Batch
-from ..errors import Findings
+from ..errors import Findings, explained
 from ..losses.logits import kd_bce_loss, kd_ce_loss, kd_mse_loss
 from ..models.adaptors import Results
 from ..models.handle import Model
@@ -19,6 +19,13 @@ from .loss import kd_term, match_term, project_by_shape, takes_mask
 from .plan import KD, Match, Plan
 from .probes import heeds_mask, is_position_mean, is_positionwise
 
+# Models of the zoo, and transformers', return these only when asked.
+_MODEL_RETURNS = {
+    "hidden": ". Does the model return them? For one of the zoo: from_pretrained(folder, "
+    "output_hidden_states=True), or config.replace(output_hidden_states=True)",
+    "attention": ". Does the model return them? For one of the zoo: from_pretrained(folder, "
+    "output_attentions=True), or config.replace(output_attentions=True)",
+}
 _BUILT_IN = (kd_ce_loss, kd_mse_loss, kd_bce_loss)
 
 
@@ -60,16 +67,17 @@ def check_plan(
         )
 
 
+def trains_beside_kd(plan: Plan, results_S: Results) -> bool:
+    """Whether a plan has another term than the KD loss that teaches anything."""
+    learns = "losses" in results_S and not plan.hard_label_weight.is_zero
+    return learns or any(match.weight != 0 for match in plan.matches)
+
+
 def _check_something_to_train(
     plan: Plan, results_S: Results, results_T: Results, found: Findings
 ) -> None:
     both = "logits" in results_S and "logits" in results_T
-    trains = [
-        both and not plan.kd_weight.is_zero,
-        "losses" in results_S and not plan.hard_label_weight.is_zero,
-        *(m.weight != 0 for m in plan.matches),
-    ]
-    if any(trains):
+    if (both and not plan.kd_weight.is_zero) or trains_beside_kd(plan, results_S):
         return
     if both or plan.matches or "losses" in results_S:
         found.problems.append(
@@ -129,8 +137,7 @@ def _check_classes(plan: Plan, results_S: Results, found: Findings) -> None:
     kd = plan.kd
     if kd is None or kd.loss is not kd_ce_loss or plan.kd_weight.is_zero:
         return
-    learns = "losses" in results_S and not plan.hard_label_weight.is_zero
-    learns |= any(match.weight != 0 for match in plan.matches)
+    learns = trains_beside_kd(plan, results_S)
     for i, logits in enumerate(results_S["logits"]):
         if logits.ndim < 2:
             found.problems.append(
@@ -254,7 +261,7 @@ def _check_under_mask(kd: KD, found: Findings) -> None:
         try:
             fine = heeds_mask(function) if is_masked else holds(function)
         except Exception as error:  # noqa: BLE001  the user's function may raise anything
-            found.problems.append(f"{what} failed when tried: {type(error).__name__}: {error}")
+            found.problems.append(f"{what} failed when tried: {explained(error)}")
             continue
         if fine:
             continue
@@ -284,6 +291,7 @@ def _check_match(
         if match.feature not in results:
             found.problems.append(
                 f"match {match}: adaptor_{role} returns no {match.feature!r}, only {_keys(results)}"
+                + _MODEL_RETURNS.get(match.feature, "")
             )
             continue
         there = results[match.feature]
@@ -373,8 +381,8 @@ def _trace(
     try:
         value = jax.eval_shape(run, results_S, results_T)
     except Exception as error:  # noqa: BLE001  a user's loss may raise anything
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        found.problems.append(f"{what}: {kind}{error}")
+        said = str(error) if isinstance(error, ValueError) else explained(error)
+        found.problems.append(f"{what}: {said}")
         return
     if getattr(value, "shape", None) != ():
         shape = list(value.shape) if hasattr(value, "shape") else type(value).__name__

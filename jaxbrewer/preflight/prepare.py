@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..data.batches import Batch, as_call, plain, sides, signature_of
-from ..errors import BatchError, Findings, PrecisionError, PreflightError, PreflightWarning, warn
+from ..errors import (
+    BatchError,
+    Findings,
+    PrecisionError,
+    PreflightError,
+    PreflightWarning,
+    explained,
+    warn,
+)
 from ..models.adaptors import Results
 from ..models.precision import Precision, at_level, resolve
 from ..objective.loss import full_weights, project_by_shape
@@ -20,6 +28,7 @@ from ..objective.submodules import resolve_custom
 from ..step import optimizer as optimizers
 from ..step.optimizer import Optimizer
 from ..step.program import Program
+from .doubts import counts_padding, doubt
 from .job import Job, Task
 from .sides import inspect as inspect_side
 
@@ -31,10 +40,12 @@ class Prepared:
     Attributes:
         job: the job, resolved: submodules found, all projections made.
         programs: task → its program.
+        padded: the tasks whose KD loss takes every position, padding or not.
     """
 
     job: Job
     programs: dict[str, Program]
+    padded: frozenset[str] = frozenset()
 
 
 def prepare(
@@ -88,7 +99,8 @@ def prepare(
     }
     for name, program in programs.items():
         _trace_step(program, batches[name])
-    return Prepared(job, programs)
+    padded = {k for k, one in traced.items() if counts_padding(job.objective, one.results_S)}
+    return Prepared(job, programs, frozenset(padded))
 
 
 def _optimizer(
@@ -191,6 +203,10 @@ def _trace(
     if cache is None:
         for side in task.teacher.sides:
             inspect_side(side, teacher_batch, False, found, job.keywords)
+    if results_S is None and len(found.problems) > before and _run_exchanged(job, task, batch):
+        found.problems.append(
+            "with adaptor_S and adaptor_T exchanged both would run: are they, or the models, swapped?"
+        )
     if len(found.problems) == before and results_S is not None:
         if job.custom_matches:
             job, task = _with_submodules(job, name, task, batch, found)
@@ -201,7 +217,19 @@ def _trace(
     if results_S is not None and results_T is not None:
         projections = job.projections.models()
         job.objective.check(results_S, results_T, student_batch, projections, found)
+        doubt(job.tasks[name], job.objective, results_S, batch, found)
     return job, _Traced(task, results_S, results_T)
+
+
+def _run_exchanged(job: Job, task: Task, batch: Batch) -> bool:
+    """Whether a task of one teacher would run with the two adaptors exchanged."""
+    teacher_batch, student_batch, cache = sides(batch)
+    if len(task.teacher.sides) != 1 or cache is not None:
+        return False
+    (teacher,), student, found = task.teacher.sides, task.student, Findings()
+    inspect_side(replace(student, adaptor=teacher.adaptor), student_batch, job.train_mode, found)
+    inspect_side(replace(teacher, adaptor=student.adaptor), teacher_batch, False, found)
+    return not found.problems
 
 
 def _at_level(task: Task, precision: Precision) -> Task:
@@ -251,9 +279,9 @@ def _teacher_results(task: Task, batch: Batch, cache: Any, found: Findings) -> A
     try:
         return jax.eval_shape(teacher.__call__, teacher.variables, batch, cache)
     except Exception as error:  # noqa: BLE001  an adaptor of outputs computed before
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         what = "teacher_cache: " if cache is not None else ""
-        found.problems.append(f"{what}{kind}{error}")
+        said = str(error) if isinstance(error, ValueError) else explained(error)
+        found.problems.append(f"{what}{said}")
     return None
 
 
@@ -271,25 +299,33 @@ def _with_names(program: Program, traced: _Traced) -> Program:
         trace = jax.make_jaxpr(whole, return_shape=True)
         closed, (total, terms) = trace(traced.results_T, traced.results_S)
     except Exception as error:
-        raise PreflightError([f"compute_loss failed: {type(error).__name__}: {error}"]) from error
+        raise PreflightError([f"compute_loss failed: {explained(error)}"]) from error
     wrong = [
         f"compute_loss gives {name} as {value.dtype}{list(value.shape)}; it must be one number"
         for name, value in {"the total": total, **terms}.items()
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating)
     ]
+    read_T, read_S = _read_leaves(closed.jaxpr, traced.results_T, traced.results_S)
+    if not read_S:
+        wrong.append(
+            "compute_loss makes nothing of what adaptor_S returns, so nothing would be trained: it "
+            f"returns {', '.join(map(repr, traced.results_S)) or 'nothing'}"
+        )
     if wrong:
         raise PreflightError(wrong)
-    reads = _read_leaves(closed.jaxpr, traced.results_T)
-    return replace(program, names=tuple(names), reads=reads)
+    return replace(program, names=tuple(names), reads=read_T)
 
 
-def _read_leaves(jaxpr: Any, results_T: Results) -> frozenset[str]:
-    """The names of the leaves of the first argument that a trace does anything with."""
+def _read_leaves(jaxpr: Any, *results: Results) -> list[frozenset[str]]:
+    """The names of the leaves of each argument that a trace does anything with."""
     used = {id(x) for equation in jaxpr.eqns for x in equation.invars}
     used |= {id(x) for x in jaxpr.outvars}
-    leaves = jax.tree_util.tree_leaves_with_path(results_T)
-    return frozenset(
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for (path, _), variable in zip(leaves, jaxpr.invars, strict=False)
-        if id(variable) in used
-    )
+    variables = iter(jaxpr.invars)
+    return [
+        frozenset(
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, _ in jax.tree_util.tree_leaves_with_path(one)
+            if id(next(variables)) in used
+        )
+        for one in results
+    ]

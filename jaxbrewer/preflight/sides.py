@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from ..data.batches import Batch, as_call, check_ids, plain, signature_of
-from ..errors import BatchError, Findings, suggest
+from ..errors import BatchError, Findings, explained, suggest
 from ..models.adaptors import Results, Side, adaptor_name, model_name
 from ..models.precision import HalfModel
 
@@ -52,7 +52,7 @@ def inspect(
         found.problems.append(str(error))
     except Exception as error:  # noqa: BLE001  the user's model may raise anything
         found.problems.append(
-            f"{name} failed on the batch ({signature_of(batch)}): {type(error).__name__}: {error}"
+            f"{name} failed on the batch ({signature_of(batch)}): {explained(error)}"
             + _level_hint(side, batch, train)
         )
     return None
@@ -131,8 +131,8 @@ class _Adapted:
                 else f"{len(batch)} items"
             )
             raise _AdaptorError(
-                f"{adaptor_name(side.role)} failed: {type(error).__name__}: {error}. It got a batch with "
-                f"{inputs}, and the model's outputs, {_outline(outputs)}"
+                f"{adaptor_name(side.role)} failed: {explained(error)}. It got a batch with {inputs}, "
+                f"and the model's outputs, {_outline(outputs)}"
             ) from error
 
 

@@ -6,6 +6,7 @@ scaled by the learning-rate factor; `optax.MultiSteps` goes around all of it and
 of a window's gradients.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -154,6 +155,7 @@ def make_optimizer(
         )
     optimizer = _by_name(optimizer)
     own = _translate(optimizer, options or {})
+    _check_no_text({**getattr(optimizer, "keywords", {}), **own})
     try:
         made = optimizer(**own)
     except TypeError as error:
@@ -167,6 +169,17 @@ def make_optimizer(
             "optax.GradientTransformation"
         )
     return made
+
+
+def _check_no_text(arguments: Mapping[str, Any]) -> None:
+    """Refuses a number that is text, as it comes from a command line or a YAML file."""
+    for name, value in arguments.items():
+        with contextlib.suppress(ValueError):
+            if isinstance(value, str):
+                number = float(value)
+                raise TypeError(
+                    f"the optimizer's {name}={value!r} is text, expected a number: {name}={number:g}"
+                )
 
 
 def _translate(factory: Callable, options: Mapping[str, Any]) -> dict[str, Any]:

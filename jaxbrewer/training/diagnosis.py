@@ -5,6 +5,7 @@ gradient of the total, and if need be of one term after the other, each a progra
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ def _gradient(
 
 
 def in_batch(batch: Batch) -> list[str]:
-    """The clause that names the arrays of a batch that are not finite, if there are any."""
+    """The clause that names the arrays of a batch that are not finite; if none is, its labels."""
     named = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
@@ -78,7 +79,13 @@ def in_batch(batch: Batch) -> list[str]:
         for name, leaf in named
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(leaf).all()
     ]
-    return [f"the batch is not finite in {shown(bad)}"] if bad else []
+    if bad:
+        return [f"the batch is not finite in {shown(bad)}"]
+    return [
+        f"{name} holds {leaf.min()} to {leaf.max()}: has the model so many classes?"
+        for name, leaf in named
+        if re.search("label|position", name) and leaf.dtype.kind in "iu" and leaf.size
+    ]
 
 
 def _not_finite(found: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

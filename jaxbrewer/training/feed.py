@@ -14,6 +14,7 @@ from ..machine.processes import Processes
 from ..models.adaptors import model_name
 from ..models.precision import FLOAT32
 from ..models.teachers import Teacher
+from ..preflight.doubts import padding_watch
 from ..preflight.job import CacheOptions, Job
 from ..preflight.prepare import Prepared, check_by_shape
 from ..step.program import Program
@@ -39,7 +40,10 @@ def fed(
     `teachers` are their arrays, placed; that of a cached one is let go.
     """
     programs = prepared.programs
-    checks = {name: batch_check(program, opened.first[name]) for name, program in programs.items()}
+    checks = {
+        name: batch_check(program, opened.first[name], warns_of_padding=name in prepared.padded)
+        for name, program in programs.items()
+    }
     if prepared.job.cache is None:
         return programs, checked(opened.events, checks)
     if timeline.epochs is None:
@@ -94,11 +98,14 @@ def watched(events: Iterator[Event], checkpoints: Checkpoints) -> Iterator[Event
         checkpoints.check()
 
 
-def batch_check(program: Program, first: Batch) -> Callable[[Batch], None]:
+def batch_check(
+    program: Program, first: Batch, *, warns_of_padding: bool = False
+) -> Callable[[Batch], None]:
     """Checks a batch on the host: against the first, and the ids of every model that limits them.
 
     One of new shapes or types, for which the step is compiled anew, is run by shape before.
     """
+    look = padding_watch() if warns_of_padding else None
     student = program.student
     name = model_name(student.role)
     limited = [(student.model.signature(), student.model.id_limits, name, 1)]
@@ -114,5 +121,7 @@ def batch_check(program: Program, first: Batch) -> Callable[[Batch], None]:
                 check_ids(parts[part], signature, limits, role)
         if is_new:
             check_by_shape(program, batch)
+        if look is not None:
+            look(batch)
 
     return check

@@ -407,7 +407,8 @@ def _stop_message(
     bad = [f"{name} = {value}" for name, value in terms if not np.isfinite(value)]
     if not np.isfinite(total):
         what = f"the loss is {total}"
-        bad = bad or ["none of its terms, so a weight or their sum"]
+        if task.names:
+            bad = bad or ["none of its terms, so a weight or their sum"]
     else:
         what = f"the loss is {total:g}, but its gradient or update is not finite,"
     where = f"at global step {at.global_step + 1} (micro-batch {at.micro_step})"

@@ -7,7 +7,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from .. import schedulers
 from ..configurations.configs import TrainingConfig
+from ..errors import PreflightWarning, warn
 from ..machine.processes import Processes
 from ..objective.tables import looks_absolute
 from ..step.optimizer import Optimizer
@@ -80,13 +82,14 @@ def make_timeline(config: TrainingConfig, request: Request) -> Timeline:
     for name, value in (("num_epochs", epochs), ("num_steps", steps)):
         if value is not None and not _is_count(value):
             raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
-    if request.callback is not None and not callable(request.callback):
-        raise TypeError(
-            f"callback is a {type(request.callback).__name__}; it must be a function, called as "
-            "callback(model=student, step=step)"
-        )
+    _check_callback(request.callback)
     for task, feed in request.feeds.items():
         name = f"dataloaders[{task!r}]" if task else "dataloader"
+        if isinstance(feed.loader, Mapping):
+            raise TypeError(
+                f"{name} is one batch, a {type(feed.loader).__name__} with the keys "
+                f"{', '.join(map(str, feed.loader))}; give an iterable of batches, for this one [batch]"
+            )
         if not hasattr(feed.loader, "__iter__"):
             raise TypeError(
                 f"{name} is a {type(feed.loader).__name__}, which cannot be iterated; give a list "
@@ -97,6 +100,12 @@ def make_timeline(config: TrainingConfig, request: Request) -> Timeline:
             raise TypeError(f"the batch_postprocessor of {name} is a {kind}, not a function")
         if feed.length == 0:
             raise ValueError(f"{name} is empty: its length is 0")
+    if epochs is not None and steps is not None:
+        warn(
+            f"num_epochs={epochs} counts for nothing beside num_steps={steps}, which says how long to "
+            "train: leave one of them out",
+            PreflightWarning,
+        )
     if steps is not None:
         return Timeline.by_steps(config, int(steps))
     (feed,) = request.feeds.values()
@@ -113,6 +122,28 @@ def make_timeline(config: TrainingConfig, request: Request) -> Timeline:
             "gradient_accumulation_steps, or train by num_steps, where windows run across epochs"
         )
     return Timeline.by_epochs(config, int(epochs), length)  # type: ignore[arg-type]
+
+
+def _check_callback(callback: Any) -> None:
+    """Refuses what could not be called at the first checkpoint."""
+    if callback is None:
+        return
+    if not callable(callback):
+        raise TypeError(
+            f"callback is a {type(callback).__name__}; it must be a function, called as "
+            "callback(model=student, step=step)"
+        )
+    try:
+        signature = inspect.signature(callback)
+    except ValueError:  # of a function written in C, which does not tell
+        return
+    try:
+        signature.bind(model=None, step=0)
+    except TypeError as error:
+        raise TypeError(
+            f"callback{signature} cannot be called as callback(model=student, step=step): {error}. "
+            "Name its parameters model and step; bind others with functools.partial"
+        ) from error
 
 
 def _is_count(value: Any) -> bool:
@@ -139,10 +170,7 @@ def make_factor(request: Request, total_steps: int) -> Callable | None:
             f"scheduler_class is a {type(make).__name__}; pass the class or function itself"
         )
     if "optimizer" in inspect.signature(make).parameters:
-        raise TypeError(
-            f"scheduler_class {name} wants a torch optimizer. Use the one of the same name in "
-            "jaxbrewer.schedulers, or a function of your own that returns step -> factor"
-        )
+        raise TypeError(f"scheduler_class {name} wants a torch optimizer. {_instead_of(name)}")
     try:
         schedule = make(**(request.scheduler_args or {}))
     except TypeError as error:
@@ -160,3 +188,20 @@ def make_factor(request: Request, total_steps: int) -> Callable | None:
             "rates into the optimizer instead: optax.adamw(learning_rate=schedule)"
         )
     return schedule
+
+
+def _instead_of(name: str) -> str:
+    """What there is for a schedule of torch's or transformers'."""
+    ours = [each for each in vars(schedulers) if each.startswith("get_")]
+    if name in ours:
+        return f"Use jaxbrewer.schedulers.{name}, without the optimizer among scheduler_args"
+    if name == "ReduceLROnPlateau":
+        return (
+            "Rates that depend on scores have no counterpart: a schedule is a function of the step, "
+            "such as those of jaxbrewer.schedulers"
+        )
+    return (
+        f"jaxbrewer.schedulers has {', '.join(ours)}. Others are a function that returns step -> "
+        "factor, for StepLR scheduler_class=lambda step_size, gamma=0.1: (lambda step: gamma ** "
+        "(step // step_size)); the step counts optimizer steps, not epochs"
+    )

@@ -298,6 +298,15 @@ def test_an_unknown_key_suggests_the_nearest():
     assert near == "unknown key 'sed'; did you mean 'seed'?"
 
 
+def test_what_belongs_elsewhere_is_told_where():
+    with pytest.raises(TypeError, match=r"'lr'; it belongs to the optimizer: functools.partial"):
+        TrainingConfig(lr=1e-4)
+    with pytest.raises(
+        ConfigError, match=r"'num_train_epochs'; it is an argument of train: .*num_epochs"
+    ):
+        TrainingConfig.from_dict({"num_train_epochs": 3})
+
+
 @pytest.mark.parametrize("config", [TrainingConfig, DistillationConfig, IntermediateMatch])
 def test_every_field_has_its_check(config):
     assert list(config._checks) == [field.name for field in dataclasses.fields(config)]

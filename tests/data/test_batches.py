@@ -204,7 +204,14 @@ def test_flags_are_told_apart():
 
 REFUSED = {
     "text": ({"ids": np.ones(1), "title": "a passage"}, r"batch\['title'\] is a str \('a passage'"),
-    "nested text": ({"meta": ([1], ["x"])}, r"batch\['meta'\]\[1\]\[0\] is a str"),
+    "a list of numbers": (
+        {"labels": [0, 1, 1]},
+        r"batch\['labels'\] is a list of numbers.*"
+        r"np.asarray\(batch\['labels'\]\)",
+    ),
+    "a list of lists": ({"ids": [[0, 1], [1, 2]]}, r"np.asarray\(batch\['ids'\]\)"),
+    "ragged lists": ({"ids": [[0, 1], [1]]}, r"a list of 2 lists of 1 to 2 numbers.*pad them"),
+    "nested text": ({"meta": (np.ones(1), ["x"])}, r"batch\['meta'\]\[1\]\[0\] is a str"),
     "text in a tuple": ((np.ones(1), "x"), r"batch\[1\] is a str"),
     "array of text": ((np.array(["a"]),), r"batch\[0\] is an array of shape \(1,\) and type <U1"),
     "objects": ((np.array([{}, None]),), r"batch\[0\] is an array .* object"),

@@ -135,6 +135,42 @@ def test_a_method_put_on_the_object_counts_too(tmp_path):
     assert "sum" in distiller.check(fn_job.batches(1)[0])
 
 
+def test_a_sum_may_begin_at_zero(tmp_path):
+    distiller = fn_job.distiller(tmp_path, keys=("logits",))
+    distiller.compute_loss = lambda results_S, *others: (
+        0 + jnp.sum(results_S["logits"][0]),
+        {"nothing": 0},
+    )
+    assert "nothing" in distiller.check(fn_job.batches(1)[0])
+
+
+def test_a_loss_that_reads_nothing_of_the_student_is_refused(tmp_path):
+    distiller = fn_job.distiller(tmp_path, keys=("logits",))
+    distiller.compute_loss = lambda results_S, results_T, *others: (
+        jnp.sum(results_T["logits"][0]),
+        {},
+    )
+    with pytest.raises(PreflightError, match=r"nothing of what adaptor_S returns.*'logits'"):
+        distiller.check(fn_job.batches(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            lambda results_S, results_T: None,
+            r"must take \(results_S, .*, weights\), not \(results_S",
+        ),
+        (3, "compute_loss is a int, not a function"),
+    ],
+)
+def test_a_method_of_other_arguments_is_refused(method, message, tmp_path):
+    distiller = fn_job.distiller(tmp_path, keys=("logits",))
+    distiller.compute_loss = method
+    with pytest.raises(TypeError, match=message):
+        distiller.check(fn_job.batches(1)[0])
+
+
 def test_a_warning_points_at_the_line_that_led_to_it(tmp_path):
     distiller = fn_job.distiller(tmp_path)
     with pytest.warns(jaxbrewer.errors.PreflightWarning, match="evaluation mode") as caught:

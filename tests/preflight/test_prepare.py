@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from jaxbrewer import BasicDistiller, BasicTrainer, FunctionModel, TrainingConfig, presets
 from jaxbrewer.data.batches import own
@@ -79,6 +81,13 @@ MISTAKES = {
         [r"hidden T0 → S0 by hidden_mse: adaptor_S returns no 'hidden', only 'logits'",
          r"hidden T0 → S0 by hidden_mse: adaptor_T returns no 'hidden', only 'logits'"],
     ),
+    "adaptors that are exchanged": (
+        {"teacher": FunctionModel(lambda p, **batch: {"scores": encoder(1).function(p, **batch)["logits"]},
+                                  encoder(1).params),
+         "keys_T": adaptor("logits"), "keys_S": lambda batch, outputs: {"logits": outputs["scores"]}},
+        {},
+        ["adaptor_S failed", "adaptor_T failed", "with adaptor_S and adaptor_T exchanged both would run"],
+    ),
     "a key that is misspelt": (
         {"keys_S": adaptor("logits", loss=lambda b, o: o["loss"])},
         {},
@@ -111,6 +120,43 @@ MISTAKES = {
         {"keys_T": lambda batch, outputs: {"logits": batch["target"]}},
         {},
         ["adaptor_T failed: KeyError: 'target'"],
+    ),
+    "numpy in an adaptor": (
+        {"keys_S": adaptor(logits=lambda b, o: np.exp(o["logits"]))},
+        {},
+        [r"adaptor_S failed: TracerArrayConversionError: .*Compute with jax.numpy"
+         r".* \(test_prepare.py, line \d+\)"],
+    ),
+    "a boolean index": (
+        {"keys": adaptor(logits=lambda b, o: o["tokens"][b["mask"] == 1])},
+        {},
+        ["adaptor_S failed: NonConcreteBooleanIndexError: .*'logits_mask'",
+         "adaptor_T failed: NonConcreteBooleanIndexError"],
+    ),
+    "a branch on values": (
+        {"keys_T": adaptor(logits=lambda b, o: o["logits"] if b["mask"].all() else o["tokens"])},
+        {},
+        [r"adaptor_T failed: TracerBoolConversionError: it branches .*jnp.where\("],
+    ),
+    "a number out of an array": (
+        {"keys_T": adaptor(logits=lambda b, o: o["logits"] * o["loss"].item())},
+        {},
+        [r"adaptor_T failed: ConcretizationTypeError: it asks for an array's values"],
+    ),
+    "a length made of values": (
+        {"keys_T": adaptor(logits=lambda b, o: o["tokens"][:, : b["mask"].sum()])},
+        {},
+        [r"adaptor_T failed: IndexError: it asks for an array's values"],
+    ),
+    "a method of torch's": (
+        {"keys_T": adaptor(logits=lambda b, o: o["logits"].detach())},
+        {},
+        [r"adaptor_T failed: AttributeError: it calls a method that torch has.*Leave out .detach"],
+    ),
+    "torch's size": (
+        {"keys_T": adaptor(logits=lambda b, o: o["logits"][: o["logits"].size(0)])},
+        {},
+        [r"adaptor_T failed: TypeError: is it written for torch.*x.shape\[0\]"],
     ),
     # the matches
     "a hidden layer beyond the last": (
@@ -407,6 +453,140 @@ def test_mistakes_of_both_models_and_the_rest_come_together(tmp_path):
     assert len(problems) == 4
     for part in ("kd_loss_type='xx'", "builtins.float", "'logit'", "broken"):
         assert any(part in problem for problem in problems)
+
+
+def test_what_an_error_of_the_users_says_is_short(tmp_path):
+    distiller = fn_job.distiller(
+        tmp_path, keys=adaptor(logits=lambda b, o: np.asarray(o["logits"]))
+    )
+    assert all(len(problem) < 400 for problem in failure(distiller))
+
+
+def torch_mse(S, T, mask=None):
+    from torch.nn.functional import mse_loss
+
+    return mse_loss(S, T)
+
+
+@pytest.mark.torch
+def test_losses_of_torch_are_told_as_such(tmp_path, monkeypatch):
+    monkeypatch.setitem(presets.MATCH_LOSS_MAP, "mine", torch_mse)
+    made = {"keys": FEATURES, "config": matched(match(1, 1, "mine"))}
+    (problem,) = failure(fn_job.distiller(tmp_path, **made))
+    assert "it calls a function of torch on a JAX array" in problem
+    assert "(test_prepare.py, line" in problem
+
+
+# --------------------------------------------------------------------------- what teaches amiss
+
+
+def watched(tmp_path, **made):
+    """The warnings of a training."""
+    loader = made.pop("loader")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PreflightWarning)
+        with fn_job.distiller(tmp_path, **made) as distiller:
+            distiller.train(fn_job.SGD, loader, num_epochs=1)
+    return [str(each.message) for each in caught]
+
+
+def with_attention_mask(padded):
+    """Batches whose mask has its own name, the ones given with a zero in it."""
+    made = []
+    for i, batch in enumerate(fn_job.batches(3)):
+        mask = np.ones_like(batch["mask"])
+        mask[0, -1] = i not in padded
+        made.append({"ids": batch["ids"], "attention_mask": mask})
+    return made
+
+
+def masked_encoder(seed):
+    model = encoder(seed)
+    return FunctionModel(
+        lambda params, ids, attention_mask: model.function(params, ids, attention_mask),
+        model.params,
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "padded", "count"),
+    [
+        (adaptor(logits=fn_job.tokens), (1, 2), 1),
+        (adaptor(logits=fn_job.tokens), (), 0),
+        (adaptor("logits"), (1,), 0),
+        (adaptor(logits=fn_job.tokens, logits_mask=lambda b, o: b["attention_mask"]), (1,), 0),
+    ],
+)
+def test_padding_that_counts_is_told_once(keys, padded, count, tmp_path):
+    told = watched(
+        tmp_path,
+        teacher=masked_encoder(1),
+        student=masked_encoder(2),
+        keys=keys,
+        loader=with_attention_mask(padded),
+    )
+    assert len(told) == count
+    assert all("'logits_mask': batch['attention_mask']" in each for each in told)
+
+
+def test_a_teacher_much_smaller_than_its_student_is_told(tmp_path):
+    models = {"teacher": encoder(1), "student": encoder(2, width=40)}
+    (told,) = watched(tmp_path, **models, loader=fn_job.batches(2))
+    assert "are the two swapped?" in told
+
+
+def test_two_vocabularies_fed_one_batch_are_told(tmp_path):
+    models = {
+        "teacher": encoder(1, id_limits={"ids": 11}),
+        "student": encoder(2, id_limits={"ids": 12}),
+    }
+    (told,) = watched(tmp_path, **models, loader=fn_job.batches(2))
+    assert "model_T knows 11 ids of ids, model_S 12" in told
+    assert "{'teacher': {…}, 'student': {…}}" in told
+
+
+class MultiLabel(nnx.Module):
+    """Its config says that labels do not exclude one another, as one of the zoo's may."""
+
+    def __init__(self, seed):
+        self.head = nnx.Linear(3, 4, rngs=nnx.Rngs(seed))
+        self.config = types.SimpleNamespace(problem_type="multi_label_classification")
+
+    def __call__(self, x):
+        return self.head(x)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("loss", ["ce", "bce", "mse"])
+def test_a_softmax_over_labels_that_go_together(loss, beside, tmp_path):
+    def adaptor(batch, outputs):
+        return {"logits": outputs, "losses": jnp.mean(outputs**2)}
+
+    distiller = fn_job.distiller(
+        tmp_path,
+        teacher=MultiLabel(1),
+        student=MultiLabel(2),
+        keys=adaptor,
+        config={"kd_loss_type": loss, "hard_label_weight": float(beside)},
+    )
+    batch = {"x": np.ones((2, 3), np.float32)}
+    if loss != "ce":
+        distiller.check(batch)
+    elif beside:
+        with pytest.warns(PreflightWarning, match=r"multi_label.*kd_loss_type='bce'"):
+            distiller.check(batch)
+    else:
+        with pytest.raises(PreflightError, match=r"multi_label.*kd_loss_type='bce'"):
+            distiller.check(batch)
+
+
+def test_two_vocabularies_with_a_batch_each_are_fine(tmp_path):
+    models = {
+        "teacher": encoder(1, id_limits={"ids": 11}),
+        "student": encoder(2, id_limits={"ids": 12}),
+    }
+    loader = [{"teacher": b, "student": b} for b in fn_job.batches(2)]
+    assert watched(tmp_path, **models, loader=loader) == []
 
 
 # --------------------------------------------------------------------------- functions of the user's

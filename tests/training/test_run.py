@@ -50,6 +50,10 @@ def named(schedule):
     return lambda: schedule
 
 
+def other_callback(model, global_step):
+    """As TextBrewer's examples never write it, and others do."""
+
+
 # name → (error, message, arguments of train, config)
 WRONG = {
     "no length": (ValueError, r"say how long.*num_epochs=….*num_steps=", {}, {}),
@@ -96,6 +100,15 @@ WRONG = {
     "a schedule that is not finite": (ValueError, "gave nan: a schedule must return one finite",
                                       {**EPOCH, "scheduler_class":
                                        named(lambda step: float("nan"))}, {}),
+    "one batch for a loader": (
+        TypeError, "dataloader is one batch, a dict with the keys ids, mask, labels; give an iterable",
+        {**EPOCH, "dataloader": LOADER[0]}, {}),
+    "a rate in words": (
+        PreflightError, r"learning_rate='1e-4' is text, expected a number: learning_rate=0.0001",
+        {**EPOCH, "optimizer": functools.partial(optax.adamw, learning_rate="1e-4")}, {}),
+    "a callback of other parameters": (
+        TypeError, r"callback\(model, global_step\) cannot be called as "
+        r"callback\(model=student, step=step\): missing", {**EPOCH, "callback": other_callback}, {}),
     "a misspelt keyword": (PreflightError, r"train\(…, num_epoch=…\).* did you mean 'num_epochs'",
                            {"num_steps": 2, "num_epoch": 1}, {}),
 }  # fmt: skip
@@ -109,9 +122,27 @@ def test_wrong_arguments_are_refused_before_anything_is_written(name, tmp_path):
 def refuses(tmp_path, error, message, arguments, config):
     distiller = fn_job.distiller(tmp_path, **config)
     with distiller, pytest.raises(error) as caught:
-        distiller.train(fn_job.SGD, **{"dataloader": LOADER, **arguments})
+        distiller.train(**{"optimizer": fn_job.SGD, "dataloader": LOADER, **arguments})
     assert re.search(message, str(caught.value), re.DOTALL), caught.value
     assert not (tmp_path / "out").exists()
+
+
+def test_epochs_beside_steps_are_told_to_count_for_nothing(tmp_path):
+    told = "num_epochs=9 counts for nothing beside num_steps=1"
+    with fn_job.distiller(tmp_path) as distiller, pytest.warns(PreflightWarning, match=told):
+        distiller.train(fn_job.SGD, LOADER, num_epochs=9, num_steps=1)
+
+
+def test_labels_beyond_the_classes_are_suspected(tmp_path):
+    trainer = BasicTrainer(
+        TrainingConfig(output_dir=tmp_path / "out", device="cpu"), encoder(1), adaptor("losses")
+    )
+    batch = {**LOADER[0], "labels": np.array([0, 7, 1])}
+    with (
+        trainer,
+        pytest.raises(FloatingPointError, match="labels holds 0 to 7: has the model so many"),
+    ):
+        trainer.train(fn_job.SGD, [batch], num_epochs=1)
 
 
 # The same, of torch and transformers.
@@ -124,7 +155,10 @@ TORCH = {
     "transformers' function": (
         TypeError, "get_linear_schedule_with_warmup wants a torch optimizer.*same name in "
         "jaxbrewer.schedulers"),
-    "torch's class": (TypeError, "LambdaLR wants a torch optimizer"),
+    "torch's class": (
+        TypeError, r"StepLR wants a torch optimizer. jaxbrewer.schedulers has get_constant.*"
+        r"lambda step_size, gamma=0.1"),
+    "torch's plateau": (TypeError, "ReduceLROnPlateau .* have no counterpart"),
 }  # fmt: skip
 
 
@@ -150,7 +184,8 @@ def test_what_is_torchs_is_refused_before_anything_is_written(name, tmp_path):
             "scheduler_class": get_linear_schedule_with_warmup,
             "scheduler_args": WARM_UP,
         },
-        "torch's class": {"scheduler_class": torch.optim.lr_scheduler.LambdaLR},
+        "torch's class": {"scheduler_class": torch.optim.lr_scheduler.StepLR},
+        "torch's plateau": {"scheduler_class": torch.optim.lr_scheduler.ReduceLROnPlateau},
     }[name]
     refuses(tmp_path, *TORCH[name], {**EPOCH, **arguments}, {})
 

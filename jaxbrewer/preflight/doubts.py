@@ -1,0 +1,121 @@
+"""What trains, and is rarely what was meant: of two models that are fed one batch, and of padding."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..data.batches import Batch, sides
+from ..errors import Findings, PreflightWarning, warn
+from ..losses.logits import kd_ce_loss
+from ..models.adaptors import Results, Side, model_name
+from ..objective.objectives import Extension, Objective, Overridden
+from ..objective.plan import Plan
+from ..objective.terms import trains_beside_kd
+from .job import Task
+
+# Inputs that count something else than words: a model may know more of them than another.
+_NO_WORDS = ("position_ids", "token_type_ids")
+
+
+def doubt(
+    task: Task, objective: Objective, results_S: Results, batch: Batch, found: Findings
+) -> None:
+    """Looks at a task whose models run.
+
+    Args:
+        task: its two sides.
+        objective: what is minimised.
+        results_S: the student's results by shape.
+        batch: its first batch.
+        found: gets what is found.
+    """
+    teacher_batch, student_batch, cache = sides(batch)
+    if cache is None and teacher_batch is student_batch and isinstance(batch, dict):
+        for side in task.teacher.sides:
+            _doubt_vocabularies(side, task.student, batch, found)
+    _doubt_sizes(task, found)
+    plan = plan_of(objective)
+    if plan is not None:
+        _doubt_softmax(task.student, plan, results_S, found)
+
+
+def plan_of(objective: Objective) -> Plan | None:
+    """The plan that an objective evaluates; None for one of the user's own."""
+    if isinstance(objective, Overridden):
+        return None
+    if isinstance(objective, Extension):
+        return plan_of(objective.base)
+    plan = getattr(objective, "plan", None)
+    return plan if isinstance(plan, Plan) else None
+
+
+def _doubt_vocabularies(teacher: Side, student: Side, batch: Any, found: Findings) -> None:
+    mine, its = student.model.id_limits, teacher.model.id_limits
+    for name in sorted(batch.keys() & mine.keys() & its.keys() - set(_NO_WORDS), key=str):
+        if mine[name] != its[name]:
+            found.warnings.append(
+                f"{model_name(teacher.role)} knows {its[name]} ids of {name}, {model_name('S')} "
+                f"{mine[name]}, and both get the same. If that is not the same vocabulary, padded at "
+                "its end, give each its own tokenizer's batch: {'teacher': {…}, 'student': {…}}"
+            )
+
+
+def _doubt_sizes(task: Task, found: Findings) -> None:
+    """A teacher that is much the smaller one is rarely the teacher."""
+    if len(task.teacher.sides) != 1:
+        return
+    size_T, size_S = _size(task.teacher.sides[0]), _size(task.student)
+    if 0 < 4 * size_T < size_S:
+        found.warnings.append(
+            f"model_T has {size_T:,} parameters, model_S {size_S:,}: are the two swapped? The "
+            "distillers take model_T first, then model_S"
+        )
+
+
+def _size(side: Side) -> int:
+    return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(side.model.params))
+
+
+def _doubt_softmax(student: Side, plan: Plan, results_S: Results, found: Findings) -> None:
+    """Labels that exclude one another not are no softmax."""
+    config = getattr(getattr(student.model, "module", None), "config", None)
+    is_multi = getattr(config, "problem_type", None) == "multi_label_classification"
+    is_softmax = plan.kd is not None and plan.kd.loss is kd_ce_loss
+    if is_multi and is_softmax and not plan.kd_weight.is_zero:
+        report = found.warnings if trains_beside_kd(plan, results_S) else found.problems
+        report.append(
+            "the student has problem_type='multi_label_classification', and kd_loss_type='ce' "
+            "compares its labels by a softmax, as if each excluded the others: set "
+            "kd_loss_type='bce'"
+        )
+
+
+def counts_padding(objective: Objective, results_S: Results) -> bool:
+    """Whether logits are compared at every position, padding or not."""
+    plan = plan_of(objective)
+    if plan is None or plan.kd is None or plan.kd_weight.is_zero:
+        return False
+    return "logits_mask" not in results_S and any(x.ndim == 3 for x in results_S.get("logits", ()))
+
+
+def padding_watch() -> Callable[[Batch], None]:
+    """A look at each batch, which warns at the first one whose ``attention_mask`` has a zero."""
+    has_warned = False
+
+    def look(batch: Batch) -> None:
+        nonlocal has_warned
+        part = sides(batch)[1]
+        mask = part.get("attention_mask") if isinstance(part, dict) else None
+        if has_warned or not isinstance(mask, np.ndarray) or mask.ndim != 2 or mask.all():
+            return
+        has_warned = True
+        warn(
+            "the KD loss compares logits [batch, length, classes] at every position, padding too, "
+            "and a batch has padding (a 0 in attention_mask). Have both adaptors return "
+            "'logits_mask': batch['attention_mask']",
+            PreflightWarning,
+        )
+
+    return look
