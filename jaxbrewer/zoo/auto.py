@@ -36,7 +36,9 @@ def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
 
     Raises ``ValueError`` for a type that is not known, and as `ModelConfig.from_json_file` does.
     """
-    file = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
+    file = Path(path)
+    if file.is_dir():
+        file, changes = file / CONFIG, {"source_folder": path, **changes}
     model_type = read_json_object(file).get("model_type", BertConfig.model_type)
     try:
         cls = model_class(model_type).config_class

@@ -65,6 +65,11 @@ def _names(value: Any) -> tuple[str, ...]:
     return value
 
 
+def _absolute(value: Any) -> str:
+    """Accepts a path; keeps it as text, from the root."""
+    return os.path.abspath(checks.folder(value))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What the config of every model has: fields under Hugging Face's names, frozen and hashable.
@@ -75,6 +80,10 @@ class ModelConfig:
     A config does not change: where a TextBrewer script writes
     ``config.output_hidden_states = True``, write ``config.replace(output_hidden_states=True)`` or
     give the readers the change: ``from_json_file(path, output_hidden_states=True)``.
+
+    ``source_folder`` is the folder that the config was read from, whose tokenizer's files go into
+    the folders that a model of it is saved in. It is in no file, and two configs that differ in it
+    alone are equal.
 
     A subclass adds the checks of its fields to ``_checks``: by a field's name, what returns the
     value to keep or raises ``ValueError`` that says what was expected.
@@ -94,6 +103,7 @@ class ModelConfig:
     problem_type: str | None = None
     output_hidden_states: bool = False
     return_dict: bool = True
+    source_folder: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         "vocab_size": checks.integer(1),
@@ -104,6 +114,7 @@ class ModelConfig:
         "problem_type": checks.optional(checks.one_of(PROBLEM_TYPES)),
         "output_hidden_states": checks.boolean,
         "return_dict": checks.boolean,
+        "source_folder": checks.optional(_absolute),
     }
 
     def __post_init__(self):
@@ -142,12 +153,17 @@ class ModelConfig:
         return {"input_ids": self.vocab_size}
 
     def replace(self, **changes: Any) -> Self:
-        """The same config with some fields changed; a new ``num_labels`` drops the old names."""
+        """The same config with some fields changed.
+
+        A new ``num_labels`` drops the old names, a new ``vocab_size`` the ``source_folder``.
+        """
         names = [field.name for field in dataclasses.fields(self)]
         if problems := checks.keys(changes, names):
             raise ConfigError(type(self).__name__, problems)
         if changes.get("num_labels", self.num_labels) != self.num_labels:
             changes.setdefault("label_names", None)
+        if changes.get("vocab_size", self.vocab_size) != self.vocab_size:
+            changes.setdefault("source_folder", None)
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -174,7 +190,7 @@ class ModelConfig:
         for key, allowed in cls.fixed_values.items():
             if (value := given.pop(key, allowed[0])) not in allowed:
                 raise ValueError(f"{key}={value!r} is not supported, only {allowed[0]!r} is")
-        fields = [field.name for field in dataclasses.fields(cls)]
+        fields = [f.name for f in dataclasses.fields(cls) if f.name != "source_folder"]
         chosen = {key: given[key] for key in fields if key in given}
         chosen.update(_labels_from(given))
         unknown = sorted(given.keys() - {*fields, *cls.bookkeeping_keys, "id2label"})
@@ -204,12 +220,13 @@ class ModelConfig:
         cls, folder: str | os.PathLike[str], *, ignore: Collection[str] = (), **changes: Any
     ) -> Self:
         """Reads ``config.json`` in a folder; the arguments and errors of `from_dict`."""
+        changes = {"source_folder": folder, **changes}
         return cls.from_json_file(Path(folder) / "config.json", ignore=ignore, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """The config under Hugging Face's keys, which `from_dict` and transformers read back."""
         values = dataclasses.asdict(self)
-        for name in ("label_names", "num_labels"):
+        for name in ("label_names", "num_labels", "source_folder"):
             del values[name]
         for name in (
             "output_hidden_states",

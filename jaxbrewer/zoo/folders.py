@@ -110,33 +110,39 @@ def weight_files(folder: Path) -> dict[Path, dict[str, str] | None]:
             raise ValueError(
                 f"{index}: weight_map[{_short(name)}] is {_short(file)}, expected a file's name"
             )
-    return {_inside(folder, file, index): weight_map for file in sorted(set(weight_map.values()))}
+    return {inside(folder, file, index): weight_map for file in sorted(set(weight_map.values()))}
 
 
-def _inside(folder: Path, file: str, index: Path) -> Path:
-    """The path of a shard, which must lie in the folder, symbolic links followed.
+def inside(folder: Path, file: str, index: Path) -> Path:
+    """The path of a file that ``index`` names, which must lie in the folder, links followed.
 
-    The cache of Hugging Face's hub keeps files as links to ``blobs`` beside its ``snapshots``.
+    Raises ``ValueError`` that names both for one that does not, or is not there.
     """
     path = folder / file
     if Path(file).is_absolute() or ".." in Path(file).parts:
         raise ValueError(f"{index} names {_short(file)}, which is outside of the folder")
     try:
-        there, resolved, root = path.is_file(), path.resolve(), folder.resolve()
+        there, outside = path.is_file(), outside_of(folder, path)
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a circle of links
         why = getattr(error, "strerror", None) or str(error)[:200]
         raise ValueError(f"{index} names {_short(file)}, which is no file's name: {why}") from error
     if not there:
         raise ValueError(f"{index} names {file[:200]}, which is not in the folder")
-    roots = [root]
-    if root.parent.name == "snapshots":
-        roots.append(root.parent.parent / "blobs")
-    if not any(resolved.is_relative_to(one) for one in roots):
-        raise ValueError(
-            f"{index} names {_short(file)}, a link to {resolved}, which is outside of the folder: copy "
-            "the file into it"
-        )
+    if outside:
+        raise ValueError(f"{index} names {_short(file)}, {outside}: copy the file into it")
     return path
+
+
+def outside_of(folder: Path, path: Path) -> str:
+    """Where a path leads that leaves a folder, symbolic links followed; empty where it stays.
+
+    The cache of Hugging Face's hub keeps files as links to ``blobs`` beside its ``snapshots``.
+    """
+    resolved, root = path.resolve(), folder.resolve()
+    blobs = [up.parent / "blobs" for up in root.parents if up.name == "snapshots"]
+    if any(resolved.is_relative_to(one) for one in (root, *blobs)):
+        return ""
+    return f"a link to {resolved}, which is outside of the folder"
 
 
 def find_tensors(folder: Path) -> dict[str, Stored]:

@@ -32,6 +32,7 @@ from jaxbrewer.zoo.folders import (
     check_sizes,
     find_tensors,
 )
+from jaxbrewer.zoo.tokenizer_files import copy_tokenizer, tokenizer_files
 
 __all__ = [
     "CONFIG", "INDEX", "WEIGHTS", "PretrainedModel", "TensorNames", "WeightsMismatchError",
@@ -188,6 +189,8 @@ class PretrainedModel(nnx.Module):
         folder = existing_folder(folder)
         if config is None:
             config = cls.config_class.from_pretrained(folder, ignore=ignore)
+        elif config.source_folder is None and tokenizer_files(folder):
+            config = config.replace(source_folder=folder)
         constructor = inspect.signature(cls.__init__).parameters
         options = {name: changes.pop(name) for name in constructor if name in changes}
         config = config.replace(**changes)
@@ -207,7 +210,9 @@ class PretrainedModel(nnx.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``model.safetensors`` and ``config.json``, which transformers reads back.
 
-        Each file appears whole or not at all, weights first. Parameters keep their dtype.
+        Each file appears whole or not at all, weights first. Parameters keep their dtype. The files
+        of the tokenizer are copied from the folder that the model, or the config it was made of,
+        came from (`jaxbrewer.zoo.tokenizer_files`).
         """
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
@@ -219,6 +224,7 @@ class PretrainedModel(nnx.Module):
         values = {"architectures": [self.architecture], **self.config.to_dict()}
         values["dtype"] = str(next(iter(tensors.values())).dtype)
         write_json(folder / CONFIG, dict(sorted(values.items())))
+        copy_tokenizer(self.config.source_folder, folder)
 
 
 def export_weights(model: PretrainedModel) -> dict[str, np.ndarray]:
