@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from jaxbrewer.files import MOST_JSON, read_json_object
+from jaxbrewer.files import MOST_JSON, read_json_object, replacing
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -180,6 +181,12 @@ def _tensors_of(file: Path) -> dict[str, Stored]:
         raise ValueError(
             f"{file} is not a whole safetensors file ({error}): fetch it again"
         ) from error
+
+
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes tensors as a safetensors file that torch's readers take, whole or not at all."""
+    with replacing(file) as path:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
 
 
 def check_sizes(config: Any, stored: Mapping[str, Stored], folder: Path) -> None:

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
-from safetensors.numpy import save_file
 
-from jaxbrewer.files import read_json_object, replacing, write_json
+from jaxbrewer.files import read_json_object, write_json
 from jaxbrewer.zoo.configuration import ModelConfig
 from jaxbrewer.zoo.folders import (
     CONFIG,
@@ -31,12 +30,13 @@ from jaxbrewer.zoo.folders import (
     architectures_of,
     check_sizes,
     find_tensors,
+    write_tensors,
 )
 from jaxbrewer.zoo.tokenizer_files import copy_tokenizer, tokenizer_files
 
 __all__ = [
     "CONFIG", "INDEX", "WEIGHTS", "PretrainedModel", "TensorNames", "WeightsMismatchError",
-    "existing_folder", "export_weights", "load_weights",
+    "existing_folder", "export_weights", "load_weights", "model_class", "tasks_of",
 ]  # fmt: skip
 
 MODELS: dict[str, dict[str | None, type["PretrainedModel"]]] = {}
@@ -44,6 +44,29 @@ MODELS: dict[str, dict[str | None, type["PretrainedModel"]]] = {}
 
 Filled as classes are defined: importing `jaxbrewer.zoo` defines those of its families.
 """
+
+
+def model_class(model_type: str, task: str | None = None) -> type["PretrainedModel"]:
+    """The class of a ``model_type`` for a task, or its encoder for ``None``.
+
+    Raises ``ValueError`` that lists the types, or the tasks of the type.
+    """
+    tasks = tasks_of(model_type)
+    if task not in tasks:
+        known = ", ".join(map(repr, tasks))
+        raise ValueError(f"no {model_type} here is for the task {task!r}: choose from {known}")
+    return tasks[task]
+
+
+def tasks_of(model_type: Any) -> dict[str | None, type["PretrainedModel"]]:
+    """The classes of a ``model_type`` by task; raises ``ValueError`` that lists the types."""
+    if not isinstance(model_type, str) or model_type not in MODELS:
+        raise ValueError(
+            f"no model here is of model_type {model_type!r}: choose from "
+            + ", ".join(map(repr, MODELS))
+        )
+    return MODELS[model_type]
+
 
 # How the names end of classes with a head for a task, as against those of pretraining.
 _HEADED = (
@@ -219,8 +242,7 @@ class PretrainedModel(nnx.Module):
             raise ValueError(f"{str(folder)!r} is a file, expected a folder to write to")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = export_weights(self)
-        with replacing(folder / WEIGHTS) as file:
-            save_file(tensors, file, metadata={"format": "pt"})
+        write_tensors(folder / WEIGHTS, tensors)
         values = {"architectures": [self.architecture], **self.config.to_dict()}
         values["dtype"] = str(next(iter(tensors.values())).dtype)
         write_json(folder / CONFIG, dict(sorted(values.items())))
