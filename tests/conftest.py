@@ -24,7 +24,7 @@ def x64():
 
 # --- torch, and what it takes to do without it ----------------------------------------------------
 
-TORCH = ("torch", "transformers", "textbrewer")
+TORCH = ("torch", "transformers", "textbrewer", "sentence_transformers")
 """What the extra ``test`` installs and ``test-core`` does not."""
 
 

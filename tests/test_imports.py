@@ -50,10 +50,11 @@ KEPT_APART = {
     "tensorboardX": {"training.event_files"},
     "tqdm": {"training.teacher_cache", "training.loop"},
     "safetensors": {
-        "training.teacher_cache", "zoo.folders", "zoo.hf", "commands.weights",
+        "training.teacher_cache", "zoo.folders", "commands.weights",
     },
     "torch": {"commands.weights"},
     "transformers": set(),
+    "sentence_transformers": set(),
     "textbrewer": set(),
     "tokenizers": set(),
     "matplotlib": set(),

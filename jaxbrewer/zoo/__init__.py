@@ -11,7 +11,6 @@ from jaxbrewer.zoo.adaptors import adaptor as adaptor
 from jaxbrewer.zoo.auto import (
     from_config as from_config,
     from_pretrained as from_pretrained,
-    model_class as model_class,
     read_config as read_config,
 )
 from jaxbrewer.zoo.bert import (
@@ -56,11 +55,13 @@ from jaxbrewer.zoo.hf import (
     MODELS as MODELS,
     PretrainedModel as PretrainedModel,
     WeightsMismatchError as WeightsMismatchError,
+    model_class as model_class,
 )
 from jaxbrewer.zoo.outputs import (
     BaseModelOutput as BaseModelOutput,
     ModelOutput as ModelOutput,
     QuestionAnsweringModelOutput as QuestionAnsweringModelOutput,
+    SentenceEncoderOutput as SentenceEncoderOutput,
     SequenceClassifierOutput as SequenceClassifierOutput,
     TokenClassifierOutput as TokenClassifierOutput,
 )
@@ -70,6 +71,11 @@ from jaxbrewer.zoo.roberta import (
     RobertaForSequenceClassification as RobertaForSequenceClassification,
     RobertaForTokenClassification as RobertaForTokenClassification,
     RobertaModel as RobertaModel,
+)
+from jaxbrewer.zoo.sentence import SentenceEncoder as SentenceEncoder
+from jaxbrewer.zoo.sentence_files import (
+    DenseConfig as DenseConfig,
+    SentenceConfig as SentenceConfig,
 )
 from jaxbrewer.zoo.students import (
     BASES as BASES,

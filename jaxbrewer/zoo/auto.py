@@ -13,19 +13,9 @@ from jaxbrewer.files import read_json_object
 from jaxbrewer.zoo.bert import BertConfig
 from jaxbrewer.zoo.configuration import ModelConfig
 from jaxbrewer.zoo.folders import architectures_of, config_file
-from jaxbrewer.zoo.hf import MODELS, PretrainedModel, existing_folder
-
-
-def model_class(model_type: str, task: str | None = None) -> type[PretrainedModel]:
-    """The class of a ``model_type`` for a task, or its encoder for ``None``.
-
-    Raises ``ValueError`` that lists the types, or the tasks of the type.
-    """
-    tasks = _tasks_of(model_type)
-    if task not in tasks:
-        known = ", ".join(map(repr, tasks))
-        raise ValueError(f"no {model_type} here is for the task {task!r}: choose from {known}")
-    return tasks[task]
+from jaxbrewer.zoo.hf import PretrainedModel, existing_folder, model_class, tasks_of
+from jaxbrewer.zoo.sentence import SentenceEncoder
+from jaxbrewer.zoo.sentence_files import is_sentence_encoder
 
 
 def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
@@ -42,6 +32,8 @@ def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
         cls = model_class(model_type).config_class
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    if Path(path).is_dir():
+        return cls.from_pretrained(path, **changes)
     return cls.from_json_file(file, **changes)
 
 
@@ -70,13 +62,16 @@ def from_pretrained(folder: str | os.PathLike[str], task: str | None = None, **o
     ``model_type`` in ``config.json`` gives the architecture. ``task`` is one of
     ``'sequence-classification'``, ``'token-classification'`` and ``'question-answering'``;
     ``None`` takes the class that ``architectures`` names there, or the encoder without a head where
-    it names none of ours. ``options`` are those of `PretrainedModel.from_pretrained`, such as
+    it names none of ours; a folder of sentence-transformers, with ``modules.json``, becomes a
+    `SentenceEncoder`. ``options`` are those of `PretrainedModel.from_pretrained`, such as
     ``new_head=True`` or ``num_labels=3``.
 
     Raises ``ValueError`` for a type or a task that is not known, with those that are, and as
     `PretrainedModel.from_pretrained` does.
     """
     folder = existing_folder(folder)
+    if task is None and is_sentence_encoder(folder):
+        return SentenceEncoder.from_pretrained(folder, **options)
     file = config_file(folder)
     values = read_json_object(file)
     model_type = values.get("model_type", BertConfig.model_type)
@@ -92,14 +87,5 @@ def from_pretrained(folder: str | os.PathLike[str], task: str | None = None, **o
 
 def _saved_class(model_type: str, named: Collection[str]) -> type[PretrainedModel]:
     """The class that ``architectures`` names, or the encoder."""
-    tasks = _tasks_of(model_type)
+    tasks = tasks_of(model_type)
     return next((cls for cls in tasks.values() if cls.architecture in named), tasks[None])
-
-
-def _tasks_of(model_type: Any) -> dict[str | None, type[PretrainedModel]]:
-    if not isinstance(model_type, str) or model_type not in MODELS:
-        raise ValueError(
-            f"no model here is of model_type {model_type!r}: choose from "
-            + ", ".join(map(repr, MODELS))
-        )
-    return MODELS[model_type]

@@ -60,6 +60,11 @@ class BiGRUConfig(ModelConfig):
         "hidden_dropout_prob": checks.rate,
     }
 
+    @property
+    def output_width(self) -> int:
+        """How wide the last hidden state is."""
+        return 2 * self.hidden_size
+
 
 class Direction(nnx.Module):
     """A GRU that reads in one direction.

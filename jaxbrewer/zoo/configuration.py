@@ -5,6 +5,7 @@ import dataclasses
 import os
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from jaxbrewer.configurations import checks
@@ -51,6 +52,10 @@ FIXED_VALUES: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+# Fields that are no keys of config files.
+_NOT_IN_FILES = ("score_activation", "source_folder")
+
+
 def activation_name(value: Any) -> str:
     """Accepts the name of an activation function."""
     if not isinstance(value, str) or value not in ACTIVATIONS:
@@ -65,6 +70,11 @@ def _names(value: Any) -> tuple[str, ...]:
     return value
 
 
+def _absolute(value: Any) -> str:
+    """Accepts a path; keeps it as text, from the root."""
+    return os.path.abspath(checks.folder(value))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What the config of every model has: fields under Hugging Face's names, frozen and hashable.
@@ -75,6 +85,14 @@ class ModelConfig:
     A config does not change: where a TextBrewer script writes
     ``config.output_hidden_states = True``, write ``config.replace(output_hidden_states=True)`` or
     give the readers the change: ``from_json_file(path, output_hidden_states=True)``.
+
+    ``score_activation`` is torch's name of what a cross-encoder of sentence-transformers applies to
+    the logits where it gives scores, ``None`` its default (a sigmoid of one label). Models here
+    give the logits; the name is kept for the folders they are saved in.
+
+    ``source_folder`` is the folder that the config was read from, whose tokenizer's files go into
+    the folders that a model of it is saved in. It is in no file, and two configs that differ in it
+    alone are equal.
 
     A subclass adds the checks of its fields to ``_checks``: by a field's name, what returns the
     value to keep or raises ``ValueError`` that says what was expected.
@@ -94,6 +112,8 @@ class ModelConfig:
     problem_type: str | None = None
     output_hidden_states: bool = False
     return_dict: bool = True
+    score_activation: str | None = None
+    source_folder: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         "vocab_size": checks.integer(1),
@@ -104,6 +124,8 @@ class ModelConfig:
         "problem_type": checks.optional(checks.one_of(PROBLEM_TYPES)),
         "output_hidden_states": checks.boolean,
         "return_dict": checks.boolean,
+        "score_activation": checks.optional(checks.text),
+        "source_folder": checks.optional(_absolute),
     }
 
     def __post_init__(self):
@@ -142,12 +164,18 @@ class ModelConfig:
         return {"input_ids": self.vocab_size}
 
     def replace(self, **changes: Any) -> Self:
-        """The same config with some fields changed; a new ``num_labels`` drops the old names."""
+        """The same config with some fields changed.
+
+        A new ``num_labels`` drops the old names and the ``score_activation``, a new ``vocab_size``
+        the ``source_folder``.
+        """
         names = [field.name for field in dataclasses.fields(self)]
         if problems := checks.keys(changes, names):
             raise ConfigError(type(self).__name__, problems)
         if changes.get("num_labels", self.num_labels) != self.num_labels:
-            changes.setdefault("label_names", None)
+            changes = {"label_names": None, "score_activation": None, **changes}
+        if changes.get("vocab_size", self.vocab_size) != self.vocab_size:
+            changes.setdefault("source_folder", None)
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -174,9 +202,10 @@ class ModelConfig:
         for key, allowed in cls.fixed_values.items():
             if (value := given.pop(key, allowed[0])) not in allowed:
                 raise ValueError(f"{key}={value!r} is not supported, only {allowed[0]!r} is")
-        fields = [field.name for field in dataclasses.fields(cls)]
+        fields = [f.name for f in dataclasses.fields(cls) if f.name not in _NOT_IN_FILES]
         chosen = {key: given[key] for key in fields if key in given}
         chosen.update(_labels_from(given))
+        chosen["score_activation"] = _score_activation(given)
         unknown = sorted(given.keys() - {*fields, *cls.bookkeeping_keys, "id2label"})
         if unknown:
             *others, last = checks.keys(unknown, fields)
@@ -204,13 +233,16 @@ class ModelConfig:
         cls, folder: str | os.PathLike[str], *, ignore: Collection[str] = (), **changes: Any
     ) -> Self:
         """Reads the config in a folder; the arguments and errors of `from_dict`."""
+        changes = {"source_folder": folder, **_score_activation_in(Path(folder)), **changes}
         return cls.from_json_file(config_file(folder), ignore=ignore, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """The config under Hugging Face's keys, which `from_dict` and transformers read back."""
         values = dataclasses.asdict(self)
-        for name in ("label_names", "num_labels"):
+        for name in ("label_names", "num_labels", *_NOT_IN_FILES):
             del values[name]
+        if self.score_activation is not None:
+            values["sentence_transformers"] = {"activation_fn": self.score_activation}
         for name in (
             "output_hidden_states",
             "output_attentions",
@@ -260,6 +292,11 @@ class TransformerConfig(ModelConfig, abc.ABC):
     @abc.abstractmethod
     def sizes(self) -> "EncoderConfig":
         """The config under the names that `jaxbrewer.zoo.blocks` reads."""
+
+    @property
+    def output_width(self) -> int:
+        """How wide the last hidden state is."""
+        return self.sizes.hidden_size
 
     @property
     def id_limits(self) -> dict[str, int]:
@@ -324,6 +361,21 @@ class EncoderConfig(TransformerConfig):
     def id_limits(self) -> dict[str, int]:
         """By argument of the model, the number that its ids must stay below."""
         return {**super().id_limits, "token_type_ids": self.type_vocab_size}
+
+
+def _score_activation(values: Mapping[str, Any]) -> Any:
+    """What cross-encoders note of their scores in a config, today and before."""
+    noted = values.get("sentence_transformers")
+    today = noted.get("activation_fn") if isinstance(noted, dict) else None
+    return today or values.get("sbert_ce_default_activation_function")
+
+
+def _score_activation_in(folder: Path) -> dict[str, Any]:
+    """What a cross-encoder notes of its scores beside its config, as a field to set."""
+    file = folder / "config_sentence_transformers.json"
+    values = read_json_object(file) if file.is_file() else {}
+    is_noted = values.get("model_type") == "CrossEncoder" and values.get("activation_fn")
+    return {"score_activation": values["activation_fn"]} if is_noted else {}
 
 
 def _default_label_names(number: int) -> tuple[str, ...]:

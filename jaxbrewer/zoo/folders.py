@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from jaxbrewer.files import MOST_JSON, read_json_object
+from jaxbrewer.files import MOST_JSON, read_json_object, replacing
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -119,33 +120,39 @@ def weight_files(folder: Path) -> dict[Path, dict[str, str] | None]:
             raise ValueError(
                 f"{index}: weight_map[{_short(name)}] is {_short(file)}, expected a file's name"
             )
-    return {_inside(folder, file, index): weight_map for file in sorted(set(weight_map.values()))}
+    return {inside(folder, file, index): weight_map for file in sorted(set(weight_map.values()))}
 
 
-def _inside(folder: Path, file: str, index: Path) -> Path:
-    """The path of a shard, which must lie in the folder, symbolic links followed.
+def inside(folder: Path, file: str, index: Path) -> Path:
+    """The path of a file that ``index`` names, which must lie in the folder, links followed.
 
-    The cache of Hugging Face's hub keeps files as links to ``blobs`` beside its ``snapshots``.
+    Raises ``ValueError`` that names both for one that does not, or is not there.
     """
     path = folder / file
     if Path(file).is_absolute() or ".." in Path(file).parts:
         raise ValueError(f"{index} names {_short(file)}, which is outside of the folder")
     try:
-        there, resolved, root = path.is_file(), path.resolve(), folder.resolve()
+        there, outside = path.is_file(), outside_of(folder, path)
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a circle of links
         why = getattr(error, "strerror", None) or str(error)[:200]
         raise ValueError(f"{index} names {_short(file)}, which is no file's name: {why}") from error
     if not there:
         raise ValueError(f"{index} names {file[:200]}, which is not in the folder")
-    roots = [root]
-    if root.parent.name == "snapshots":
-        roots.append(root.parent.parent / "blobs")
-    if not any(resolved.is_relative_to(one) for one in roots):
-        raise ValueError(
-            f"{index} names {_short(file)}, a link to {resolved}, which is outside of the folder: copy "
-            "the file into it"
-        )
+    if outside:
+        raise ValueError(f"{index} names {_short(file)}, {outside}: copy the file into it")
     return path
+
+
+def outside_of(folder: Path, path: Path) -> str:
+    """Where a path leads that leaves a folder, symbolic links followed; empty where it stays.
+
+    The cache of Hugging Face's hub keeps files as links to ``blobs`` beside its ``snapshots``.
+    """
+    resolved, root = path.resolve(), folder.resolve()
+    blobs = [up.parent / "blobs" for up in root.parents if up.name == "snapshots"]
+    if any(resolved.is_relative_to(one) for one in (root, *blobs)):
+        return ""
+    return f"a link to {resolved}, which is outside of the folder"
 
 
 def find_tensors(folder: Path) -> dict[str, Stored]:
@@ -183,6 +190,12 @@ def _tensors_of(file: Path) -> dict[str, Stored]:
         raise ValueError(
             f"{file} is not a whole safetensors file ({error}): fetch it again"
         ) from error
+
+
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes tensors as a safetensors file that torch's readers take, whole or not at all."""
+    with replacing(file) as path:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
 
 
 def check_sizes(config: Any, stored: Mapping[str, Stored], folder: Path) -> None:

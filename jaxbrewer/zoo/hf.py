@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
-from safetensors.numpy import save_file
 
-from jaxbrewer.files import read_json_object, replacing, write_json
+from jaxbrewer.files import read_json_object, write_json
 from jaxbrewer.zoo.configuration import ModelConfig
 from jaxbrewer.zoo.folders import (
     CONFIG,
@@ -32,11 +31,13 @@ from jaxbrewer.zoo.folders import (
     check_sizes,
     config_file,
     find_tensors,
+    write_tensors,
 )
+from jaxbrewer.zoo.tokenizer_files import copy_tokenizer, tokenizer_files
 
 __all__ = [
     "CONFIG", "INDEX", "WEIGHTS", "PretrainedModel", "TensorNames", "WeightsMismatchError",
-    "existing_folder", "export_weights", "load_weights",
+    "existing_folder", "export_weights", "load_weights", "model_class", "tasks_of",
 ]  # fmt: skip
 
 MODELS: dict[str, dict[str | None, type["PretrainedModel"]]] = {}
@@ -44,6 +45,29 @@ MODELS: dict[str, dict[str | None, type["PretrainedModel"]]] = {}
 
 Filled as classes are defined: importing `jaxbrewer.zoo` defines those of its families.
 """
+
+
+def model_class(model_type: str, task: str | None = None) -> type["PretrainedModel"]:
+    """The class of a ``model_type`` for a task, or its encoder for ``None``.
+
+    Raises ``ValueError`` that lists the types, or the tasks of the type.
+    """
+    tasks = tasks_of(model_type)
+    if task not in tasks:
+        known = ", ".join(map(repr, tasks))
+        raise ValueError(f"no {model_type} here is for the task {task!r}: choose from {known}")
+    return tasks[task]
+
+
+def tasks_of(model_type: Any) -> dict[str | None, type["PretrainedModel"]]:
+    """The classes of a ``model_type`` by task; raises ``ValueError`` that lists the types."""
+    if not isinstance(model_type, str) or model_type not in MODELS:
+        raise ValueError(
+            f"no model here is of model_type {model_type!r}: choose from "
+            + ", ".join(map(repr, MODELS))
+        )
+    return MODELS[model_type]
+
 
 # How the names end of classes with a head for a task, as against those of pretraining.
 _HEADED = (
@@ -193,6 +217,8 @@ class PretrainedModel(nnx.Module):
         folder = existing_folder(folder)
         if config is None:
             config = cls.config_class.from_pretrained(folder, ignore=ignore)
+        elif config.source_folder is None and tokenizer_files(folder):
+            config = config.replace(source_folder=folder)
         constructor = inspect.signature(cls.__init__).parameters
         options = {name: changes.pop(name) for name in constructor if name in changes}
         config = config.replace(**changes)
@@ -212,18 +238,20 @@ class PretrainedModel(nnx.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``model.safetensors`` and ``config.json``, which transformers reads back.
 
-        Each file appears whole or not at all, weights first. Parameters keep their dtype.
+        Each file appears whole or not at all, weights first. Parameters keep their dtype. The files
+        of the tokenizer are copied from the folder that the model, or the config it was made of,
+        came from (`jaxbrewer.zoo.tokenizer_files`).
         """
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{str(folder)!r} is a file, expected a folder to write to")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = export_weights(self)
-        with replacing(folder / WEIGHTS) as file:
-            save_file(tensors, file, metadata={"format": "pt"})
+        write_tensors(folder / WEIGHTS, tensors)
         values = {"architectures": [self.architecture], **self.config.to_dict()}
         values["dtype"] = str(next(iter(tensors.values())).dtype)
         write_json(folder / CONFIG, dict(sorted(values.items())))
+        copy_tokenizer(self.config.source_folder, folder)
 
 
 def export_weights(model: PretrainedModel) -> dict[str, np.ndarray]:

@@ -90,6 +90,17 @@ class BaseModelOutput(ModelOutput):
 
 @register_output
 @dataclasses.dataclass(frozen=True)
+class SentenceEncoderOutput(ModelOutput):
+    """What a sentence encoder returns."""
+
+    embedding: Float[Array, "batch width"]
+    last_hidden_state: Float[Array, "batch length width"] | None = None
+    hidden_states: tuple[Float[Array, "batch length width"], ...] | None = None
+    attentions: tuple[Float[Array, "batch heads length length"], ...] | None = None
+
+
+@register_output
+@dataclasses.dataclass(frozen=True)
 class SequenceClassifierOutput(ModelOutput):
     """What a classifier of whole sequences returns."""
 

@@ -36,7 +36,9 @@ def init_from_layers(
     the first token type is added to the positions, so that a student with all of the teacher's
     layers computes what the teacher does for a single sequence.
 
-    The student gets arrays of its own, in its own dtype; it is changed in place.
+    The student gets arrays of its own, in its own dtype; it is changed in place. With the tables
+    goes the folder of their tokenizer, with the head the names of its labels, where the student's
+    config has none.
 
     Raises ``ValueError`` that lists everything that does not fit: a layer the teacher does not
     have, another number of layers than the student has, another width.
@@ -58,7 +60,8 @@ def init_from_layers(
         pairs += _embeddings_to_copy(target, source)
     if target.pooler is not None and source.pooler is not None:
         pairs.append((target.pooler, source.pooler, "pooler"))
-    pairs += _heads_to_copy(student, teacher, head)
+    copied_heads = _heads_to_copy(student, teacher, head)
+    pairs += copied_heads
     problems = [problem for pair in pairs for problem in _misfits(*pair)]
     if problems:
         raise ValueError(
@@ -72,7 +75,19 @@ def init_from_layers(
         positions = target.embeddings.position_embeddings.embedding
         first_type = source.embeddings.token_type_embeddings.embedding[0]
         positions[...] = positions[...] + first_type.astype(positions.dtype)
+    _take_names(student, teacher, tokenizer=embeddings, labels=bool(copied_heads))
     return student
+
+
+def _take_names(
+    student: PretrainedModel, teacher: PretrainedModel, *, tokenizer: bool, labels: bool
+) -> None:
+    """Takes what goes with the tables and the head from the teacher's config, where it is not set."""
+    labels = labels and student.config.num_labels == teacher.config.num_labels
+    names = ["source_folder"] * tokenizer + ["label_names"] * labels
+    missing = [name for name in names if getattr(student.config, name) is None]
+    config = student.config.replace(**{name: getattr(teacher.config, name) for name in missing})
+    student.config = student.base_model.config = config
 
 
 def _check_layers(student: EncoderModel, teacher: EncoderModel, layers: Sequence[int]) -> None:
