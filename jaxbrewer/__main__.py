@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from jaxbrewer import __version__
-from jaxbrewer.commands import UNUSABLE, CommandError, checking, inspecting, weights
+from jaxbrewer.commands import UNUSABLE, CommandError, checking, inspecting, say, weights
 from jaxbrewer.commands.port import documents
 from jaxbrewer.commands.port.verdicts import Run
 from jaxbrewer.commands.zoo_models import TASKS
@@ -70,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser().parse_args(argv)
         return options.run(options)
     except CommandError as error:
-        print(f"jaxbrewer: {error}", file=sys.stderr)
+        say(f"jaxbrewer: {error}", file=sys.stderr)
         return error.code
     except UnreadableFileError as error:
-        print(f"jaxbrewer: {error}", file=sys.stderr)
+        say(f"jaxbrewer: {error}", file=sys.stderr)
         return UNUSABLE
     except KeyboardInterrupt:
         print("jaxbrewer: interrupted", file=sys.stderr)

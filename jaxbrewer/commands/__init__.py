@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import TextIO
 
 FINE, BY_HAND, UNUSABLE = 0, 1, 2
 """Exit codes: nothing to do; something needs the user's hand; wrong usage or an unreadable file."""
@@ -31,3 +32,23 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as error:
         raise CommandError(f"--out {path}: cannot make this folder: {error}") from error
     return folder
+
+
+def escaped(text: object, but: str = "") -> str:
+    """Text in which no character but those of `but` moves the cursor, colours or hides anything.
+
+    Names and JSON that are shown come from files, and a terminal would obey what is in them.
+    """
+    return "".join(
+        c if c.isprintable() or c in but else c.encode("unicode_escape").decode() for c in str(text)
+    )
+
+
+def say(text: object = "", file: TextIO | None = None) -> None:
+    """Prints text, perhaps of several lines; what else a terminal would obey is escaped."""
+    print(escaped(text, but="\n\t"), file=file)
+
+
+def say_line(text: object) -> None:
+    """Prints one line: line breaks in it are escaped too."""
+    print(escaped(text))

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from jaxbrewer import zoo
-from jaxbrewer.commands import BY_HAND, FINE, CommandError
+from jaxbrewer.commands import BY_HAND, FINE, CommandError, say
 from jaxbrewer.commands.port.verdicts import Run, describe_timeline
 from jaxbrewer.commands.zoo_models import (
     by_shape,
@@ -65,7 +65,7 @@ def check(
     files = {"teacher": read_config(Path(teacher)), "student": read_config(Path(student))}
     if task is None:
         task = _task(files.values())
-        print(f"--task was not given; checking for {task}")
+        say(f"--task was not given; checking for {task}")
     model_T, model_S = (
         _model(name, source, files[name], task, num_labels)
         for name, source in (("teacher", teacher), ("student", student))
@@ -82,10 +82,10 @@ def check(
         adaptor,
     )
     batch = own(_batch((model_T, model_S), task, batch_size, length))
-    print(_report(distiller, batch))
-    print(f"\ncheckpoints: {timeline}")
+    say(_report(distiller, batch))
+    say(f"\ncheckpoints: {timeline}")
     if distill_config.is_caching_logits:
-        print("is_caching_logits: the teacher's part of a step is paid once, before the first")
+        say("is_caching_logits: the teacher's part of a step is paid once, before the first")
     return FINE
 
 
@@ -163,7 +163,7 @@ def _report(distiller: GeneralDistiller, batch: Any) -> str:
         except PreflightError as error:
             raise CommandError(str(error), BY_HAND) from error
     for warning in caught:
-        print(textwrap.fill(f"warning: {warning.message}", 100, subsequent_indent="  "))
+        say(textwrap.fill(f"warning: {warning.message}", 100, subsequent_indent="  "))
     fields = {f.name: getattr(program, f.name) for f in dataclasses.fields(program)}
     report = describe(_Unpolished(**fields), batch, with_optimizer=True)
     return f"{report}\n  (the optimizer is AdamW)"

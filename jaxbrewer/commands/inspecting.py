@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbrewer.commands import BY_HAND, FINE, CommandError
+from jaxbrewer.commands import BY_HAND, FINE, CommandError, escaped, say, say_line
 from jaxbrewer.commands.zoo_models import config_from
 from jaxbrewer.configurations.checks import short
 from jaxbrewer.errors import CheckpointError, DamagedCheckpointError
@@ -54,7 +54,7 @@ def inspect_folder(name: str, max_level: int) -> int:
     if inside:
         return _inspect_output(folder, inside, max_level)
     if _CHECKPOINT.fullmatch(folder.resolve().name):
-        print(f"{folder}: {_UNFINISHED}")
+        say_line(f"{folder}: {_UNFINISHED}")
         return BY_HAND
     raise CommandError(
         f"{folder} is neither a model's folder ({CONFIG}, {WEIGHTS}) nor a checkpoint gs{{step}} nor "
@@ -66,37 +66,37 @@ def inspect_folder(name: str, max_level: int) -> int:
 
 
 def _inspect_model(folder: Path, max_level: int) -> int:
-    print(f"{folder}: a model's folder")
+    say_line(f"{folder}: a model's folder")
     code, config = FINE, None
     if (file := config_file(folder)).exists():
         values = read_json_object(file)
         for key, value in values.items():
-            print(f"  {key}: {short(value)}")
+            say_line(f"  {key}: {short(value)}")
         try:
             config = config_from(values)
         except ValueError as error:
-            print(f"  ! not for jaxbrewer.zoo: {error}")
+            say(f"  ! not for jaxbrewer.zoo: {error}")
             code = BY_HAND
     else:
-        print(f"  ! there is no {CONFIG}")
+        say_line(f"  ! there is no {CONFIG}")
         code = BY_HAND
     tensors = _tensors(folder)
     if not tensors:
         pickles = ", ".join(sorted(p.name for p in folder.glob("*.bin")))
         text = f"; {pickles} is torch's: jaxbrewer port-weights makes one" if pickles else ""
-        print(f"  ! there is no {WEIGHTS}{text}")
+        say_line(f"  ! there is no {WEIGHTS}{text}")
         return BY_HAND
     try:
         if config is not None:
             check_sizes(config, tensors, folder)
     except ValueError as error:
-        print(f"  ! {error}")
+        say(f"  ! {error}")
         code = BY_HAND
     shapes = {
         name: jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(_DTYPES.get(tensor.dtype, "uint8")))
         for name, tensor in tensors.items()
     }
-    print(display_parameters(_nested(shapes), max_level)[0])
+    say(display_parameters(_escaped_names(_nested(shapes)), max_level)[0])
     return code
 
 
@@ -127,6 +127,13 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
+def _escaped_names(tree: Any) -> Any:
+    """A tree of dicts whose keys can be shown."""
+    if not isinstance(tree, dict):
+        return tree
+    return {escaped(name): _escaped_names(value) for name, value in tree.items()}
+
+
 def _in_order(name: str) -> list[tuple[int, int, str]]:
     """A key by which layer 2 comes before layer 10."""
     return [
@@ -138,24 +145,24 @@ def _in_order(name: str) -> list[tuple[int, int, str]]:
 
 
 def _inspect_output(folder: Path, inside: list[Path], max_level: int) -> int:
-    print(f"{folder}: an output_dir")
+    say_line(f"{folder}: an output_dir")
     steps = steps_in(folder)
     scores = _scores(folder)
     best = max((s for s in steps if s in scores), key=lambda s: (scores[s], s), default=None)
     for step in steps:
         notes = [f"score {scores[step]:g}"] if step in scores else []
         notes += ["the best"] * (step == best) + ["the newest"] * (step == steps[-1])
-        print(f"  gs{step}" + (f"  ({', '.join(notes)})" if notes else ""))
+        say_line(f"  gs{step}" + (f"  ({', '.join(notes)})" if notes else ""))
     code = FINE
     for path in inside:
         if not is_finished(path):
-            print(f"  ! {path.name}: {_UNFINISHED}")
+            say_line(f"  ! {path.name}: {_UNFINISHED}")
             code = BY_HAND
     for path in sorted(folder.glob("earlier-*")):
-        print(f"  {path.name}: of an earlier run")
+        say_line(f"  {path.name}: of an earlier run")
     if not steps:
         return code
-    print()
+    say()
     return max(code, _inspect_checkpoint((folder / f"gs{steps[-1]}").resolve(), max_level))
 
 
@@ -168,15 +175,15 @@ def _scores(folder: Path) -> dict[int, float]:
 
 def _inspect_checkpoint(path: Path, max_level: int) -> int:
     """Describes a finished checkpoint, and reads all of it to see that it can be read."""
-    print(f"{path}: a checkpoint")
+    say_line(f"{path}: a checkpoint")
     score = _scores(path.parent).get(_step_of(path))
     try:
         saved = examine(path)
     except DamagedCheckpointError as error:
-        print(f"  ! damaged: it {error.problem}")
+        say_line(f"  ! damaged: it {error.problem}")
         return BY_HAND
     except CheckpointError as error:
-        print(f"  ! {error}")
+        say(f"  ! {error}")
         return BY_HAND
     trees = saved.shapes
     _print_position(saved.position, score)
@@ -185,7 +192,7 @@ def _inspect_checkpoint(path: Path, max_level: int) -> int:
         if saved.is_verified
         else "; without digests, whether it is what was saved cannot be verified"
     )
-    print(f"  holds: {', '.join([*sorted(trees), 'position'])}; all of it can be read{known}")
+    say_line(f"  holds: {', '.join([*sorted(trees), 'position'])}; all of it can be read{known}")
     for name in ("student", "projections"):
         if name in trees:
             params = jax.tree.map(_shape, trees[name]["params"])
@@ -193,10 +200,10 @@ def _inspect_checkpoint(path: Path, max_level: int) -> int:
                 params = {"params": params}
             if isinstance(params, dict) and all(hasattr(p, "shape") for p in params.values()):
                 params = _nested(params)
-            print(f"  {name}:{display_parameters(params, max_level)[0]}")
+            say(f"  {name}:{display_parameters(_escaped_names(params), max_level)[0]}")
     leaves = jax.tree.leaves(jax.tree.map(_shape, trees["training"]))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) / 2**20
-    print(f"  training: {len(leaves)} arrays, {size:,.2f} MB: optimizer, random key, counters")
+    say_line(f"  training: {len(leaves)} arrays, {size:,.2f} MB: optimizer, random key, counters")
     return FINE
 
 
@@ -208,14 +215,16 @@ def _step_of(path: Path) -> int:
 def _print_position(position: Mapping[str, Any], score: float | None) -> None:
     here = {name: position.get(name) for name in ("global_step", "epoch", "batch", "micro_step")}
     epoch = here["epoch"] + 1 if isinstance(here["epoch"], int) else here["epoch"]
-    print(f"  step: {here['global_step']}")
-    print(f"  epoch: {epoch}, after its batch {here['batch']}; {here['micro_step']} batches in all")
+    say_line(f"  step: {here['global_step']}")
+    say_line(
+        f"  epoch: {epoch}, after its batch {here['batch']}; {here['micro_step']} batches in all"
+    )
     if score is not None:
-        print(f"  score: {score:g}")
-    print(f"  written by: {position.get('class')}, format {position.get('format')}")
+        say_line(f"  score: {score:g}")
+    say_line(f"  written by: {position.get('class')}, format {position.get('format')}")
     for name in ("train_config", "distill_config"):
         for key, value in (position.get(name) or {}).items():
-            print(f"  {name}.{key}: {short(value)}")
+            say_line(f"  {name}.{key}: {short(value)}")
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxbrewer import zoo
-from jaxbrewer.commands import BY_HAND, FINE, CommandError
+from jaxbrewer.commands import BY_HAND, FINE, CommandError, say
 from jaxbrewer.commands.zoo_models import config_from, model_class, model_type_of, read_config
 from jaxbrewer.errors import suggest
 from jaxbrewer.zoo.hf import CONFIG, WEIGHTS, export_weights
@@ -47,7 +47,7 @@ def port_weights(
     tensors = _without(drop, read_state_dict(Path(file)), file)
     if task is None:
         task = _task_of(tensors)
-        print(f"--task was not given; the names of the tensors say {task}")
+        say(f"--task was not given; the names of the tensors say {task}")
     labels = num_labels if num_labels is not None else _labels_of(tensors, task)
     try:
         cls = model_class(model_type_of(values), task)
@@ -214,11 +214,11 @@ def _summarise(model: Any, tensors: Mapping[str, np.ndarray], folder: Path) -> N
     bare = {name.removeprefix(prefix) for name in written}
     passed = [name for name in tensors if _canonical(name).removeprefix(prefix) not in bare]
     count = sum(array.size for array in written.values())
-    print(f"{model.architecture}: {len(written)} tensors, {count:,} parameters in float32")
+    say(f"{model.architecture}: {len(written)} tensors, {count:,} parameters in float32")
     if passed:
-        print(f"passed over, of no use to this model: {', '.join(passed)}")
-    print(f"written to {folder / WEIGHTS} and {folder / CONFIG}")
-    print(f"read it with jaxbrewer.zoo.{model.architecture}.from_pretrained({str(folder)!r})")
+        say(f"passed over, of no use to this model: {', '.join(passed)}")
+    say(f"written to {folder / WEIGHTS} and {folder / CONFIG}")
+    say(f"read it with jaxbrewer.zoo.{model.architecture}.from_pretrained({str(folder)!r})")
 
 
 def _canonical(name: str) -> str:

@@ -54,9 +54,9 @@ class Position:
 class Micro(NamedTuple):
     """A batch: the `batch`-th (from 0) of `epoch` (from 0), of a task where there are several.
 
-    `host_random` is the random state just after it was drawn, where more were drawn since. `stop` says
-    that one of several processes has been asked to stop. `loader` is the state of its loader just
-    after it. A `sample` is not to be trained on: it was before, or comes once more.
+    `host_random` is the random state just after it was drawn, where more were drawn since. `stop` is
+    the signal by which one of several processes has been asked to stop, or 0. `loader` is the state
+    of its loader just after it. A `sample` is not to be trained on: it was before, or comes once more.
     """
 
     epoch: int
@@ -64,7 +64,7 @@ class Micro(NamedTuple):
     inputs: Any
     task: str = ""
     host_random: Any = None
-    stop: bool = False
+    stop: int = 0
     loader: LoaderState | None = None
     sample: bool = False
 

@@ -106,7 +106,7 @@ def joined(
     share: int,
     start: Position,
     like: Batch,
-    is_asked: Callable[[], bool] = lambda: False,
+    asked: Callable[[], int] = lambda: 0,
 ) -> Iterator[Event]:
     """Joins this process's stream with those of the others.
 
@@ -119,7 +119,8 @@ def joined(
         share: devices of a process; rows that do not divide by it are gathered.
         start: where this process's stream starts.
         like: a batch, whose structure those of all processes have.
-        is_asked: whether this process has been asked to stop; all are told, with the same batch.
+        asked: the signal by which this process has been asked to stop, or 0; all are told, with the
+            same batch.
 
     Yields:
         The events, a batch as it is where it fits, and as `Whole` where it was gathered.
@@ -132,7 +133,7 @@ def joined(
     while True:
         while len(ahead) <= AHEAD:
             turn = source.next()
-            ahead.append((turn, processes.send(turn.header(is_asked()))))
+            ahead.append((turn, processes.send(turn.header(asked()))))
         turn, sent = ahead.popleft()
         kinds, rows, digests, stops = sent().view(np.int64).T
         if (kinds == _FAILED).any():
@@ -151,7 +152,7 @@ def joined(
             raise BatchError(_disagreement(processes, turn))
         fits = has.all() and len(set(rows)) == 1 and rows[0] % share == 0
         inputs = turn.inputs if fits else _whole(processes, turn, like)
-        yield turn.micro._replace(inputs=inputs, stop=bool(stops.any()))
+        yield turn.micro._replace(inputs=inputs, stop=int(stops.max()))
 
 
 class _Turn:
@@ -167,8 +168,8 @@ class _Turn:
         self.inputs = jax.tree.map(np.asarray, micro.inputs) if kind == _BATCH else None
         self.rows = rows_of(self.inputs) if kind == _BATCH else 0
 
-    def header(self, is_asked: bool) -> np.ndarray:
-        """The kind, the rows (at an end: batches in this epoch), a digest, and a flag, as bytes.
+    def header(self, asked: int) -> np.ndarray:
+        """The kind, the rows (at an end: batches in this epoch), a digest, and a signal, as bytes.
 
         The digest is of what must be the same in all processes.
         """
@@ -180,7 +181,7 @@ class _Turn:
             for leaf in jax.tree.leaves(self.inputs):
                 if not has_rows(leaf, self.rows):
                     digest = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), digest)
-        return np.array([self.kind, count, digest, is_asked], np.int64).view(np.uint8)
+        return np.array([self.kind, count, digest, asked], np.int64).view(np.uint8)
 
     def shapes(self) -> list:
         """Of every array: its type, whether it has rows, and its shape or that of a row."""

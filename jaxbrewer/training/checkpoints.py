@@ -32,13 +32,17 @@ from ..machine.barrier import Barrier
 from ..step import guard
 from ..step.program import TrainState
 from . import folders
-from .backend import Writer, read_items, shapes_of
+from .backend import POSITION, Writer, read_items, shapes_of
 from .digests import digests
 from .folders import FINISHED, Folder, is_finished, scores_in, step_folders, steps_in
 from .position import FORMAT, read_position, sealed
 from .stored import check_digests, check_fits
 
 logger = logging.getLogger(__name__)
+
+_BEGIN_MS = (
+    300_000  # for which several processes wait for the first to try whether a save can begin
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,19 @@ class Checkpoints:
         path = self.folder / f"gs{step}"
         self._saving = _Saving(path, time.time(), _megabytes(items))
         with self._saves():
+            self._try_to_begin(path, [*items, POSITION])
             self._writer.write(path, items, position)
+
+    def _try_to_begin(self, path: Path, parts: list[str]) -> None:
+        """Sees whether the first of several processes can make a checkpoint's folders.
+
+        If not, all fail here; in Orbax the others would wait for the folders for twenty minutes.
+        """
+        if self._barrier is None:
+            return
+        if self._is_chief:
+            folders.try_to_make(path, parts)
+        self._barrier(key="begin", timeout_ms=_BEGIN_MS)
 
     def check(self) -> None:
         """Looks, without waiting, at the save under way.

@@ -103,6 +103,20 @@ def remove_leftovers(folder: Path, name: str = "gs*") -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def try_to_make(path: Path, inside: Collection[str]) -> None:
+    """Makes what a checkpoint's folder will hold under another name, and takes it away again.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    trial = path.with_name(f"{path.name}.orbax-checkpoint-tmp-trial")
+    try:
+        for name in inside:
+            (trial / name).mkdir(parents=True)
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+
+
 def space_left(folder: Path) -> str:
     """The room on a folder's disk, in words."""
     try:

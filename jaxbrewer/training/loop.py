@@ -179,7 +179,7 @@ class Loop:
                 bar.update(1)
                 done = self._opened == self.timeline.accumulation
                 self._move(event.epoch, event.batch + 1, done)
-                self._stops |= event.stop
+                self._stops |= event.stop != 0
                 if done and self._after_update(event.epoch):
                     break
                 if done:
@@ -347,8 +347,10 @@ class Loop:
         def look() -> None:
             batch = self.placement.batch(begun.event.inputs)
             arguments = self.state, task.teacher_variables, batch, begun.row
-            clauses.extend(in_batch(begun.event.inputs))
-            clauses.extend(culprits(task.examine, task.names, arguments, total=values[0]))
+            found = in_batch(begun.event.inputs)
+            found += culprits(task.examine, task.names, arguments, total=values[0])
+            everywhere = self.processes.objects(found)  # each sees its own part of the batch
+            clauses.extend(dict.fromkeys(clause for each in everywhere for clause in each))
 
         if values[2] != guard.EXHAUSTED:
             despite(error, "looking for the reason", look)

@@ -174,9 +174,10 @@ def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> 
         _metrics(job, processes) as metrics,
     ):
         after_save = partial(_after_save, progress, setting.request, on_checkpoint)
-        is_asked = partial(bool, asked)
-        events = _events(setting, ready, checkpoints, is_asked)
-        loop = _loop(setting, ready, resumed, checkpoints, metrics, after_save, is_asked)
+        events = _events(setting, ready, checkpoints, asked)
+        loop = _loop(
+            setting, ready, resumed, checkpoints, metrics, after_save, partial(bool, asked)
+        )
         try:
             with kept_memory(setting.placement.devices[0].platform) as bound_memory:
                 loop.run(events, bound_memory)
@@ -226,21 +227,22 @@ def _looked_at(setting: _Setting, resumed: Resumed | None) -> _Ready:
 
 
 def _events(
-    setting: _Setting, ready: _Ready, checkpoints: Checkpoints, is_asked: Callable[[], bool]
+    setting: _Setting, ready: _Ready, checkpoints: Checkpoints, asked: signals.Request
 ) -> Iterator[Event]:
     """The stream that the loop takes, joined with those of other processes."""
     events = watched(ready.events, checkpoints)
     processes = setting.processes
     if processes.count == 1:
         return events
-    return joined(
+    together = joined(
         events,
         processes,
         share=len(setting.placement.devices) // processes.count,
         start=ready.start,
         like=next(iter(ready.first.values())),
-        is_asked=is_asked,
+        asked=lambda: asked.signum or 0,
     )
+    return signals.heard(together, asked)
 
 
 def _loop(

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from ..data.streams import Event, Micro
+
 logger = logging.getLogger(__name__)
 
 SWITCH = "JAXBREWER_SIGNALS"
@@ -20,10 +22,12 @@ class Request:
 
     Attributes:
         signum: the signal that asked, or None.
+        elsewhere: the signal that asked another process of the same run, or None.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self.elsewhere: int | None = None
         self._before: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
@@ -57,8 +61,9 @@ def waiting() -> Iterator[Request]:
 
     They do so by being delivered once more, to whoever handled them before: by default Python raises
     KeyboardInterrupt, or the process ends. Where a handler returns, SystemExit ends the training.
-    Signals that are ignored stay so. Only the main thread can do this; elsewhere, and with
-    ``JAXBREWER_SIGNALS=off`` in the environment, nothing is done.
+    So does, in this process, a signal that another process of the run was sent. Signals that are
+    ignored stay so. Only the main thread can do this; elsewhere, and with ``JAXBREWER_SIGNALS=off``
+    in the environment, nothing is done.
 
     Raises:
         ValueError: ``JAXBREWER_SIGNALS`` is neither ``on`` nor ``off``.
@@ -72,9 +77,18 @@ def waiting() -> Iterator[Request]:
         yield request
     finally:
         request._restore()
-    if request.signum is not None:
-        signal.raise_signal(request.signum)
-        raise SystemExit(128 + request.signum)
+    signum = request.signum or request.elsewhere
+    if signum is not None:
+        signal.raise_signal(signum)
+        raise SystemExit(128 + signum)
+
+
+def heard(events: Iterator[Event], request: Request) -> Iterator[Event]:
+    """The stream of several processes, of which `request` notes what another one was asked."""
+    for event in events:
+        if isinstance(event, Micro) and event.stop:
+            request.elsewhere = event.stop
+        yield event
 
 
 def _is_wanted() -> bool:

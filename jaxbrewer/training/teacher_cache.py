@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 2
 _MANIFEST = "manifest.json"
+_CURE = "delete it, and it is computed again"
 
 
 @dataclass(frozen=True)
@@ -287,18 +288,17 @@ def _digest_of(arrays: Mapping[str, np.ndarray], of: str) -> str:
 
 
 def _load(record: Record) -> dict[str, np.ndarray]:
-    cure = "delete it, and it is computed again"
     try:
         arrays = load_file(record.path)
         said = _header(record.path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{record.path} cannot be read ({error}); {cure}") from error
+        raise CacheError(f"{record.path} cannot be read ({error}); {_CURE}") from error
     if not record.of:
         return arrays
     if said.get("of") != record.of:
-        raise CacheError(f"{record.path} holds the results of another batch; {cure}")
+        raise CacheError(f"{record.path} holds the results of another batch; {_CURE}")
     if said.get("digest") != _digest_of(arrays, record.of):
-        raise CacheError(f"{record.path} is damaged: it is not what was written; {cure}")
+        raise CacheError(f"{record.path} is damaged: it is not what was written; {_CURE}")
     return arrays
 
 
@@ -320,16 +320,15 @@ def _pack(results: Any) -> dict[str, np.ndarray]:
 def _unpack(arrays: Mapping[str, np.ndarray], like: Any, path: Path) -> Any:
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    wrong = [
-        name
-        for name, (_, leaf) in zip(names, leaves, strict=True)
-        if name not in arrays or arrays[name].dtype != leaf.dtype
+    wanted = {name: leaf.dtype for name, (_, leaf) in zip(names, leaves, strict=True)}
+    wrong = [f"it lacks {name}" for name in wanted if name not in arrays]
+    wrong += [
+        f"it has {name} in {arrays[name].dtype}, not in {dtype}"
+        for name, dtype in wanted.items()
+        if name in arrays and arrays[name].dtype != dtype
     ]
     if wrong:
-        raise CacheError(
-            f"{path} is damaged: it lacks {', '.join(wrong)}, or has them in another type; delete it, "
-            "and it is computed again"
-        )
+        raise CacheError(f"{path} is damaged: {'; '.join(wrong)}; {_CURE}")
     return jax.tree.unflatten(structure, [arrays[name] for name in names])
 
 

@@ -16,6 +16,7 @@ from jaxbrewer import CallbackResult, zoo
 from jaxbrewer.__main__ import main
 from jaxbrewer.commands import checking, weights, zoo_models
 from jaxbrewer.commands.port.verdicts import Run
+from jaxbrewer.training.position import sealed
 
 from .. import nnx_job
 
@@ -499,6 +500,34 @@ def test_unfinished_checkpoints_are_told(run, output):
     shutil.rmtree(output / "gs2")
     shutil.rmtree(output / "gs4")
     assert run("inspect", output)[0] == 1
+
+
+def test_what_a_terminal_would_obey_is_shown_escaped(run, output):
+    """In the JSON of a checkpoint, in a model's config, and in the names of folders."""
+    hidden, evil = "\x1b[2J\x9b31m\b", "\r\u202egnp\x7f"
+    file = output / "gs4" / "position" / "metadata"
+    position = json.loads(file.read_text())
+    del position["digest"]
+    position["class"] = hidden
+    position["train_config"][f"a{evil}"] = evil
+    file.write_text(json.dumps(sealed(position)))
+    code, printed = run("inspect", output)
+    assert code == 0
+    assert r"written by: \x1b[2J\x9b31m\x08, format" in printed
+    assert r"train_config.a\r\u202egnp\x7f: '\r\u202egnp\x7f'" in printed
+    (output / f"gs6.{hidden}").mkdir()
+    model = output / f"model{evil}"
+    model.mkdir()
+    write(model / "config.json", {f"b{hidden}\n": 1})
+    printed += run("inspect", output)[1] + run("inspect", model)[1]
+    printed += run("inspect", output / f"no{hidden}")[1]
+    for text in (
+        r"! gs6.\x1b[2J\x9b31m\x08: unfinished",
+        r"model\r\u202egnp\x7f: a model's folder b\x1b[2J\x9b31m\x08\n: 1",
+        r"no\x1b[2J\x9b31m\x08 is not there",
+    ):
+        assert text in printed
+    assert not {*hidden, *evil} & {*printed} - {*"[2J31mgnp"}
 
 
 def largest(folder):

@@ -16,6 +16,7 @@ from jaxbrewer.training import read_scalars
 from jaxbrewer.training.folders import steps_in
 
 from .. import nnx_job
+from ..durability import test_nonfinite as nonfinite
 from . import every, two_processes
 
 ROOT = Path(__file__).parents[2]
@@ -193,6 +194,53 @@ def test_the_error_of_one_process_is_one_of_all(folder):
     other, own = errors(folder, "has_nothing")
     assert other.startswith("BatchError: process 1 failed while checking the models and the first")
     assert own.startswith("ValueError: the loader gave no batch")
+
+
+def test_a_save_that_cannot_begin_in_one_process_ends_all(folder):
+    """At once: the other does not wait for the folder, which is never made."""
+    own, other = errors(folder, "cannot_begin")
+    assert "gs4 could not be written (NotADirectoryError" in own
+    assert "gs4 could not be written (RuntimeError: process 0 failed; its own error is in" in other
+    assert steps_in(folder / "cannot_begin" / "moved") == [2]
+
+
+def test_a_number_that_is_not_finite_in_one_process_stops_all(folder):
+    """With the same error, and the state of before, from which clean data go on to the same bits."""
+    first, second = errors(folder, "stopped")
+    assert first == second
+    for text in (
+        "FloatingPointError: the loss is nan at global step 4 (micro-batch 3), batch 4 of epoch 1",
+        "unweighted_hard_label_loss = nan",
+        "the batch is not finite in student/label",
+        "The last good checkpoint is gs3",
+    ):
+        assert text in first
+    assert steps_in(folder / "gone_on" / "out") == [3, 6, 12]
+    wanted, found = weights(folder, "sound"), weights(folder, "gone_on")
+    for key, value in wanted.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+
+
+def test_a_window_that_is_not_finite_in_one_process_is_dropped_in_all(folder, tmp_path):
+    data = nonfinite.batches(6)
+    data[nonfinite.ORDER[two_processes.NOT_FINITE]]["student"]["label"][-1] = np.nan
+    options = {"gradient_accumulation_steps": 2, "max_nonfinite_steps": 2}
+    distiller, error = nonfinite.train(tmp_path, data, **options)
+    assert error is None
+    assert_close(weights(folder, "dropped"), two_processes.weights(distiller.model_S))
+
+
+def test_a_signal_to_one_process_stops_all(folder):
+    """After the same step, which is saved; each ends by the signal, and the run goes on from there."""
+    for rank in range(2):
+        said = json.loads((folder / f"asked-{rank}.json").read_text())
+        assert said == {"error": None, "code": 143, "heard": 1}
+    assert steps_in(folder / "went_on" / "out") == [2, 4]
+    wanted, found = weights(folder, "even"), weights(folder, "went_on")
+    for key, value in wanted.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+    curves = [read_scalars(folder / name / "log") for name in ("even", "went_on")]
+    assert curves[0] == curves[1]
 
 
 def test_a_batch_smaller_than_the_mesh(folder):

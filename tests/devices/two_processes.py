@@ -4,15 +4,19 @@ Run as ``python -m tests.devices.two_processes PORT RANK FOLDER``.
 """
 
 import json
+import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
 import jaxbrewer
+from jaxbrewer.training.folders import steps_in
 
 from .. import nnx_job
+from ..durability import test_nonfinite as nonfinite
 from . import every
 
 DEVICES = 2  # of each process
@@ -21,7 +25,7 @@ DEVICES = 2  # of each process
 def part(rank, batch, first):
     """The first `first` rows for process 0, the others for process 1."""
     rows = slice(0, first) if rank == 0 else slice(first, None)
-    return {name: value[rows] for name, value in batch.items()}
+    return jax.tree.map(lambda value: value[rows], batch)
 
 
 def parts(rank, batches):
@@ -186,6 +190,78 @@ def fails(rank, config):
     every.train(trainer(config()), parts(rank, every.batches(4)), batch_postprocessor=postprocess)
 
 
+def cannot_begin(rank, config):
+    """When the second checkpoint is due, a file is where the output_dir was."""
+    out = Path(config().output_dir)
+
+    def callback(model, step):
+        while rank == 0 and steps_in(out) != [2]:
+            time.sleep(0.01)
+        if rank == 0:
+            out.rename(out.with_name("moved"))
+            out.touch()
+
+    distiller = every.JOBS["general"](config(ckpt_frequency=2))
+    every.train(distiller, parts(rank, every.batches(4)), callback=callback)
+
+
+NOT_FINITE = 3  # the batch, in its epoch, of which process 1 has a label that is NaN
+
+
+def guarded(rank, config, *, is_bad, **options):
+    """Two epochs of a job whose labels may be bad; returns its student and its error."""
+    data = [part(rank, batch, nonfinite.ROWS // 2) for batch in nonfinite.batches(6)]
+    if is_bad and rank == 1:
+        data[nonfinite.ORDER[NOT_FINITE]]["student"]["label"][-1] = np.nan
+    folder = Path(config().output_dir).parent
+    distiller, error = nonfinite.train(folder, data, local_rank=rank, **options)
+    return distiller.model_S, error
+
+
+def sound(rank, config):
+    return guarded(rank, config, is_bad=False)[0]
+
+
+def stopped(rank, config):
+    raise guarded(rank, config, is_bad=True)[1]
+
+
+def gone_on(rank, config):
+    return guarded(rank, config, is_bad=False, resume=True)[0]
+
+
+def dropped(rank, config):
+    """A window that is not finite in either epoch, which is not too many."""
+    options = {"gradient_accumulation_steps": 2, "max_nonfinite_steps": 2}
+    return guarded(rank, config, is_bad=True, **options)[0]
+
+
+def asked(rank, config):
+    """Process 1 alone is sent SIGTERM, while it prepares its second batch."""
+    heard, seen = [], []
+
+    def postprocess(batch):
+        seen.append(batch)
+        if rank == 1 and len(seen) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return batch
+
+    before = signal.signal(signal.SIGTERM, lambda *signum: heard.append(signum))
+    try:
+        distiller = every.JOBS["general"](config(log=True))
+        every.train(distiller, parts(rank, every.batches(4)), batch_postprocessor=postprocess)
+    except SystemExit as ended:
+        return {"code": ended.code, "heard": len(heard)}
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def went_on(rank, config):
+    distiller = every.JOBS["general"](config(log=True, resume=True))
+    every.train(distiller, parts(rank, every.batches(4)))
+    return distiller
+
+
 def has_nothing(rank, config):
     class Nothing(list):
         def __len__(self):
@@ -214,10 +290,28 @@ SCENARIOS = [
     changed,
     disagree,
     fails,
+    cannot_begin,
+    sound,
+    stopped,
+    gone_on,
+    dropped,
+    asked,
+    went_on,
     has_nothing,
     too_small,
 ]
-IN = {"interrupted": "resumed"}  # whose folder a scenario writes to, if not its own
+IN = {
+    "interrupted": "resumed",
+    "stopped": "gone_on",
+    "asked": "went_on",
+}  # whose folder a scenario writes to, if not its own
+
+
+def weights(found):
+    """Name → numpy array, of a distiller's student or a student that is a function."""
+    if isinstance(found, jaxbrewer.FunctionModel):
+        return {name: np.asarray(value) for name, value in found.params.items()}
+    return nnx_job.weights(found.model_S)
 
 
 def main(port, rank, folder):
@@ -241,7 +335,7 @@ def main(port, rank, folder):
             if isinstance(found, dict):
                 said |= found
             else:
-                np.savez(folder / f"{name}-{rank}.npz", **nnx_job.weights(found.model_S))
+                np.savez(folder / f"{name}-{rank}.npz", **weights(found))
         (folder / f"{name}-{rank}.json").write_text(json.dumps(said))
 
 

@@ -245,7 +245,7 @@ def test_files_of_a_cache_that_were_exchanged_or_cast_are_named(tmp_path):
 
 
 def test_a_cache_of_format_1_is_served_with_a_line(tmp_path, caplog, monkeypatch):
-    """Its type is compared with what is wanted all the same."""
+    """The names and types of its arrays are compared with what is wanted all the same."""
     from safetensors.numpy import load_file, save_file
 
     cache, teachers, of_arrays = tmp_path / "cache", [], digest
@@ -270,6 +270,16 @@ def test_a_cache_of_format_1_is_served_with_a_line(tmp_path, caplog, monkeypatch
         else:
             with pytest.raises(CacheError, match=message):
                 cached(tmp_path, cache)
+    (cache / "manifest.json").write_text(json.dumps(old))
+    path = cache / "batch-000002.safetensors"
+    kept = load_file(path)
+    first, *_ = kept
+    save_file({k: x for k, x in kept.items() if k != first}, path)
+    with pytest.raises(CacheError, match=rf"{path.name} is damaged: it lacks {first}; delete it"):
+        cached(tmp_path, cache)
+    save_file({k: x.astype(np.float16) for k, x in kept.items()}, path)
+    with pytest.raises(CacheError, match=rf"it has {first} in float16, not in float32; delete it"):
+        cached(tmp_path, cache)
     (cache / "manifest.json").write_text(json.dumps(manifest | {"records": "example"}))
     with pytest.raises(CacheError, match="one record for each example, not for each batch"):
         cached(tmp_path, cache)

@@ -16,6 +16,7 @@ from jaxbrewer.commands import (
     FINE,
     CommandError,
     make_folder,
+    say,
     zoo_models,
 )
 from jaxbrewer.commands.port import verdicts
@@ -70,20 +71,20 @@ def port_files(files: Sequence[str], out: str | None, run: Run) -> int:
     targets = [[] for _ in found] if out is None else _targets(found, Path(out), paths)
     if out is not None:
         make_folder(out)
-    print(f"{_legend()}\n")
+    say(f"{_legend()}\n")
     for (path, document), results in zip(found, targets, strict=True):
         label = f", {document.label}" if document.label else ""
-        print(f"{path}{label}: {document.ported.what}")
+        say(f"{path}{label}: {document.ported.what}")
         _print(document.ported)
         for file, result in results:
             _write(result, file)
-        print()
+        say()
     verdicts = [finding.verdict for _, document in found for finding in document.ported.findings]
     hands = verdicts.count(Verdict.BY_HAND)
     if hands:
-        print(f"{hands} line{'s' if hands > 1 else ''} marked ! need your hand.")
+        say(f"{hands} line{'s' if hands > 1 else ''} marked ! need your hand.")
         return BY_HAND
-    print("Nothing needs your hand.")
+    say("Nothing needs your hand.")
     return FINE
 
 
@@ -96,14 +97,12 @@ def _print(ported: Ported) -> None:
         value = f" {finding.value}" if finding.value else ""
         equals = " =" if value and not finding.name.startswith("match ") else ":" if value else ""
         head = f"  {finding.verdict.value} {finding.name}{equals}{value}"
-        print(textwrap.fill(head, 100, subsequent_indent="      "))
+        say(textwrap.fill(head, 100, subsequent_indent="      "))
         if finding.text:
-            print(
-                textwrap.fill(finding.text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
-            )
+            say(textwrap.fill(finding.text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
     if ported.defaults:
         text = "at TextBrewer's defaults, the same here: " + ", ".join(ported.defaults)
-        print(textwrap.fill(text, 100, initial_indent="  = ", subsequent_indent=" " * 6))
+        say(textwrap.fill(text, 100, initial_indent="  = ", subsequent_indent=" " * 6))
 
 
 # ----------------------------------------------------------------------------------- what is in a file
@@ -448,4 +447,4 @@ def _write(result: Any, file: Path) -> None:
             write_json(file, result)
     except OSError as error:
         raise CommandError(f"{file} cannot be written: {error}") from error
-    print(f"  written to {file}")
+    say(f"  written to {file}")
