@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class Writer:
     """
 
     def __init__(self, barrier: Barrier | None):
+        _quieten()
         self._checkpointer = ocp.AsyncCheckpointer(
             _handler(), async_options=ocp.options.AsyncOptions(barrier_sync_fn=barrier)
         )
@@ -51,6 +53,26 @@ class Writer:
         self._checkpointer.close()
 
 
+class _Quiet(logging.Filter):
+    """Leaves out Orbax's account of its work, some dozens of lines a save, unless it was asked for.
+
+    To see it, give its logger a level: ``logging.getLogger("orbax").setLevel(logging.INFO)``.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is shown."""
+        if f"{os.sep}orbax{os.sep}" not in record.pathname:
+            return True
+        return record.levelno >= (logging.getLogger("orbax").level or logging.WARNING)
+
+
+_QUIET = _Quiet()
+
+
+def _quieten() -> None:
+    logging.getLogger("absl").addFilter(_QUIET)  # Orbax logs by it; added twice, it counts once
+
+
 def _handler() -> ocp.CompositeCheckpointHandler:
     return ocp.CompositeCheckpointHandler(
         student=ocp.StandardCheckpointHandler(),
@@ -63,6 +85,7 @@ def _handler() -> ocp.CompositeCheckpointHandler:
 @contextlib.contextmanager
 def _reader(path: Path) -> Iterator[ocp.Checkpointer]:
     """Opens a checkpoint; whatever goes wrong with the files is one kind of error."""
+    _quieten()
     checkpointer = ocp.Checkpointer(_handler())
     try:
         yield checkpointer

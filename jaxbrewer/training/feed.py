@@ -1,11 +1,14 @@
 """What the loop is fed with: batches, checked on the host, with the teacher's results if cached."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..data.batches import Batch, check_ids, sides
+import jax
+
+from ..data.batches import Batch, check_ids, sides, signature_of
 from ..data.likeness import Likeness
 from ..data.states import put_back, random_state
 from ..data.streams import Event, Micro, Position, by_epochs, checked, taken
@@ -23,6 +26,8 @@ from .checkpoints import Checkpoints
 from .request import Request
 from .resume import Opened
 from .timeline import Timeline
+
+logger = logging.getLogger(__name__)
 
 
 def fed(
@@ -98,12 +103,18 @@ def watched(events: Iterator[Event], checkpoints: Checkpoints) -> Iterator[Event
         checkpoints.check()
 
 
+def _say_compiling(number: int, batch: Batch) -> None:
+    if jax.process_index() == 0:
+        logger.info("Compiling the step for shape %d: %s", number, signature_of(batch))
+
+
 def batch_check(
     program: Program, first: Batch, *, warns_of_padding: bool = False
 ) -> Callable[[Batch], None]:
     """Checks a batch on the host: against the first, and the ids of every model that limits them.
 
-    One of new shapes or types, for which the step is compiled anew, is run by shape before.
+    One of new shapes or types, for which the step is compiled anew, is run by shape before. Of each
+    such compilation, the first included, a line tells.
     """
     look = padding_watch() if warns_of_padding else None
     student = program.student
@@ -112,8 +123,10 @@ def batch_check(
     for side in program.teacher.sides:
         limited.append((side.model.signature(), side.model.id_limits, model_name(side.role), 0))
     likeness = Likeness(first)
+    shapes = 0
 
     def check(batch: Batch) -> None:
+        nonlocal shapes
         is_new = likeness.check(batch)
         parts = sides(batch)
         for signature, limits, role, part in limited:
@@ -121,6 +134,9 @@ def batch_check(
                 check_ids(parts[part], signature, limits, role)
         if is_new:
             check_by_shape(program, batch)
+        if is_new or not shapes:
+            shapes += 1
+            _say_compiling(shapes, parts[1])
         if look is not None:
             look(batch)
 

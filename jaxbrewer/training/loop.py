@@ -140,6 +140,7 @@ class Loop:
     _opened: int = 0  # micro-batches in the current accumulation window
     _stops: bool = False  # one of several processes has been asked to stop
     _opens: Position = field(default_factory=Position)  # see `Begun`
+    _shown: Any = None  # the progress bar
     _drawn: Any = None  # the host's random state after the last batch, if later ones are drawn
     _loaders: dict[str, LoaderState] = field(
         default_factory=dict
@@ -167,6 +168,7 @@ class Loop:
             afterwards("writing the checkpoint", self.checkpoints.wait),
             self._bar() as bar,
         ):
+            self._shown = bar
             for event in events:
                 if isinstance(event, EpochEnd):
                     self._end_epoch(event)
@@ -304,6 +306,8 @@ class Loop:
             if verdict == guard.BAD:
                 self._warn_of_drop(begun, total)
             self.metrics.write(micro_step, task.tags, np.concatenate([values[:1], terms]))
+            if not self._shown.disable:
+                self._shown.set_postfix_str(f"loss {values[0]:.4g}", refresh=False)
 
     def _spoilt_weights(self) -> list[str]:
         """The weights that have ceased to be finite."""

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved when, what a resume brings back, and what is refused."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -194,6 +195,17 @@ def test_resume_is_refused_where_it_would_not_be_the_same_run(tmp_path, whole):
         CheckpointError, match="the loader has 2 batches in a pass, and had 7 before"
     ):
         train(make(folder, resume=True), loader=nnx_job.loader(2), num_epochs=40)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_orbax_gives_an_account_only_where_asked(tmp_path, caplog, asked):
+    caplog.set_level(logging.INFO)
+    if asked:
+        caplog.set_level(logging.INFO, logger="orbax")
+    with fn_job.distiller(tmp_path) as distiller:
+        distiller.train(fn_job.SGD, fn_job.batches(2), num_epochs=1)
+    assert any("gs2 saved" in message for message in caplog.messages)
+    assert any("orbax" in record.pathname for record in caplog.records) == asked
 
 
 def test_new_run_in_a_used_folder_loses_nothing(tmp_path, caplog):

@@ -1,14 +1,18 @@
 """The loop: callbacks, stops, numbers that cannot be, logs, loaders of every kind."""
 
+import io
 import logging
+import re
 import time
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tqdm import tqdm
 
 import jaxbrewer
 from jaxbrewer.errors import BatchError, CheckpointError
+from jaxbrewer.training import loop
 from jaxbrewer.training.folders import steps_in
 from jaxbrewer.training.metrics import MetricsWriter
 from tests import fn_job, nnx_job
@@ -126,6 +130,29 @@ class Unsized:
     def __iter__(self):
         self.passes += 1
         return iter(self.batches)
+
+
+def test_the_log_tells_each_shape_that_is_compiled(tmp_path, caplog):
+    short = {k: v[:, :2] if v.ndim == 2 else v for k, v in fn_job.batches(1)[0].items()}
+    caplog.set_level(logging.INFO)
+    with fn_job.distiller(tmp_path) as distiller:
+        distiller.train(fn_job.SGD, [*fn_job.batches(2), short, short], num_epochs=1)
+    told = [m for m in caplog.messages if m.startswith("Compiling the step")]
+    assert [m.partition(":")[0][-1] for m in told] == ["1", "2"]
+    assert "ids int32[3,4]" in told[0].replace(" 4", "4") and "2]" in told[1]
+
+
+def test_the_bar_shows_the_loss(tmp_path, monkeypatch):
+    shown = io.StringIO()
+
+    class Bar(tqdm):
+        def __init__(self, **options):
+            super().__init__(**(options | {"disable": False, "file": shown, "mininterval": 0}))
+
+    monkeypatch.setattr(loop, "tqdm", Bar)
+    with fn_job.distiller(tmp_path) as distiller:
+        distiller.train(fn_job.SGD, fn_job.batches(12), num_epochs=1)
+    assert re.search(r"12/12 .*loss \d\.\d+", shown.getvalue())
 
 
 def test_steps_cycle_a_loader_without_a_length(tmp_path):
