@@ -13,8 +13,21 @@ from typing import Any
 
 from jaxbrewer.errors import UnknownNameError, suggest
 from jaxbrewer.losses.attention import att_ce_loss, att_ce_mean_loss, att_mse_loss, att_mse_sum_loss
-from jaxbrewer.losses.hidden import cos_loss, fsp_loss, hid_mse_loss, mmd_loss, pkd_loss
-from jaxbrewer.losses.logits import kd_bce_loss, kd_ce_loss, kd_mse_loss
+from jaxbrewer.losses.hidden import (
+    cos_loss,
+    fsp_loss,
+    hid_mse_loss,
+    l2_loss,
+    mmd_loss,
+    pkd_loss,
+)
+from jaxbrewer.losses.logits import (
+    kd_bce_loss,
+    kd_ce_loss,
+    kd_listwise_kl_loss,
+    kd_margin_mse_loss,
+    kd_mse_loss,
+)
 from jaxbrewer.projections import linear_projection, projection_with_activation
 from jaxbrewer.schedulers import (
     constant_temperature_scheduler,
@@ -57,8 +70,11 @@ class DynamicKeyDict(UserDict):
             raise UnknownNameError(f"unknown name {name!r}; {suggest(name, self.data)}") from None
 
 
-FEATURES: list[str] = ["hidden", "attention"]
-"""The features of inner layers that a match can name, each a key of the adaptor's dict."""
+FEATURES: list[str] = ["hidden", "attention", "embedding"]
+"""The features that a match can name, each a key of the adaptor's dict.
+
+``embedding`` is one vector for each example, ``[batch, width]``, which no mask applies to.
+"""
 
 ADAPTOR_KEYS: list[str] = ["logits", "logits_mask", "losses", "inputs_mask", "labels", *FEATURES]
 """The keys of the dict an adaptor returns. What is appended to FEATURES counts besides."""
@@ -67,6 +83,8 @@ KD_LOSS_MAP: dict[str, Callable[..., Any]] = {
     "mse": kd_mse_loss,
     "ce": kd_ce_loss,
     "bce": kd_bce_loss,
+    "margin_mse": kd_margin_mse_loss,
+    "listwise_kl": kd_listwise_kl_loss,
 }
 """Losses on logits: ``kd(logits_S, logits_T, temperature)``."""
 
@@ -77,6 +95,7 @@ MATCH_LOSS_MAP: dict[str, Callable[..., Any]] = {
     "attention_ce": att_ce_loss,
     "hidden_mse": hid_mse_loss,
     "cos": cos_loss,
+    "l2": l2_loss,
     "pkd": pkd_loss,
     "gram": fsp_loss,
     "fsp": fsp_loss,

@@ -17,19 +17,28 @@ docstring says otherwise.
 """
 
 from .attention import att_ce_loss, att_ce_mean_loss, att_mse_loss, att_mse_sum_loss
-from .hidden import cos_loss, fsp_loss, hid_mse_loss, mmd_loss, pkd_loss
-from .logits import kd_bce_loss, kd_ce_loss, kd_mse_loss
+from .hidden import cos_loss, fsp_loss, hid_mse_loss, l2_loss, mmd_loss, pkd_loss
+from .logits import (
+    kd_bce_loss,
+    kd_ce_loss,
+    kd_listwise_kl_loss,
+    kd_margin_mse_loss,
+    kd_mse_loss,
+)
 
 __all__ = [
     "kd_ce_loss",
     "kd_mse_loss",
     "kd_bce_loss",
+    "kd_margin_mse_loss",
+    "kd_listwise_kl_loss",
     "att_mse_loss",
     "att_mse_sum_loss",
     "att_ce_loss",
     "att_ce_mean_loss",
     "hid_mse_loss",
     "cos_loss",
+    "l2_loss",
     "pkd_loss",
     "fsp_loss",
     "mmd_loss",

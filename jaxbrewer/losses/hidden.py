@@ -76,6 +76,33 @@ def cos_loss(
     return mean(1 - jnp.sum(S * T, axis=-1) / (lengths[0] * lengths[1]), selected)
 
 
+def l2_loss(
+    state_S: Float[Array, "*positions width"],
+    state_T: Float[Array, "*positions width"],
+    mask: Shaped[Array, "*positions"] | None = None,
+) -> Scalar:
+    r"""Euclidean distance between hidden states, or between embeddings (batch, width).
+
+    .. math:: \operatorname{mean}_i \left|S_i - T_i\right|
+
+    ``mask`` selects: the mean runs over positions where it is not 0. Where both sides are equal the
+    gradient is 0, as torch's ``norm`` has it.
+
+    Kim et al. 2023, `EmbedDistill <https://arxiv.org/abs/2301.12005>`_. TextBrewer has no such loss.
+
+    Raises:
+        ValueError: The states' shapes differ, or the mask's is not that of the positions.
+    """
+    check_states("l2_loss", state_S, state_T, mask)
+    S, T = floats(state_S, state_T)
+    difference = S - T
+    selected = None if mask is None else as_selection(mask, S)
+    if selected is not None:
+        difference = jnp.where(selected[..., None] != 0, difference, 0)
+    square = jnp.sum(jnp.square(difference), axis=-1)
+    return mean(jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0), selected)
+
+
 def pkd_loss(
     state_S: Float[Array, "batch *length_S width"],
     state_T: Float[Array, "batch *length_T width"],

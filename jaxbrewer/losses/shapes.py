@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 __all__ = [
     "check_attention",
+    "check_candidates",
     "check_layers",
     "check_logits",
     "check_mask",
@@ -107,6 +108,16 @@ def check_logits(loss: str, logits_S: Any, logits_T: Any, temperature: Any, mask
             f"{shape_S[:-1]}, for logits of shape {shape_S}."
         )
     check_mask(loss, mask, shape_S[:-1], "the logits' shape without the classes")
+
+
+def check_candidates(loss: str, logits: Any) -> None:
+    """Wants two or more candidates on the last axis: one alone leads no other."""
+    if jnp.shape(logits)[-1] < 2:
+        raise ValueError(
+            f"{loss}: the logits have shape {jnp.shape(logits)}; expected scores of 2 or more "
+            "candidates for each query on the last axis. Stack the scores of a query's candidates "
+            "there, the relevant one first."
+        )
 
 
 def check_attention(

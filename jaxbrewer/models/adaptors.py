@@ -11,6 +11,7 @@ labels      ``[batch]`` or ``[batch, length]`` int: for ``probability_shift``
 inputs_mask ``[batch, length]``: the positions whose features count
 hidden      list of ``[batch, length, width]``, one a layer; the embeddings' output first
 attention   list of ``[batch, heads, length, length]``, one a layer
+embedding   ``[batch, width]``, one array or a list: a sentence encoder's vectors
 ========== ==========================================================================
 
 A name appended to `presets.FEATURES` is a further list of arrays, one a layer.
@@ -169,6 +170,8 @@ def _one_form(name: str, value: Any, role: str, wrong: list[str]) -> Any:
                 hint = " (did the model get the labels?)" if name == "losses" else ""
                 wrong.append(f"{what}[{i}] is a {type(item).__name__}, not an array{hint}")
         return tuple(jnp.asarray(x) if isinstance(x, int | float) else x for x in items)
+    if name == "embedding" and _is_array(value):
+        return (value,)
     if not isinstance(value, list | tuple):
         shape = f" {list(value.shape)}" if _is_array(value) else f" {type(value).__name__}"
         wrong.append(

@@ -103,7 +103,10 @@ def hard_label_term(results_S: Results) -> Float[Array, ""]:
 
 
 def match_term(match: Match, results_S: Results, results_T: Results, project: Project) -> Any:
-    """The loss of one match, before its weight. Only the student's ``inputs_mask`` is used."""
+    """The loss of one match, before its weight.
+
+    Only the student's ``inputs_mask`` is used, and none for embeddings, which have no positions.
+    """
 
     def pick(results: Results, layers: Any) -> Any:
         feature = results[match.feature]
@@ -117,7 +120,8 @@ def match_term(match: Match, results_S: Results, results_T: Results, project: Pr
         feature_S = (
             [apply(x) for x in feature_S] if isinstance(feature_S, list) else apply(feature_S)
         )
-    return match.loss(feature_S, feature_T, mask=results_S.get("inputs_mask"))
+    mask = None if match.feature == "embedding" else results_S.get("inputs_mask")
+    return match.loss(feature_S, feature_T, mask=mask)
 
 
 def kd_term(kd: KD, results_S: Results, results_T: Results) -> tuple[Any, Any]:

@@ -12,7 +12,13 @@ import numpy as np
 
 from ..data.batches import Batch
 from ..errors import Findings, explained
-from ..losses.logits import kd_bce_loss, kd_ce_loss, kd_mse_loss
+from ..losses.logits import (
+    kd_bce_loss,
+    kd_ce_loss,
+    kd_listwise_kl_loss,
+    kd_margin_mse_loss,
+    kd_mse_loss,
+)
 from ..models.adaptors import Results
 from ..models.handle import Model
 from .loss import kd_term, match_term, project_by_shape, takes_mask
@@ -26,7 +32,7 @@ _MODEL_RETURNS = {
     "attention": ". Does the model return them? For one of the zoo: from_pretrained(folder, "
     "output_attentions=True), or config.replace(output_attentions=True)",
 }
-_BUILT_IN = (kd_ce_loss, kd_mse_loss, kd_bce_loss)
+_BUILT_IN = (kd_ce_loss, kd_mse_loss, kd_bce_loss, kd_margin_mse_loss, kd_listwise_kl_loss)
 
 
 def check_plan(
@@ -60,7 +66,8 @@ def check_plan(
     if not found.problems:
         _check_something_to_train(plan, results_S, results_T, found)
     _warn_of_layers(good, results_S, results_T, found)
-    if "inputs_mask" in results_T and "inputs_mask" not in results_S and plan.matches:
+    has_positions = any(match.feature != "embedding" for match in plan.matches)
+    if "inputs_mask" in results_T and "inputs_mask" not in results_S and has_positions:
         found.warnings.append(
             "only adaptor_T returns an 'inputs_mask', and only the student's is used: features are "
             "matched on padding too. Return it from adaptor_S"

@@ -74,12 +74,15 @@ CASES = [
     Case("kd_ce_loss", zero_at_equal=False),
     Case("kd_mse_loss"),
     Case("kd_bce_loss", zero_at_equal=False),
+    Case("kd_margin_mse_loss"),
+    Case("kd_listwise_kl_loss"),
     Case("att_mse_loss", attention, padded_attention),
     Case("att_mse_sum_loss", attention, padded_attention),
     Case("att_ce_loss", attention, padded_attention, zero_at_equal=False),
     Case("att_ce_mean_loss", attention, padded_attention, zero_at_equal=False),
     Case("hid_mse_loss"),
     Case("cos_loss"),
+    Case("l2_loss"),
     Case("pkd_loss", masked=False),
     Case("fsp_loss", two_layers, junk=1e3),
     Case("mmd_loss", two_layers, junk=1e3),
@@ -174,7 +177,7 @@ def test_many_masked_positions_are_counted_in_single_precision():
     assert losses.cos_loss(state, -state, mask) == 2
 
 
-@pytest.mark.parametrize("name", ["kd_ce_loss", "kd_mse_loss", "kd_bce_loss"])
+@pytest.mark.parametrize("name", [name for name in losses.__all__ if name.startswith("kd_")])
 def test_the_temperature_at_masked_positions_does_not_count(name):
     rng = np.random.default_rng(0)
     loss = getattr(losses, name)
@@ -188,7 +191,7 @@ def test_the_temperature_at_masked_positions_does_not_count(name):
 
 def test_equal_temperatures_are_one_temperature():
     S, T = states(np.random.default_rng(0), LENGTH), states(np.random.default_rng(1), LENGTH)
-    for loss in (losses.kd_ce_loss, losses.kd_mse_loss, losses.kd_bce_loss):
+    for loss in (getattr(losses, name) for name in losses.__all__ if name.startswith("kd_")):
         by_position = loss(S, T, jnp.full((BATCH, LENGTH), 4.0))
         assert by_position == loss(S, T, 4) == loss(S, T, jnp.float32(4))
 
@@ -268,6 +271,8 @@ def test_known_values():
     assert_close(losses.kd_mse_loss(S, T, 5), 1.0)
     assert_close(losses.cos_loss(S, T), 1.0)
     assert_close(losses.pkd_loss(S, T), 2.0)
+    assert_close(losses.l2_loss(S, T), 50**0.5)
+    assert_close(losses.kd_margin_mse_loss(S, T), 64.0)
     uniform = jnp.zeros((2, 8))
     assert_close(losses.kd_ce_loss(uniform, uniform, 2), np.log(8))
     # One position of width 2 and 4: the Gram matrices are 25 / 2 and 4 / 4.
@@ -343,11 +348,14 @@ ERRORS = [
     # Widths
     ("hid_mse_loss", (X, WIDE), ["(2, 5, 4)", "(2, 5, 8)", "'proj': ['linear', 4, 8]"]),
     ("cos_loss", (X, WIDE), ["(2, 5, 4)", "(2, 5, 8)", "'proj': ['linear', 4, 8]"]),
+    ("l2_loss", (X, WIDE), ["(2, 5, 4)", "(2, 5, 8)", "'proj': ['linear', 4, 8]"]),
     ("pkd_loss", (X, WIDE), ["(2, 4)", "(2, 8)", "'proj': ['linear', 4, 8]"]),
     ("fsp_loss", ([X, X], [X, WIDE]), ["layer 1", "4 and 8", "'proj': ['linear', 4, 8]"]),
     ("mmd_loss", ([X, WIDE], [X, X]), ["state_S", "(2, 5, 4)", "(2, 5, 8)", "one width"]),
     ("kd_ce_loss", (X, WIDE), ["classes, got 4 and 8", "head for the teacher's classes"]),
     ("kd_mse_loss", (X[:, 0], WIDE[:, 0]), ["(2, 4)", "(2, 8)", "classes"]),
+    ("kd_margin_mse_loss", (X[..., :1], X[..., :1]), ["(2, 5, 1)", "2 or more candidates"]),
+    ("kd_listwise_kl_loss", (X[..., :1], X[..., :1]), ["(2, 5, 1)", "2 or more candidates"]),
     # Lengths, batches, heads, ranks
     ("hid_mse_loss", (X, LONG), ["(2, 5, 4)", "(2, 6, 4)", "length, got 5 and 6"]),
     ("mmd_loss", ([X, X], [LONG, LONG]), ["length, got 5 and 6", "inputs of one"]),

@@ -47,6 +47,11 @@ def test_features_become_tuples_and_may_hold_none(name):
     assert frozen[1] is H
 
 
+def test_an_embedding_may_be_one_array_or_a_list():
+    assert freeze({"embedding": A}, "S") == {"embedding": (A,)}
+    assert freeze({"embedding": [A, None, B]}, "S") == {"embedding": (A, None, B)}
+
+
 def test_entries_that_are_none_are_left_out():
     nothing = dict.fromkeys(presets.ADAPTOR_KEYS)
     assert freeze(nothing, "S") == {}

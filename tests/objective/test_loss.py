@@ -1,5 +1,6 @@
 """The objective against TextBrewer's own functions, on the same numbers."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -397,6 +398,14 @@ def test_layers_are_picked_and_only_the_students_mask_is_used():
     assert [x is y for x, y in zip(seen[1][0], (S[0], S[2]), strict=True)] == [True, True]
     assert [x is y for x, y in zip(seen[1][1], (T[1], T[3]), strict=True)] == [True, True]
     assert seen[2][2] is None
+
+
+def test_no_mask_applies_to_embeddings():
+    S, T = states(1)[0][:, 0], states(1, seed=2)[0][:, 0]
+    match = dataclasses.replace(a_match(losses.cos_loss), feature="embedding")
+    results_S = {"embedding": (S,), "inputs_mask": jnp.ones((2, 3))}
+    value = objective.match_term(match, results_S, {"embedding": (T,)}, None)
+    np.testing.assert_allclose(value, losses.cos_loss(S, T), rtol=1e-6)
 
 
 def test_projections_act_on_the_student():

@@ -229,3 +229,72 @@ def test_scores_around_the_padding_threshold(name, dtype):
     rng = np.random.default_rng(0)
     values = np.array([-1e4, -0.5, -0.0011, -1e-3, -0.0009, 0.0, 0.5], dtype)
     check(name, tuple(rng.choice(values, (2, 2, 6, 6)) for _ in range(2)), dtype)
+
+
+# --- sentence-transformers' losses, of which TextBrewer has none ----------------------------------
+
+
+def as_dot_products(scores):
+    """Embeddings of queries and of their candidates whose dot products are the scores."""
+    query = torch.ones(len(scores), 1, dtype=scores.dtype)
+    return [query, *(scores[:, i : i + 1] for i in range(scores.shape[1]))]
+
+
+def theirs_on_scores(loss, S, T):
+    """The value of a loss of sentence-transformers on scores, and the gradient of the student's."""
+    S = torch.tensor(S, requires_grad=True)
+    value = loss.compute_loss_from_embeddings(as_dot_products(S), torch.tensor(T))
+    value.backward()
+    return value, S.grad
+
+
+@pytest.mark.parametrize("candidates", [2, 5])
+@pytest.mark.parametrize("temperatures", [None, (1.0, 1.0), (3.0, 3.0), (0.5, 2.0)])
+def test_losses_on_scores_equal_sentence_transformers(candidates, temperatures, x64):
+    from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, MarginMSELoss
+
+    S, T = np.random.default_rng(candidates).normal(0, 3, (2, 4, candidates))
+    if temperatures is None:
+        theirs, ours = MarginMSELoss(None), losses.kd_margin_mse_loss
+    else:
+        t_S, t_T = temperatures
+        theirs = DistillKLDivLoss(None, student_temperature=t_S, teacher_temperature=t_T)
+
+        def ours(S, T):
+            return losses.kd_listwise_kl_loss(S, T, t_S, temperature_T=t_T)
+
+        if t_S == t_T:
+            same = losses.kd_listwise_kl_loss(S, T, t_S)
+            np.testing.assert_allclose(same, ours(S, T), rtol=1e-12)
+    value, gradient = jax.value_and_grad(ours)(S, T)
+    wanted, wanted_gradient = theirs_on_scores(theirs, S, T)
+    np.testing.assert_allclose(value, wanted.item(), rtol=1e-9)
+    np.testing.assert_allclose(gradient, wanted_gradient.numpy(), rtol=1e-6, atol=1e-12)
+
+
+def test_scores_under_a_mask_are_selected(x64):
+    S, T = np.random.default_rng(0).normal(0, 3, (2, 4, 3))
+    mask = np.array([1, 0, 1, 1])
+    temperature = np.array([1.0, np.nan, 2.0, 0.5])
+    for loss in (losses.kd_margin_mse_loss, losses.kd_listwise_kl_loss):
+        wanted = loss(S[mask == 1], T[mask == 1], temperature[mask == 1])
+        np.testing.assert_allclose(loss(S, T, temperature, mask), wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"), [("cosine", "cos_loss"), ("l2", "l2_loss"), ("mse", "hid_mse_loss")]
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"], indirect=True)
+def test_losses_on_embeddings_equal_sentence_transformers(metric, name, dtype):
+    from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
+
+    S, T = np.random.default_rng(0).normal(size=(2, 4, 6)).astype(dtype)
+    S[1] = T[1]  # where torch's norm has the gradient 0
+    theirs = torch.tensor(S, requires_grad=True)
+    wanted = EmbedDistillLoss(None, metric).compute_loss_from_embeddings(
+        [theirs], [torch.tensor(T)]
+    )
+    wanted.backward()
+    value, gradient = jax.value_and_grad(getattr(losses, name))(S, T)
+    np.testing.assert_allclose(value, wanted.item(), rtol=1e-6)
+    np.testing.assert_allclose(gradient, theirs.grad.numpy(), rtol=1e-5, atol=1e-6)
