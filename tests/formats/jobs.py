@@ -5,6 +5,8 @@ that give every kind of array.
 """
 
 import functools
+import hashlib
+import json
 import random
 import zlib
 from collections.abc import Callable, Mapping
@@ -186,6 +188,48 @@ def redrawn(batch):
     return batch | {"ids": ids}
 
 
+class Stateful(list):
+    """Has an order of its own in each pass, and shows in which pass it is and where."""
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self._passes = 0
+        self._at = 0
+
+    def _order(self):
+        return np.random.RandomState(self._passes).permutation(len(self))
+
+    def state_dict(self):
+        """What keeps its place, in values of every kind."""
+        return {
+            "passes": self._passes,
+            "at": self._at,
+            "order": self._order().astype(np.int16),
+            "more": [b"\x00\xff", (0.1, None), True, "é"],
+        }
+
+    def load_state_dict(self, state):
+        """Takes the place."""
+        assert state["more"] == [b"\x00\xff", (0.1, None), True, "é"]
+        self._passes, self._at = state["passes"], state["at"]
+        assert (state["order"] == self._order()).all()
+        assert state["order"].dtype == np.int16
+
+    def __iter__(self):
+        order = self._order()
+        while self._at < len(self):
+            self._at += 1
+            yield self[order[self._at - 1]]
+        self._passes, self._at = self._passes + 1, 0
+
+
+def spoilt():
+    """Batches of which one gives a loss that is not a number."""
+    made = batches(6)
+    made[3]["noise"][1] = np.nan
+    return made
+
+
 def overflowing():
     """Batches of which one overflows float16."""
     made = batches(5)
@@ -360,6 +404,36 @@ JOBS = {
 }
 
 
+# What format 1 could not hold.
+SINCE_2 = {
+    # The window before the checkpoint was dropped, and three in a row would stop the run.
+    "guard": Job(
+        lambda config: jaxbrewer.BasicTrainer(config, normed(2), adaptor),
+        spoilt,
+        {"num_epochs": 2},
+        stop=2,
+        config={
+            "gradient_accumulation_steps": 2,
+            "max_nonfinite_steps": 3,
+            "ckpt_frequency": 3,
+            "max_to_keep": 1,
+        },
+    ),
+    # In the middle of a pass over a loader that goes on by its own state.
+    "loader_state": Job(
+        distilled(
+            jaxbrewer.BasicDistiller, lambda: Encoder(1, 4), lambda: Encoder(2, 3, dropout=0.2)
+        ),
+        lambda: Stateful(batches(4)),
+        {"num_epochs": 2},
+        stop=2,
+        config={"ckpt_frequency": 2},
+    ),
+}
+
+ALL = JOBS | SINCE_2
+
+
 def run(job, data=None, stop=None, **options):
     """Trains; `options` are of the training config. Returns the distiller."""
     np.random.seed(11)
@@ -431,6 +505,19 @@ def read(checkpoint: Path) -> tuple[dict[str, np.ndarray], Any]:
 
     trees = {name: jax.tree.map(plain, found[name]) for name in items}
     return named(trees), found["position"]
+
+
+def without_states(position):
+    """A position with digests of what is long: the random states, those of loaders, and traces."""
+    for process in position["processes"]:
+        for name in {"host_random", "loaders"} & process.keys():
+            process[name] = _digest(process[name])
+    return position | ({"job": _digest(position["job"])} if "job" in position else {})
+
+
+def _digest(value):
+    """The SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def as_json(array):
