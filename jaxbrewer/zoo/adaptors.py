@@ -6,7 +6,12 @@ from typing import Any
 from jaxbrewer.errors import suggest
 
 _ENDS = ("start", "end")
-_TASKS = ("sequence-classification", "token-classification", "question-answering")
+_TASKS = (
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "sentence-embedding",
+)
 
 
 def adaptor(task: str | None = None) -> Callable[[Any, Any], dict[str, Any]]:
@@ -21,11 +26,12 @@ def adaptor(task: str | None = None) -> Callable[[Any, Any], dict[str, Any]]:
     * ``labels``: the batch's ``labels``, or ``start_positions`` and ``end_positions``.
     * ``hidden``, ``attention``: ``outputs.hidden_states`` and ``outputs.attentions``, which a model
       returns with ``output_hidden_states=True`` and ``output_attentions=True``.
+    * ``embedding``: ``outputs.embedding``, of a sentence encoder.
     * ``inputs_mask``: the batch's ``attention_mask``.
 
     Args:
-        task: ``'sequence-classification'``, ``'token-classification'``, ``'question-answering'``, or
-            None for an encoder without a head.
+        task: ``'sequence-classification'``, ``'token-classification'``, ``'question-answering'``,
+            ``'sentence-embedding'``, or None for an encoder without a head.
 
     Raises:
         ValueError: another task.
@@ -42,6 +48,7 @@ def adaptor(task: str | None = None) -> Callable[[Any, Any], dict[str, Any]]:
             "labels": batch.get("labels"),
             "hidden": getattr(outputs, "hidden_states", None),
             "attention": getattr(outputs, "attentions", None),
+            "embedding": getattr(outputs, "embedding", None),
             "inputs_mask": mask,
         }
         if task == "question-answering":

@@ -43,6 +43,14 @@ def test_what_is_there_is_handed_on(task, labels, keys, masked):
         assert len(found.get("labels", (0, 0))) == 2
 
 
+def test_a_sentence_encoder_hands_on_its_embedding():
+    encoder = zoo.BertModel(zoo.BertConfig(**SHAPE), rngs=nnx.Rngs(0))
+    batch = {"input_ids": IDS, "attention_mask": MASK}
+    found = zoo.adaptor("sentence-embedding")(batch, zoo.SentenceEncoder(encoder)(**batch))
+    assert set(found) == {"embedding", "inputs_mask"}
+    assert found["embedding"].shape == (3, 8)
+
+
 def test_another_task_is_refused():
     with pytest.raises(ValueError, match="did you mean 'token-classification'"):
         zoo.adaptor("token-clasification")
