@@ -107,3 +107,11 @@ def test_loading(run):
         "ready", "waiting", "computing", "waiting, threaded"
     ]  # fmt: skip
     assert rows[2]["ms"] > 0.5  # what its loader computes for
+
+
+def test_durability(run):
+    """The guard is in one step and not in the other; both kinds of saves were made."""
+    guard, digests = run("durability")["rows"]
+    assert guard["bytes %"] > 0
+    assert digests["digests ms"] > 0
+    assert digests["state MB"] > 0

@@ -268,9 +268,9 @@ def exit_code(*arguments):
     return code, out.getvalue()
 
 
-def main(count):
+def tally(count):
+    """Kind → what came of it → how often, MiB and seconds; what should not be is printed."""
     table = collections.defaultdict(collections.Counter)
-    slowest, most = collections.Counter(), collections.Counter()
     with tempfile.TemporaryDirectory() as place:
         good = Path(place) / "good"
         write_good(good)
@@ -283,8 +283,8 @@ def main(count):
             result, message = verdict(folder, names)
             code, printed = exit_code("inspect", folder)
             after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            slowest[kind] = max(slowest[kind], time.process_time() - start)
-            most[kind] = max(most[kind], (after - before) / 1024)
+            table[kind]["s"] = max(table[kind]["s"], time.process_time() - start)
+            table[kind]["MiB"] = max(table[kind]["MiB"], (after - before) / 1024)
             table[kind][result] += 1
             table[kind]["exit"] += code in ((0, 1, 2) if kind in SHOWN else (1, 2))
             if result != "named" or code not in ((0, 1, 2) if kind in SHOWN else (1, 2)):
@@ -292,12 +292,18 @@ def main(count):
                     f"seed {seed}, {kind}: {result}: {message[:300]}; inspect: {code} {printed[-200:]}"
                 )
             if (folder.parent / "harm").exists():
+                table[kind]["silent"] += 1
                 print(f"seed {seed}, {kind}: the pickle was run")
+    return table
+
+
+def main(count):
+    table = tally(count)
     columns = ("named", "unnamed", "raw", "silent", "exit")
     print(f"| {'kind':31} | {' | '.join(columns)} | MiB more | s |")
     for kind in HOSTILE:
         cells = " | ".join(f"{table[kind][c]:{len(c)}}" for c in columns)
-        print(f"| {kind:31} | {cells} | {most[kind]:8.0f} | {slowest[kind]:.1f} |")
+        print(f"| {kind:31} | {cells} | {table[kind]['MiB']:8.0f} | {table[kind]['s']:.1f} |")
 
 
 if __name__ == "__main__":

@@ -329,20 +329,35 @@ def verdict(kind, seed, meet):
     return "trained", ""
 
 
-def main(count, in_training):
-    warnings.simplefilter("ignore")
-    table = collections.defaultdict(collections.Counter)
-    kinds = [*MALFORMED, *LEGAL]
+def meeting(in_training):
+    """A function that lets a batch be met, in a training of its own or on the way to the step."""
+
+    def met(loader):
+        with tempfile.TemporaryDirectory() as folder:
+            return train(Path(folder), loader)
+
+    if in_training:
+        return met
     with tempfile.TemporaryDirectory() as folder:
-        checks = checks_of(Path(folder))
+        return partial(passed, checks=checks_of(Path(folder)))
+
+
+def tally(count, in_training, kinds):
+    """Kind → what came of it → how often; what should not be is printed."""
+    warnings.simplefilter("ignore")
+    table, meet = collections.defaultdict(collections.Counter), meeting(in_training)
     for seed in range(count):
         kind = kinds[seed % len(kinds)]
-        with tempfile.TemporaryDirectory() as folder:
-            meet = partial(train, Path(folder)) if in_training else partial(passed, checks=checks)
-            result, message = verdict(kind, seed, meet)
+        result, message = verdict(kind, seed, meet)
         table[kind][result] += 1
         if result != ("named" if kind in MALFORMED else "trained"):
             print(f"seed {seed}, {kind}: {result}: {message[:300]}")
+    return table
+
+
+def main(count, in_training):
+    kinds = [*MALFORMED, *LEGAL]
+    table = tally(count, in_training, kinds)
     columns = ("named", "trained", "unnamed", "raw")
     print(f"| {'kind':26} | {' | '.join(columns)} |")
     for kind in kinds:
