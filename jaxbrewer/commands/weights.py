@@ -156,7 +156,7 @@ def _task_of(tensors: Mapping[str, np.ndarray]) -> str:
     if not any(name.startswith("classifier.") for name in tensors):
         return "none"
     deep = any(name.startswith(("pre_classifier.", "classifier.dense.")) for name in tensors)
-    pooled = any(".pooler." in name for name in tensors)
+    pooled = any(name.startswith("pooler.") or ".pooler." in name for name in tensors)
     return "sequence-classification" if pooled or deep else "token-classification"
 
 

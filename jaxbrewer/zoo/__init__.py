@@ -35,6 +35,7 @@ from jaxbrewer.zoo.camembert import (
 from jaxbrewer.zoo.configuration import (
     EncoderConfig as EncoderConfig,
     ModelConfig as ModelConfig,
+    StackConfig as StackConfig,
     TransformerConfig as TransformerConfig,
 )
 from jaxbrewer.zoo.distilbert import (
@@ -55,6 +56,13 @@ from jaxbrewer.zoo.hf import (
     MODELS as MODELS,
     PretrainedModel as PretrainedModel,
     WeightsMismatchError as WeightsMismatchError,
+)
+from jaxbrewer.zoo.mpnet import (
+    MPNetConfig as MPNetConfig,
+    MPNetForQuestionAnswering as MPNetForQuestionAnswering,
+    MPNetForSequenceClassification as MPNetForSequenceClassification,
+    MPNetForTokenClassification as MPNetForTokenClassification,
+    MPNetModel as MPNetModel,
 )
 from jaxbrewer.zoo.outputs import (
     BaseModelOutput as BaseModelOutput,

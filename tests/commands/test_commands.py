@@ -280,6 +280,7 @@ def test_the_task_follows_from_the_names():
     assert task("classifier.weight", "bert.pooler.dense.weight") == "sequence-classification"
     assert task("classifier.weight") == "token-classification"
     assert task("pre_classifier.weight", "classifier.weight") == "sequence-classification"
+    assert task("pooler.dense.weight", "classifier.weight") == "sequence-classification"
 
 
 # ------------------------------------------------------------------------------------------ check

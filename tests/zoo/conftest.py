@@ -14,6 +14,7 @@ TINY = dict(
     max_position_embeddings=20,
     type_vocab_size=3,
 )
+UNTYPED = {name: value for name, value in TINY.items() if name != "type_vocab_size"}
 # The same sizes for each architecture, by how the names of its classes begin.
 FAMILIES = {
     "Bert": TINY,
@@ -24,7 +25,10 @@ FAMILIES = {
     "DistilBert": dict(
         vocab_size=50, dim=24, n_layers=3, n_heads=4, hidden_dim=40, max_position_embeddings=20
     ),
+    "MPNet": UNTYPED | {"pad_token_id": 1},
 }
+# Those without token types.
+WITHOUT_TYPES = ("DistilBert", "MPNet")
 TASKS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
@@ -56,7 +60,7 @@ def make_torch(name, double=False, seed=0, **changes):
     with torch.no_grad():
         for key, value in model.named_parameters():
             noise = torch.randn(value.shape, generator=generator)
-            is_norm = key.lower().replace("_", "").endswith("layernorm.weight")
+            is_norm = key.lower().replace("_", "").endswith("norm.weight")
             value.copy_(0.3 * noise + (1.0 if is_norm else 0.0))
     return (model.double() if double else model).eval()
 
@@ -73,7 +77,7 @@ def make_batch(seed=0, batch=3, length=9, family="Bert"):
     return {
         "input_ids": np.where(mask == 1, ids, pad),
         "attention_mask": mask,
-    } | ({} if family == "DistilBert" else {"token_type_ids": types})
+    } | ({} if family in WITHOUT_TYPES else {"token_type_ids": types})
 
 
 def labels_for(name, batch, length, num_labels):

@@ -10,10 +10,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxbrewer.zoo as zoo
+from jaxbrewer.models.half_products import wide_products
+from jaxbrewer.models.precision import Precision, at_level
+from jaxbrewer.models.wrap import as_model
 
 from .conftest import FAMILIES, close, make_batch, make_torch, to_torch
 
-NEW = ("Roberta", "XLMRoberta", "Camembert", "Electra", "DistilBert")
+NEW = ("Roberta", "XLMRoberta", "Camembert", "Electra", "DistilBert", "MPNet")  # fmt: skip
 ROBERTAS = NEW[:3]
 
 
@@ -150,6 +153,31 @@ def test_half_precision_computes_in_half_and_loses_in_float32(family):
         assert {leaf.dtype for leaf in jax.tree.leaves(value)} == {jnp.dtype(wanted)}, key
 
 
+@pytest.mark.parametrize("family", ["MPNet"])
+def test_a_step_at_o2(family):
+    """In bfloat16, dropout on: products in half, norms and what comes out in float32."""
+    cls = getattr(zoo, f"{family}ForSequenceClassification")
+    model = as_model(cls(config_of(family, num_hidden_layers=1), rngs=nnx.Rngs(0)))
+    batch = make_batch(family=family) | {"labels": np.array([0, 1, 1])}
+    batch = {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
+
+    def loss(params, handle):
+        outputs = handle.apply(params, handle.state, jax.random.key(1), (), batch, True)[0]
+        return outputs.loss, outputs.logits
+
+    half = at_level(model, Precision("O2", "bfloat16", emulated=True))
+    step = jax.jit(lambda params: jax.value_and_grad(loss, has_aux=True)(params, half))
+    traced = step.trace(half.params)
+    assert wide_products(traced.jaxpr) == []
+    (value, logits), grads = traced.lower().compile()(half.params)
+    assert {leaf.dtype for leaf in (value, logits, *grads.values())} == {jnp.dtype("float32")}
+    assert all(np.isfinite(grad).all() for grad in grads.values())
+    np.testing.assert_allclose(value, loss(model.params, model)[0], rtol=0.02)
+    frozen = at_level(model, Precision("O2", "bfloat16"), frozen=True).params
+    full = {name for name, leaf in frozen.items() if leaf.dtype == jnp.float32}
+    assert full == {name for name in model.params if "norm" in name.split(".")[-2]}
+
+
 def test_spans_need_two_labels():
     with pytest.raises(ValueError, match="answer spans need 2"):
         zoo.ElectraForQuestionAnswering(config_of("Electra", num_labels=3), rngs=nnx.Rngs(0))
@@ -163,6 +191,7 @@ PRETRAINING = {
     "Camembert": "CamembertForMaskedLM",
     "Electra": "ElectraForPreTraining",
     "DistilBert": "DistilBertForMaskedLM",
+    "MPNet": "MPNetForMaskedLM",
 }
 
 
@@ -171,7 +200,7 @@ PRETRAINING = {
 def test_heads_of_pretraining_are_passed_over(family, tmp_path):
     theirs = make_torch(PRETRAINING[family])
     theirs.save_pretrained(tmp_path)
-    options = {"add_pooling_layer": False} if family in ROBERTAS else {}
+    options = {"add_pooling_layer": False} if family in (*ROBERTAS, "MPNet") else {}
     ours = zoo.from_pretrained(tmp_path, **options)
     assert type(ours).__name__ == f"{family}Model"
     batch = make_batch(family=family)
@@ -220,7 +249,7 @@ def test_defaults_and_files_are_transformers(family, tmp_path):
 @pytest.mark.parametrize(
     ("family", "given"),
     [
-        # The keys of the published roberta-base, electra-small and distilbert-base files.
+        # The keys of the published files: roberta-base, electra-small, distilbert-base, mpnet-base.
         ("Roberta", {"layer_norm_eps": 1e-05, "max_position_embeddings": 514, "bos_token_id": 0,
                      "eos_token_id": 2, "type_vocab_size": 1, "architectures": []}),
         ("Electra", {"embedding_size": 128, "hidden_size": 256, "summary_activation": "gelu",
@@ -230,6 +259,8 @@ def test_defaults_and_files_are_transformers(family, tmp_path):
                         "dropout": 0.1, "hidden_dim": 3072, "n_heads": 12, "n_layers": 6,
                         "qa_dropout": 0.1, "seq_classif_dropout": 0.2,
                         "sinusoidal_pos_embds": False, "tie_weights_": True}),
+        ("MPNet", {"layer_norm_eps": 1e-05, "max_position_embeddings": 514, "pad_token_id": 1,
+                   "relative_attention_num_buckets": 32, "vocab_size": 30527}),
     ],
 )  # fmt: skip
 def test_published_files_are_read(family, given, tmp_path):

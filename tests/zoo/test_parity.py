@@ -92,7 +92,11 @@ def test_scores_are_what_goes_into_the_softmax(name):
     probs = model(**batch, output_attentions=True).attentions
     assert len(scores) == 3
     for score, prob in zip(scores, probs, strict=True):
-        np.testing.assert_allclose(jax.nn.softmax(score), prob, atol=1e-6)
+        sees = (np.asarray(score) > -9000).any(
+            -1, keepdims=True
+        )  # a query of padding may see nothing
+        assert sees.any()
+        np.testing.assert_allclose(jnp.where(sees, jax.nn.softmax(score), prob), prob, atol=1e-6)
 
 
 @pytest.mark.torch

@@ -91,6 +91,7 @@ def test_a_teachers_config_gives_the_rest():
     assert (student.num_hidden_layers, student.hidden_size) == (4, 312)
     assert isinstance(student_config("T3", zoo.RobertaConfig()), zoo.RobertaConfig)
     assert student_config("Electra-small", zoo.ElectraConfig(vocab_size=99)).vocab_size == 99
+    assert isinstance(student_config("T6", zoo.MPNetConfig()), zoo.MPNetConfig)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_refusals(config, teacher):
     np.testing.assert_array_equal(narrow.bert.embeddings.norm.scale[...], before)
 
 
-@pytest.mark.parametrize("family", ["Roberta", "Electra", "DistilBert"])
+@pytest.mark.parametrize("family", ["Roberta", "Electra", "DistilBert", "MPNet"])
 def test_every_transformer_can_be_cut(family):
     config = getattr(zoo, f"{family}Config")(**FAMILIES[family])
     short = config.replace(**{"n_layers" if family == "DistilBert" else "num_hidden_layers": 2})
@@ -110,6 +110,11 @@ def test_every_transformer_can_be_cut(family):
     assert same(student.classifier, teacher.classifier)
     if family == "Electra":
         assert same(ours.embeddings_project, theirs.embeddings_project)
+    shared = {
+        "MPNet": ["relative"],
+    }
+    for name in shared.get(family, []):
+        assert same(getattr(ours.encoder, name), getattr(theirs.encoder, name))
 
 
 def test_a_distilbert_from_a_bert_computes_the_same(config):
