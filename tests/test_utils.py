@@ -135,7 +135,7 @@ def test_refusals():
 def test_what_decays_is_what_textbrewers_scripts_let_decay(family):
     """Their list is ``['bias', 'LayerNorm.weight']``, anywhere in a name.
 
-    DistilBERT's norms are named otherwise. MPNet's relative positions are a bias.
+    DistilBERT's and ModernBERT's norms are named otherwise. MPNet's relative positions are a bias.
     """
     theirs = make_torch(f"{family}ForSequenceClassification")
     spared = ("bias", "LayerNorm.weight", "norm.weight")

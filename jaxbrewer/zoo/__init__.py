@@ -57,6 +57,13 @@ from jaxbrewer.zoo.hf import (
     PretrainedModel as PretrainedModel,
     WeightsMismatchError as WeightsMismatchError,
 )
+from jaxbrewer.zoo.modernbert import (
+    ModernBertConfig as ModernBertConfig,
+    ModernBertForQuestionAnswering as ModernBertForQuestionAnswering,
+    ModernBertForSequenceClassification as ModernBertForSequenceClassification,
+    ModernBertForTokenClassification as ModernBertForTokenClassification,
+    ModernBertModel as ModernBertModel,
+)
 from jaxbrewer.zoo.mpnet import (
     MPNetConfig as MPNetConfig,
     MPNetForQuestionAnswering as MPNetForQuestionAnswering,

@@ -28,8 +28,9 @@ def init_from_layers(
 
     ``layers`` names one teacher layer, counted from 0, for each of the student's: ``[0, 4, 8]``
     for a student of three. What the layers share, such as a table of distances or a last norm, goes
-    with them. With ``embeddings`` the tables, their norm and their projection are copied too.
-    The pooler is copied where both models have one. ``head=None`` copies the task head
+    with them. With ``embeddings`` the tables, their norm and their projection are copied too. The
+    first layer of a ModernBERT has one norm fewer than the others: it is left out where one of two
+    layers is a first. The pooler is copied where both models have one. ``head=None`` copies the task head
     where both have the same one, of the same shape; ``True`` demands it, ``False`` leaves the
     student's own.
 
@@ -51,10 +52,9 @@ def init_from_layers(
             "transformer, or from BERT to DistilBERT"
         )
     _check_layers(target, source, layers)
-    pairs: list[_Pair] = [
-        (target.encoder.layer[position], source.encoder.layer[layer], f"layer {layer}")
-        for position, layer in enumerate(layers)
-    ]
+    pairs: list[_Pair] = []
+    for position, layer in enumerate(layers):
+        pairs += _layer_to_copy(target.encoder.layer[position], source.encoder.layer[layer], layer)
     pairs += [
         (part, getattr(source.encoder, name, None), f"encoder.{name}")
         for name, part in _parts(target.encoder).items()
@@ -92,6 +92,16 @@ def _check_layers(student: EncoderModel, teacher: EncoderModel, layers: Sequence
             f"layers={list(layers)} names {len(layers)} layers, but the student has "
             f"{len(student.encoder.layer)}: name one for each"
         )
+
+
+def _layer_to_copy(student: nnx.Module, teacher: nnx.Module, layer: int) -> list[_Pair]:
+    """The pairs of a layer's parts, without the norm that only one of the two has."""
+    ours, theirs = _parts(student), _parts(teacher)
+    pairs: list[_Pair] = [(student, teacher, f"layer {layer}")]
+    if ours.keys() ^ theirs.keys() == {"attention_norm"}:
+        both = sorted(ours.keys() & theirs.keys())
+        pairs = [(ours[name], theirs[name], f"layer {layer}, {name}") for name in both]
+    return pairs
 
 
 def _embeddings_to_copy(student: EncoderModel, teacher: EncoderModel) -> list[_Pair]:

@@ -1,6 +1,8 @@
 """Tiny torch models with weights large enough to tell formulas apart, and batches for them."""
 
+import contextlib
 import functools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,9 +28,11 @@ FAMILIES = {
         vocab_size=50, dim=24, n_layers=3, n_heads=4, hidden_dim=40, max_position_embeddings=20
     ),
     "MPNet": UNTYPED | {"pad_token_id": 1},
+    # A window of three tokens on either side of nine.
+    "ModernBert": UNTYPED | {"pad_token_id": 3, "local_attention": 6, "classifier_pooling": "mean"},
 }
 # Those without token types.
-WITHOUT_TYPES = ("DistilBert", "MPNet")
+WITHOUT_TYPES = ("DistilBert", "MPNet", "ModernBert")
 TASKS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
@@ -63,6 +67,40 @@ def make_torch(name, double=False, seed=0, **changes):
             is_norm = key.lower().replace("_", "").endswith("norm.weight")
             value.copy_(0.3 * noise + (1.0 if is_norm else 0.0))
     return (model.double() if double else model).eval()
+
+
+@contextlib.contextmanager
+def nothing_narrowed(name):
+    """Keeps transformers from computing parts of a double model in float32, as it does in two."""
+    torch, transformers = libraries()
+
+    def turned(query, key, cos, sin, unsqueeze_dim=1):
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        half = transformers.models.modernbert.modeling_modernbert.rotate_half
+        return [x * cos + half(x) * sin for x in (query, key)]
+
+    def angles(self, x, position_ids, layer_type):
+        width = self.config.hidden_size // self.config.num_attention_heads
+        theta = self.config.rope_parameters[layer_type]["rope_theta"]
+        powers = torch.arange(0, width, 2, dtype=torch.double) / width
+        turns = (position_ids[..., None] / theta**powers).repeat(1, 1, 2)
+        return turns.cos(), turns.sin()
+
+    def attended(module, query, key, value, mask, scaling, **others):
+        probs = torch.softmax(query @ key.transpose(2, 3) * scaling + mask, -1)
+        return (probs @ value).transpose(1, 2).contiguous(), probs
+
+    patches = {
+        "ModernBert": {
+            "modernbert.modeling_modernbert.apply_rotary_pos_emb": turned,
+            "modernbert.modeling_modernbert.eager_attention_forward": attended,
+            "modernbert.modeling_modernbert.ModernBertRotaryEmbedding.forward": angles,
+        },
+    }
+    with contextlib.ExitStack() as stack:
+        for path, function in patches.get(family_of(name), {}).items():
+            stack.enter_context(mock.patch(f"transformers.models.{path}", function))
+        yield
 
 
 def make_batch(seed=0, batch=3, length=9, family="Bert"):

@@ -16,7 +16,7 @@ from jaxbrewer.models.wrap import as_model
 
 from .conftest import FAMILIES, close, make_batch, make_torch, to_torch
 
-NEW = ("Roberta", "XLMRoberta", "Camembert", "Electra", "DistilBert", "MPNet")  # fmt: skip
+NEW = ("Roberta", "XLMRoberta", "Camembert", "Electra", "DistilBert", "MPNet", "ModernBert")  # fmt: skip
 ROBERTAS = NEW[:3]
 
 
@@ -153,7 +153,7 @@ def test_half_precision_computes_in_half_and_loses_in_float32(family):
         assert {leaf.dtype for leaf in jax.tree.leaves(value)} == {jnp.dtype(wanted)}, key
 
 
-@pytest.mark.parametrize("family", ["MPNet"])
+@pytest.mark.parametrize("family", ["MPNet", "ModernBert"])
 def test_a_step_at_o2(family):
     """In bfloat16, dropout on: products in half, norms and what comes out in float32."""
     cls = getattr(zoo, f"{family}ForSequenceClassification")
@@ -192,6 +192,7 @@ PRETRAINING = {
     "Electra": "ElectraForPreTraining",
     "DistilBert": "DistilBertForMaskedLM",
     "MPNet": "MPNetForMaskedLM",
+    "ModernBert": "ModernBertForMaskedLM",
 }
 
 
@@ -249,7 +250,8 @@ def test_defaults_and_files_are_transformers(family, tmp_path):
 @pytest.mark.parametrize(
     ("family", "given"),
     [
-        # The keys of the published files: roberta-base, electra-small, distilbert-base, mpnet-base.
+        # The keys of the published files: roberta-base, electra-small, distilbert-base, mpnet-base,
+        # ModernBERT-base.
         ("Roberta", {"layer_norm_eps": 1e-05, "max_position_embeddings": 514, "bos_token_id": 0,
                      "eos_token_id": 2, "type_vocab_size": 1, "architectures": []}),
         ("Electra", {"embedding_size": 128, "hidden_size": 256, "summary_activation": "gelu",
@@ -261,6 +263,17 @@ def test_defaults_and_files_are_transformers(family, tmp_path):
                         "sinusoidal_pos_embds": False, "tie_weights_": True}),
         ("MPNet", {"layer_norm_eps": 1e-05, "max_position_embeddings": 514, "pad_token_id": 1,
                    "relative_attention_num_buckets": 32, "vocab_size": 30527}),
+        ("ModernBert", {"bos_token_id": 50281, "classifier_activation": "gelu",
+                        "classifier_bias": False, "classifier_pooling": "mean",
+                        "cls_token_id": 50281, "decoder_bias": True,
+                        "deterministic_flash_attn": False, "embedding_dropout": 0.0,
+                        "global_attn_every_n_layers": 3, "global_rope_theta": 160000.0,
+                        "gradient_checkpointing": False, "hidden_activation": "gelu",
+                        "initializer_cutoff_factor": 2.0, "layer_norm_eps": 1e-05,
+                        "local_attention": 128, "local_rope_theta": 10000.0, "norm_bias": False,
+                        "norm_eps": 1e-05, "pad_token_id": 50283, "sep_token_id": 50282,
+                        "position_embedding_type": "absolute", "sparse_pred_ignore_index": -100,
+                        "sparse_prediction": False, "tie_word_embeddings": True}),
     ],
 )  # fmt: skip
 def test_published_files_are_read(family, given, tmp_path):

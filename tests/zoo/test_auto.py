@@ -95,7 +95,8 @@ def test_refusals(tmp_path):
     file = tmp_path / "config.json"
     file.write_text('{"model_type": "xlnet"}')
     known = (
-        "'bert', 'bigru', 'roberta', 'camembert', 'distilbert', 'electra', 'mpnet', 'xlm-roberta'"
+        "'bert', 'bigru', 'roberta', 'camembert', 'distilbert', "
+        "'electra', 'modernbert', 'mpnet', 'xlm-roberta'"
     )
     for read in (zoo.from_pretrained, zoo.read_config):
         with pytest.raises(ValueError, match=rf"config\.json.*'xlnet': choose from {known}"):

@@ -101,6 +101,7 @@ def test_a_teachers_config_gives_the_rest():
         ((3,), "no student 3"),
         (("T3", "gpt2"), "no base 'gpt2': choose from bert-base-cased,"),
         (("T3", zoo.ElectraConfig()), "base is a ElectraConfig, which has no T3"),
+        (("T3", zoo.ModernBertConfig()), "base is a ModernBertConfig, which has no T3"),
         (("Electra-small", zoo.BertConfig()), "base is a BertConfig, which has no Electra-small"),
     ],
 )
