@@ -38,6 +38,13 @@ from jaxbrewer.zoo.configuration import (
     StackConfig as StackConfig,
     TransformerConfig as TransformerConfig,
 )
+from jaxbrewer.zoo.deberta_v2 import (
+    DebertaV2Config as DebertaV2Config,
+    DebertaV2ForQuestionAnswering as DebertaV2ForQuestionAnswering,
+    DebertaV2ForSequenceClassification as DebertaV2ForSequenceClassification,
+    DebertaV2ForTokenClassification as DebertaV2ForTokenClassification,
+    DebertaV2Model as DebertaV2Model,
+)
 from jaxbrewer.zoo.distilbert import (
     DistilBertConfig as DistilBertConfig,
     DistilBertForQuestionAnswering as DistilBertForQuestionAnswering,

@@ -6,6 +6,7 @@ from typing import Any
 from jaxbrewer.zoo.bert import BertConfig
 from jaxbrewer.zoo.bigru import BiGRUConfig
 from jaxbrewer.zoo.configuration import ModelConfig
+from jaxbrewer.zoo.deberta_v2 import DisentangledConfig
 from jaxbrewer.zoo.electra import ElectraConfig
 from jaxbrewer.zoo.mpnet import MPNetConfig
 from jaxbrewer.zoo.roberta import RobertaConfig
@@ -41,7 +42,7 @@ _SHAPES: Mapping[str, dict[str, Any]] = {
     "BiGRU": {"embedding_size": 768, "hidden_size": 768},
 }
 # The classes of config that have BERT's shapes, and those that have the others.
-_LIKE_BERT = (BertConfig, RobertaConfig, MPNetConfig)
+_LIKE_BERT = (BertConfig, RobertaConfig, MPNetConfig, DisentangledConfig)
 _CLASSES: Mapping[str, tuple[type[ModelConfig], ...]] = {
     "Electra-small": (ElectraConfig,),
     "BiGRU": (BiGRUConfig,),
@@ -76,8 +77,8 @@ def student_config(
         name: one of the names above, in any letter case.
         base: whose vocabulary the student shares: a name in `BASES`, or a config, such as the
             teacher's, whose other fields (labels, positions, token types) the student takes too.
-            A T student is then of that config's class: BERT, RoBERTa or MPNet, or one made from
-            them.
+            A T student is then of that config's class: BERT, RoBERTa, MPNet or DeBERTa, or one
+            made from them.
         changes: fields to set on top, such as ``num_labels=3`` or ``output_hidden_states=True``.
 
     Raises:

@@ -17,6 +17,9 @@ TINY = dict(
     type_vocab_size=3,
 )
 UNTYPED = {name: value for name, value in TINY.items() if name != "type_vocab_size"}
+DISENTANGLED = TINY | dict(
+    num_attention_heads=2, relative_attention=True, pos_att_type=["p2c", "c2p"]
+)
 # The same sizes for each architecture, by how the names of its classes begin.
 FAMILIES = {
     "Bert": TINY,
@@ -30,6 +33,10 @@ FAMILIES = {
     "MPNet": UNTYPED | {"pad_token_id": 1},
     # A window of three tokens on either side of nine.
     "ModernBert": UNTYPED | {"pad_token_id": 3, "local_attention": 6, "classifier_pooling": "mean"},
+    # The root of three times a head's width is 6: transformers takes it in float32. Nine tokens are
+    # further apart than there are buckets.
+    "DebertaV2": DISENTANGLED
+    | dict(position_buckets=4, share_att_key=True, norm_rel_ebd="layer_norm", conv_kernel_size=3),
 }
 # Those without token types.
 WITHOUT_TYPES = ("DistilBert", "MPNet", "ModernBert")

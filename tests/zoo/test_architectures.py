@@ -16,7 +16,8 @@ from jaxbrewer.models.wrap import as_model
 
 from .conftest import FAMILIES, close, make_batch, make_torch, to_torch
 
-NEW = ("Roberta", "XLMRoberta", "Camembert", "Electra", "DistilBert", "MPNet", "ModernBert")  # fmt: skip
+NEW = ("Roberta", "XLMRoberta", "Camembert", "Electra", "DistilBert", "MPNet", "ModernBert",
+       "DebertaV2")  # fmt: skip
 ROBERTAS = NEW[:3]
 
 
@@ -153,7 +154,7 @@ def test_half_precision_computes_in_half_and_loses_in_float32(family):
         assert {leaf.dtype for leaf in jax.tree.leaves(value)} == {jnp.dtype(wanted)}, key
 
 
-@pytest.mark.parametrize("family", ["MPNet", "ModernBert"])
+@pytest.mark.parametrize("family", ["MPNet", "ModernBert", "DebertaV2"])
 def test_a_step_at_o2(family):
     """In bfloat16, dropout on: products in half, norms and what comes out in float32."""
     cls = getattr(zoo, f"{family}ForSequenceClassification")
@@ -193,6 +194,7 @@ PRETRAINING = {
     "DistilBert": "DistilBertForMaskedLM",
     "MPNet": "MPNetForMaskedLM",
     "ModernBert": "ModernBertForMaskedLM",
+    "DebertaV2": "DebertaV2ForMaskedLM",
 }
 
 
@@ -247,11 +249,14 @@ def test_defaults_and_files_are_transformers(family, tmp_path):
     assert zoo.read_config(tmp_path) == ours
 
 
+MODEL_TYPES = {"DebertaV2": "deberta-v2"}
+
+
 @pytest.mark.parametrize(
     ("family", "given"),
     [
         # The keys of the published files: roberta-base, electra-small, distilbert-base, mpnet-base,
-        # ModernBERT-base.
+        # ModernBERT-base, deberta-v3-base, deberta-v2-xlarge.
         ("Roberta", {"layer_norm_eps": 1e-05, "max_position_embeddings": 514, "bos_token_id": 0,
                      "eos_token_id": 2, "type_vocab_size": 1, "architectures": []}),
         ("Electra", {"embedding_size": 128, "hidden_size": 256, "summary_activation": "gelu",
@@ -274,14 +279,27 @@ def test_defaults_and_files_are_transformers(family, tmp_path):
                         "norm_eps": 1e-05, "pad_token_id": 50283, "sep_token_id": 50282,
                         "position_embedding_type": "absolute", "sparse_pred_ignore_index": -100,
                         "sparse_prediction": False, "tie_word_embeddings": True}),
+        ("DebertaV2", {"hidden_size": 768, "intermediate_size": 3072, "layer_norm_eps": 1e-07,
+                       "max_relative_positions": -1, "norm_rel_ebd": "layer_norm",
+                       "num_attention_heads": 12, "num_hidden_layers": 12,
+                       "pos_att_type": "p2c|c2p", "position_biased_input": False,
+                       "position_buckets": 256, "relative_attention": True,
+                       "share_att_key": True, "type_vocab_size": 0}),
+        ("DebertaV2", {"attention_head_size": 64, "conv_act": "gelu", "conv_kernel_size": 3,
+                       "hidden_size": 1536, "num_attention_heads": 24, "pooler_dropout": 0,
+                       "pooler_hidden_act": "gelu", "pooler_hidden_size": 1536}),
     ],
 )  # fmt: skip
 def test_published_files_are_read(family, given, tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": family.lower(), **given}))
+    path.write_text(json.dumps({"model_type": MODEL_TYPES.get(family, family.lower()), **given}))
     config = zoo.read_config(path)
     read = config.to_dict()
-    assert {key: read[key] for key in given if key in read}.items() <= given.items()
+    assert {key: read[key] for key in given if key in read} == {
+        key: {"p2c|c2p": ["p2c", "c2p"], "c2p|p2c": ["c2p", "p2c"]}.get(str(value), value)
+        for key, value in given.items()
+        if key in read
+    }
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_when_the_kernel_fits(capability, dtype, length, width, takes, monkeypat
     assert cudnn_takes(jax.ShapeDtypeStruct((2, length, 3, width), dtype)) is takes
 
 
-@pytest.mark.parametrize("family", ["Bert", "DistilBert", "ModernBert"])
+@pytest.mark.parametrize("family", ["Bert", "DistilBert", "ModernBert", "DebertaV2"])
 def test_gradient_checkpointing_changes_memory_alone(family):
     layers = "n_layers" if family == "DistilBert" else "num_hidden_layers"
     config = getattr(zoo, f"{family}Config")(**FAMILIES[family] | {layers: 1})

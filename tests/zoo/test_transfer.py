@@ -97,7 +97,9 @@ def test_refusals(config, teacher):
     np.testing.assert_array_equal(narrow.bert.embeddings.norm.scale[...], before)
 
 
-@pytest.mark.parametrize("family", ["Roberta", "Electra", "DistilBert", "MPNet", "ModernBert"])
+@pytest.mark.parametrize(
+    "family", ["Roberta", "Electra", "DistilBert", "MPNet", "ModernBert", "DebertaV2"]
+)
 def test_every_transformer_can_be_cut(family):
     config = getattr(zoo, f"{family}Config")(**FAMILIES[family])
     short = config.replace(**{"n_layers" if family == "DistilBert" else "num_hidden_layers": 2})
@@ -113,6 +115,7 @@ def test_every_transformer_can_be_cut(family):
     shared = {
         "MPNet": ["relative"],
         "ModernBert": ["final_norm"],
+        "DebertaV2": ["rel_embeddings", "position_norm", "conv"],
     }
     for name in shared.get(family, []):
         assert same(getattr(ours.encoder, name), getattr(theirs.encoder, name))
@@ -130,6 +133,14 @@ def test_a_norm_that_only_one_layer_has_is_left_out():
         assert same(ours.attention, theirs.attention) and same(ours.output, theirs.output)
     assert student.encoder.layer[0].attention_norm is None
     np.testing.assert_array_equal(student.encoder.layer[1].attention_norm.scale[...], 1)
+
+
+def test_tables_that_only_the_student_has_are_named():
+    config = zoo.DebertaV2Config(**FAMILIES["DebertaV2"])
+    teacher = zoo.DebertaV2Model(config.replace(type_vocab_size=0), rngs=nnx.Rngs(0))
+    student = zoo.DebertaV2Model(config, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="token_type_embeddings: the parts are built differently"):
+        init_from_layers(student, teacher, [0, 1, 2])
 
 
 def test_a_distilbert_from_a_bert_computes_the_same(config):
