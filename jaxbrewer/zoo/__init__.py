@@ -38,6 +38,13 @@ from jaxbrewer.zoo.configuration import (
     StackConfig as StackConfig,
     TransformerConfig as TransformerConfig,
 )
+from jaxbrewer.zoo.deberta import (
+    DebertaConfig as DebertaConfig,
+    DebertaForQuestionAnswering as DebertaForQuestionAnswering,
+    DebertaForSequenceClassification as DebertaForSequenceClassification,
+    DebertaForTokenClassification as DebertaForTokenClassification,
+    DebertaModel as DebertaModel,
+)
 from jaxbrewer.zoo.deberta_v2 import (
     DebertaV2Config as DebertaV2Config,
     DebertaV2ForQuestionAnswering as DebertaV2ForQuestionAnswering,

@@ -33,10 +33,11 @@ FAMILIES = {
     "MPNet": UNTYPED | {"pad_token_id": 1},
     # A window of three tokens on either side of nine.
     "ModernBert": UNTYPED | {"pad_token_id": 3, "local_attention": 6, "classifier_pooling": "mean"},
-    # The root of three times a head's width is 6: transformers takes it in float32. Nine tokens are
-    # further apart than there are buckets.
+    # Before "Deberta", for `family_of`. The root of three times a head's width is 6: transformers
+    # takes it in float32. Nine tokens are further apart than there are buckets, or distances.
     "DebertaV2": DISENTANGLED
     | dict(position_buckets=4, share_att_key=True, norm_rel_ebd="layer_norm", conv_kernel_size=3),
+    "Deberta": DISENTANGLED | {"max_relative_positions": 6},
 }
 # Those without token types.
 WITHOUT_TYPES = ("DistilBert", "MPNet", "ModernBert")
@@ -97,12 +98,18 @@ def nothing_narrowed(name):
         probs = torch.softmax(query @ key.transpose(2, 3) * scaling + mask, -1)
         return (probs @ value).transpose(1, 2).contiguous(), probs
 
+    def normed(self, x):
+        centred = x - x.mean(-1, keepdim=True)
+        variance = centred.pow(2).mean(-1, keepdim=True)
+        return self.weight * centred / torch.sqrt(variance + self.variance_epsilon) + self.bias
+
     patches = {
         "ModernBert": {
             "modernbert.modeling_modernbert.apply_rotary_pos_emb": turned,
             "modernbert.modeling_modernbert.eager_attention_forward": attended,
             "modernbert.modeling_modernbert.ModernBertRotaryEmbedding.forward": angles,
         },
+        "Deberta": {"deberta.modeling_deberta.DebertaLayerNorm.forward": normed},
     }
     with contextlib.ExitStack() as stack:
         for path, function in patches.get(family_of(name), {}).items():

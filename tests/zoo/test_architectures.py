@@ -17,7 +17,7 @@ from jaxbrewer.models.wrap import as_model
 from .conftest import FAMILIES, close, make_batch, make_torch, to_torch
 
 NEW = ("Roberta", "XLMRoberta", "Camembert", "Electra", "DistilBert", "MPNet", "ModernBert",
-       "DebertaV2")  # fmt: skip
+       "DebertaV2", "Deberta")  # fmt: skip
 ROBERTAS = NEW[:3]
 
 
@@ -154,7 +154,7 @@ def test_half_precision_computes_in_half_and_loses_in_float32(family):
         assert {leaf.dtype for leaf in jax.tree.leaves(value)} == {jnp.dtype(wanted)}, key
 
 
-@pytest.mark.parametrize("family", ["MPNet", "ModernBert", "DebertaV2"])
+@pytest.mark.parametrize("family", ["MPNet", "ModernBert", "DebertaV2", "Deberta"])
 def test_a_step_at_o2(family):
     """In bfloat16, dropout on: products in half, norms and what comes out in float32."""
     cls = getattr(zoo, f"{family}ForSequenceClassification")
@@ -195,6 +195,7 @@ PRETRAINING = {
     "MPNet": "MPNetForMaskedLM",
     "ModernBert": "ModernBertForMaskedLM",
     "DebertaV2": "DebertaV2ForMaskedLM",
+    "Deberta": "DebertaForMaskedLM",
 }
 
 
@@ -256,7 +257,7 @@ MODEL_TYPES = {"DebertaV2": "deberta-v2"}
     ("family", "given"),
     [
         # The keys of the published files: roberta-base, electra-small, distilbert-base, mpnet-base,
-        # ModernBERT-base, deberta-v3-base, deberta-v2-xlarge.
+        # ModernBERT-base, deberta-v3-base, deberta-v2-xlarge, deberta-base.
         ("Roberta", {"layer_norm_eps": 1e-05, "max_position_embeddings": 514, "bos_token_id": 0,
                      "eos_token_id": 2, "type_vocab_size": 1, "architectures": []}),
         ("Electra", {"embedding_size": 128, "hidden_size": 256, "summary_activation": "gelu",
@@ -288,6 +289,8 @@ MODEL_TYPES = {"DebertaV2": "deberta-v2"}
         ("DebertaV2", {"attention_head_size": 64, "conv_act": "gelu", "conv_kernel_size": 3,
                        "hidden_size": 1536, "num_attention_heads": 24, "pooler_dropout": 0,
                        "pooler_hidden_act": "gelu", "pooler_hidden_size": 1536}),
+        ("Deberta", {"max_relative_positions": -1, "padding_idx": 0, "pos_att_type": "c2p|p2c",
+                     "position_biased_input": False, "relative_attention": True}),
     ],
 )  # fmt: skip
 def test_published_files_are_read(family, given, tmp_path):

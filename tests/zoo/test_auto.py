@@ -95,7 +95,7 @@ def test_refusals(tmp_path):
     file = tmp_path / "config.json"
     file.write_text('{"model_type": "xlnet"}')
     known = (
-        "'bert', 'bigru', 'roberta', 'camembert', 'deberta-v2', 'distilbert', "
+        "'bert', 'bigru', 'roberta', 'camembert', 'deberta-v2', 'deberta', 'distilbert', "
         "'electra', 'modernbert', 'mpnet', 'xlm-roberta'"
     )
     for read in (zoo.from_pretrained, zoo.read_config):

@@ -98,7 +98,7 @@ def test_refusals(config, teacher):
 
 
 @pytest.mark.parametrize(
-    "family", ["Roberta", "Electra", "DistilBert", "MPNet", "ModernBert", "DebertaV2"]
+    "family", ["Roberta", "Electra", "DistilBert", "MPNet", "ModernBert", "DebertaV2", "Deberta"]
 )
 def test_every_transformer_can_be_cut(family):
     config = getattr(zoo, f"{family}Config")(**FAMILIES[family])
@@ -116,6 +116,7 @@ def test_every_transformer_can_be_cut(family):
         "MPNet": ["relative"],
         "ModernBert": ["final_norm"],
         "DebertaV2": ["rel_embeddings", "position_norm", "conv"],
+        "Deberta": ["rel_embeddings"],
     }
     for name in shared.get(family, []):
         assert same(getattr(ours.encoder, name), getattr(theirs.encoder, name))
