@@ -131,12 +131,16 @@ def test_refusals():
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("family", ["Bert", "Roberta", "Electra", "DistilBert"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_decays_is_what_textbrewers_scripts_let_decay(family):
-    """Their list is ``['bias', 'LayerNorm.weight']``; DistilBERT's norms are named otherwise."""
+    """Their list is ``['bias', 'LayerNorm.weight']``, anywhere in a name.
+
+    DistilBERT's and ModernBERT's norms are named otherwise. MPNet's relative positions are a bias.
+    """
     theirs = make_torch(f"{family}ForSequenceClassification")
-    spared = ("bias", "LayerNorm.weight", "layer_norm.weight")
-    wanted = sum(p.numel() for n, p in theirs.named_parameters() if not n.endswith(spared))
+    spared = ("bias", "LayerNorm.weight", "norm.weight")
+    named = theirs.named_parameters()
+    wanted = sum(p.numel() for n, p in named if not any(part in n for part in spared))
     config = getattr(zoo, f"{family}Config")(**FAMILIES[family])
     ours = getattr(zoo, f"{family}ForSequenceClassification")(config, rngs=nnx.Rngs(0))
     params = as_model(ours).params

@@ -170,8 +170,10 @@ def _task_of(tensors: Mapping[str, np.ndarray]) -> str:
         return "question-answering"
     if not any(name.startswith("classifier.") for name in tensors):
         return "none"
+    if any(name.startswith("head.") for name in tensors):  # ModernBERT's, whatever the task
+        raise CommandError("the names of the tensors do not tell the task: give --task")
     deep = any(name.startswith(("pre_classifier.", "classifier.dense.")) for name in tensors)
-    pooled = any(".pooler." in name for name in tensors)
+    pooled = any(name.startswith("pooler.") or ".pooler." in name for name in tensors)
     return "sequence-classification" if pooled or deep else "token-classification"
 
 

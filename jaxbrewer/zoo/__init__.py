@@ -35,7 +35,22 @@ from jaxbrewer.zoo.camembert import (
 from jaxbrewer.zoo.configuration import (
     EncoderConfig as EncoderConfig,
     ModelConfig as ModelConfig,
+    StackConfig as StackConfig,
     TransformerConfig as TransformerConfig,
+)
+from jaxbrewer.zoo.deberta import (
+    DebertaConfig as DebertaConfig,
+    DebertaForQuestionAnswering as DebertaForQuestionAnswering,
+    DebertaForSequenceClassification as DebertaForSequenceClassification,
+    DebertaForTokenClassification as DebertaForTokenClassification,
+    DebertaModel as DebertaModel,
+)
+from jaxbrewer.zoo.deberta_v2 import (
+    DebertaV2Config as DebertaV2Config,
+    DebertaV2ForQuestionAnswering as DebertaV2ForQuestionAnswering,
+    DebertaV2ForSequenceClassification as DebertaV2ForSequenceClassification,
+    DebertaV2ForTokenClassification as DebertaV2ForTokenClassification,
+    DebertaV2Model as DebertaV2Model,
 )
 from jaxbrewer.zoo.distilbert import (
     DistilBertConfig as DistilBertConfig,
@@ -56,6 +71,20 @@ from jaxbrewer.zoo.hf import (
     PretrainedModel as PretrainedModel,
     WeightsMismatchError as WeightsMismatchError,
     model_class as model_class,
+)
+from jaxbrewer.zoo.modernbert import (
+    ModernBertConfig as ModernBertConfig,
+    ModernBertForQuestionAnswering as ModernBertForQuestionAnswering,
+    ModernBertForSequenceClassification as ModernBertForSequenceClassification,
+    ModernBertForTokenClassification as ModernBertForTokenClassification,
+    ModernBertModel as ModernBertModel,
+)
+from jaxbrewer.zoo.mpnet import (
+    MPNetConfig as MPNetConfig,
+    MPNetForQuestionAnswering as MPNetForQuestionAnswering,
+    MPNetForSequenceClassification as MPNetForSequenceClassification,
+    MPNetForTokenClassification as MPNetForTokenClassification,
+    MPNetModel as MPNetModel,
 )
 from jaxbrewer.zoo.outputs import (
     BaseModelOutput as BaseModelOutput,

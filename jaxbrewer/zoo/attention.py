@@ -1,7 +1,7 @@
 """Scaled dot-product attention, written out or, where nobody looks inside, as one kernel."""
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,33 +35,44 @@ def visible_keys(attention_mask: Num[Array, "..."] | None) -> Bool[Array, "..."]
     )
 
 
+def visible_tokens(attention_mask: Num[Array, "..."]) -> Bool[Array, "batch length"]:
+    """Which tokens some query may look at; takes the shapes that `visible_keys` does."""
+    visible: Any = visible_keys(attention_mask)
+    return visible[:, 0].any(axis=1)
+
+
 def attend(
     query: Float[Array, "batch length heads width"],
     key: Float[Array, "batch length heads width"],
     value: Float[Array, "batch length heads width"],
-    visible: Bool[Array, "batch 1 #length length"] | None,
+    visible: Bool[Array, "#batch 1 #length length"] | None,
     dropout: Dropout,
     reported: Reported = None,
+    *,
+    scale: float | None = None,
+    bias: Float[Array, "#batch heads length length"] | None = None,
 ) -> tuple[
     Float[Array, "batch length heads width"], Float[Array, "batch heads length length"] | None
 ]:
     """Scaled dot-product attention: the context, and the probabilities or the scores if asked for.
 
-    ``softmax(query · keyᵀ / √width) · value``, over visible keys; a query with none attends to all
-    alike, as in transformers. Probabilities are those that weighed the values, after dropout.
+    ``softmax(query · keyᵀ · scale + bias) · value``, over visible keys; a query with none attends to
+    all alike, as in transformers. The scale is ``1 / √width`` unless given, the bias 0.
+    Probabilities are those that weighed the values, after dropout.
 
-    Scores are what goes into the softmax: ``query · keyᵀ / √width``, exact at visible keys and
+    Scores are what goes into the softmax: ``query · keyᵀ · scale + bias``, exact at visible keys and
     lowered by 10000 at hidden ones. These are what the models in TextBrewer's examples return and
     what its attention losses are made for: the losses zero such entries, or a softmax does.
 
     On NVIDIA GPUs in half precision, with neither dropout nor a report, cuDNN's kernel does it
-    without keeping the scores.
+    without keeping the scores, where neither scale nor bias is given.
     """
-    if reported is None and not dropout.is_active and cudnn_takes(query):
+    plain = scale is None and bias is None and reported is None and not dropout.is_active
+    if plain and cudnn_takes(query):
         return jax.lax.platform_dependent(
             query, key, value, visible, cuda=_by_cudnn, default=lambda *inputs: _plain(*inputs)[0]
         ), None
-    context, probs, scores = _plain(query, key, value, visible, dropout)
+    context, probs, scores = _plain(query, key, value, visible, dropout, scale, bias)
     if reported != "scores":
         return context, probs if reported else None
     if visible is not None:
@@ -70,14 +81,21 @@ def attend(
 
 
 def _plain(
-    query: Array, key: Array, value: Array, visible: Array | None, dropout: Dropout | None = None
+    query: Array,
+    key: Array,
+    value: Array,
+    visible: Array | None,
+    dropout: Dropout | None = None,
+    scale: float | None = None,
+    bias: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """The context, the probabilities after dropout, and the scores before any mask."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
     # Heads before positions: XLA's products on CPU are slow in the other order.
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=wide)
-    scores = scores * query.shape[-1] ** -0.5
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if bias is None else scores + bias.astype(wide)
     penalty = 0 if visible is None else jnp.where(visible, 0, jnp.finfo(wide).min)
     probs = jax.nn.softmax(scores + penalty, axis=-1).astype(value.dtype)
     probs = probs if dropout is None else dropout(probs)
@@ -103,5 +121,5 @@ def _by_cudnn(
     query: Array, key: Array, value: Array, visible: Array | None
 ) -> Float[Array, "batch length heads width"]:
     if visible is not None:  # the kernel wants the lengths written out
-        visible = jnp.broadcast_to(visible, (*visible.shape[:2], query.shape[1], key.shape[1]))
+        visible = jnp.broadcast_to(visible, (query.shape[0], 1, query.shape[1], key.shape[1]))
     return jax.nn.dot_product_attention(query, key, value, mask=visible, implementation="cudnn")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from jaxbrewer.zoo.blocks import Build, linear
 from jaxbrewer.zoo.configuration import (
@@ -102,7 +102,9 @@ class BertForSequenceClassification(SequenceClassifier):
         self.dropout = Dropout(sizes.head_dropout, rngs=rngs)
         self.classifier = linear(sizes, sizes.hidden_size, sizes.num_labels, **build)
 
-    def _logits(self, encoded: BaseModelOutput) -> Float[Array, "batch labels"]:
+    def _logits(
+        self, encoded: BaseModelOutput, mask: Num[Array, "..."] | None
+    ) -> Float[Array, "batch labels"]:
         pooled: Any = encoded.pooler_output
         return self.classifier(self.dropout(pooled))
 

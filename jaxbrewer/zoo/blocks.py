@@ -4,7 +4,8 @@ Every part takes a config and, by keyword, `Build`. Statistics of layer norms, a
 the softmax are computed in float32 or wider, whatever the ``dtype`` is.
 """
 
-from typing import Any, NotRequired, TypedDict, Unpack
+from collections.abc import Callable, Iterable
+from typing import Any, NotRequired, TypeAlias, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxbrewer.zoo.activations import ACTIVATIONS
 from jaxbrewer.zoo.attention import Reported, attend
-from jaxbrewer.zoo.configuration import EncoderConfig, ModelConfig
+from jaxbrewer.zoo.configuration import ModelConfig, StackConfig
 from jaxbrewer.zoo.dropout import Dropout
+
+Stacked: TypeAlias = tuple[
+    tuple[Float[Array, "batch length width"], ...],
+    tuple[Float[Array, "batch heads length length"] | None, ...],
+]
+"""What a stack of layers gives: its input and every layer's output, and their `Reported`."""
 
 
 class Build(TypedDict):
@@ -43,13 +50,17 @@ def linear(
     config: ModelConfig,
     width_in: int,
     width_out: int,
+    *,
+    use_bias: bool = True,
+    kernel_init: nnx.Initializer | None = None,
     **build: Unpack[Build],
 ) -> nnx.Linear:
     """A dense layer as BERT initialises it: N(0, ``initializer_range``) weights and zero bias."""
     return nnx.Linear(
         width_in,
         width_out,
-        kernel_init=nnx.initializers.normal(config.initializer_range),
+        use_bias=use_bias,
+        kernel_init=kernel_init or nnx.initializers.normal(config.initializer_range),
         dot_general=rows_times_matrix,
         **resolved(build),
     )
@@ -72,13 +83,16 @@ def rows_times_matrix(
 
 
 def layer_norm(
-    config: EncoderConfig,
+    config: StackConfig,
     width: int,
+    *,
+    use_bias: bool = True,
     **build: Unpack[Build],
 ) -> nnx.LayerNorm:
     """A layer norm with the config's epsilon and the exact two-pass variance."""
     return nnx.LayerNorm(
         width,
+        use_bias=use_bias,
         epsilon=config.layer_norm_eps,
         use_fast_variance=False,
         **resolved(build),
@@ -86,7 +100,7 @@ def layer_norm(
 
 
 class Table(nnx.Module):
-    """An embedding table, N(0, ``initializer_range``) at first.
+    """An embedding table, drawn by ``init`` at first, or from N(0, ``init``) where it is a number.
 
     The row of ``pad_id`` starts at zero and gets no gradient, as in torch. An id beyond the table
     gives NaN, and in training one below 0 too.
@@ -96,12 +110,12 @@ class Table(nnx.Module):
         self,
         rows: int,
         width: int,
-        initializer_range: float,
+        init: float | nnx.Initializer,
         pad_id: int | None = None,
         **build: Unpack[Build],
     ):
         how = resolved(build)
-        init = nnx.initializers.normal(initializer_range)
+        init = init if callable(init) else nnx.initializers.normal(init)
         rows_at_first = init(how["rngs"].params(), (rows, width), how["param_dtype"])
         if pad_id is not None:
             rows_at_first = rows_at_first.at[pad_id].set(0)
@@ -110,9 +124,13 @@ class Table(nnx.Module):
         self.pad_id = pad_id
         self.dtype = how["dtype"]
 
+    def rows(self) -> Float[Array, "rows width"]:
+        """The whole table, in the type it computes in."""
+        return self.embedding[...].astype(self.dtype)
+
     def __call__(self, ids: Int[Array, "*shape"]) -> Float[Array, "*shape width"]:
         """The row of each id."""
-        rows = jnp.take(self.embedding[...].astype(self.dtype), ids, axis=0)
+        rows = jnp.take(self.rows(), ids, axis=0)
         if self.pad_id is None:
             return rows
         is_pad = (ids == self.pad_id)[..., None]
@@ -122,15 +140,14 @@ class Table(nnx.Module):
 class Embeddings(nnx.Module):
     """Word, position and token-type embeddings, summed, normalised and dropped out.
 
-    ``token_types=False`` builds it without the third, ``position_pad_id`` names a position that is
+    The config may do without the second or the third; ``position_pad_id`` names a position that is
     padding's. The row of padding starts at zero and gets no gradient, as in torch.
     """
 
     def __init__(
         self,
-        config: EncoderConfig,
+        config: StackConfig,
         *,
-        token_types: bool = True,
         position_pad_id: int | None = None,
         **build: Unpack[Build],
     ):
@@ -139,9 +156,10 @@ class Embeddings(nnx.Module):
         def table(rows: int, pad_id: int | None = None) -> Table:
             return Table(rows, width, config.initializer_range, pad_id, **build)
 
+        positions, types = config.positions, config.token_types
         self.word_embeddings = table(config.vocab_size, config.pad_token_id)
-        self.position_embeddings = table(config.max_position_embeddings, position_pad_id)
-        self.token_type_embeddings = table(config.type_vocab_size) if token_types else None
+        self.position_embeddings = table(positions, position_pad_id) if positions else None
+        self.token_type_embeddings = table(types) if types else None
         self.norm = layer_norm(config, width, **build)
         self.dropout = Dropout(config.hidden_dropout_prob, rngs=build["rngs"])
 
@@ -155,20 +173,24 @@ class Embeddings(nnx.Module):
         token_type_ids: Int[Array, "batch length"] | None,
         position_ids: Int[Array, "#batch length"],
     ) -> Float[Array, "batch length width"]:
-        """Adds the other embeddings to ``inputs_embeds``, which `words` gives."""
+        """Adds the other embeddings to ``inputs_embeds``, which `words` gives.
+
+        Token types and positions are of no account where there is no table of them.
+        """
         summed = inputs_embeds
         if self.token_type_embeddings is not None:
             if token_type_ids is None:
                 token_type_ids = jnp.zeros(inputs_embeds.shape[:2], jnp.int32)
             summed = summed + self.token_type_embeddings(token_type_ids)
-        summed = summed + self.position_embeddings(position_ids)
+        if self.position_embeddings is not None:
+            summed = summed + self.position_embeddings(position_ids)
         return self.dropout(self.norm(summed))
 
 
 class SelfAttention(nnx.Module):
     """Multi-head attention of a sequence to itself, up to and with the output projection."""
 
-    def __init__(self, config: EncoderConfig, **build: Unpack[Build]):
+    def __init__(self, config: StackConfig, **build: Unpack[Build]):
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
 
@@ -183,10 +205,11 @@ class SelfAttention(nnx.Module):
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "batch 1 #length length"] | None = None,
         reported: Reported = None,
+        relative: Float[Array, "1 heads length length"] | None = None,
     ) -> tuple[
         Float[Array, "batch length width"], Float[Array, "batch heads length length"] | None
     ]:
-        """The attended sequence, and what `attend` reports."""
+        """The attended sequence, and what `attend` reports; ``relative`` is its bias."""
         batch, length, width = hidden.shape
         split = (batch, length, self.num_heads, width // self.num_heads)
         context, weights = attend(
@@ -196,6 +219,7 @@ class SelfAttention(nnx.Module):
             visible,
             self.dropout,
             reported,
+            bias=relative,
         )
         return self.output(context.reshape(hidden.shape)), weights
 
@@ -204,15 +228,21 @@ class EncoderLayer(nnx.Module):
     """Attention and a two-layer perceptron, each with a residual and a layer norm after it.
 
     Dropout is applied to what either adds; ``drop_attended=False`` spares attention's.
+    ``attention_class`` is built and called as `SelfAttention` is.
     """
 
     def __init__(
-        self, config: EncoderConfig, *, drop_attended: bool = True, **build: Unpack[Build]
+        self,
+        config: StackConfig,
+        *,
+        drop_attended: bool = True,
+        attention_class: Any = SelfAttention,
+        **build: Unpack[Build],
     ):
         width, inner = config.hidden_size, config.intermediate_size
         self.hidden_act = config.hidden_act
         self.drop_attended = drop_attended
-        self.attention = SelfAttention(config, **build)
+        self.attention = attention_class(config, **build)
         self.attention_norm = layer_norm(config, width, **build)
         self.intermediate = linear(config, width, inner, **build)
         self.output = linear(config, inner, width, **build)
@@ -224,11 +254,12 @@ class EncoderLayer(nnx.Module):
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "batch 1 #length length"] | None = None,
         reported: Reported = None,
+        relative: Float[Array, "..."] | None = None,
     ) -> tuple[
         Float[Array, "batch length width"], Float[Array, "batch heads length length"] | None
     ]:
-        """The layer's output, and what `attend` reports."""
-        attended, weights = self.attention(hidden, visible, reported)
+        """The layer's output, and what `attend` reports; ``relative`` is for its attention."""
+        attended, weights = self.attention(hidden, visible, reported, relative)
         if self.drop_attended:
             attended = self.dropout(attended)
         hidden = self.attention_norm(attended + hidden)
@@ -240,11 +271,16 @@ class Encoder(nnx.Module):
     """A stack of layers; with the config's ``gradient_checkpointing`` backward computes each again."""
 
     def __init__(
-        self, config: EncoderConfig, *, drop_attended: bool = True, **build: Unpack[Build]
+        self,
+        config: StackConfig,
+        *,
+        drop_attended: bool = True,
+        attention_class: Any = SelfAttention,
+        **build: Unpack[Build],
     ):
+        how = {"drop_attended": drop_attended, "attention_class": attention_class}
         self.layer = nnx.List(
-            EncoderLayer(config, drop_attended=drop_attended, **build)
-            for _ in range(config.num_hidden_layers)
+            EncoderLayer(config, **how, **build) for _ in range(config.num_hidden_layers)
         )
         self.checkpoints = config.gradient_checkpointing
 
@@ -253,28 +289,45 @@ class Encoder(nnx.Module):
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "batch 1 #length length"] | None = None,
         reported: Reported = None,
-    ) -> tuple[
-        tuple[Float[Array, "batch length width"], ...],
-        tuple[Float[Array, "batch heads length length"] | None, ...],
-    ]:
-        """The input and every layer's output, and what `attend` reports of every layer."""
+        relative: Float[Array, "..."] | None = None,
+    ) -> Stacked:
+        """The input and every layer's output, and what `attend` reports of every layer.
 
-        def run(layer: EncoderLayer, hidden: Array, visible: Array | None) -> Any:
-            return layer(hidden, visible, reported)
+        ``relative`` goes to every layer's attention.
+        """
 
-        run = nnx.remat(run) if self.checkpoints else run
-        all_hidden, all_weights = [hidden], []
-        for layer in self.layer:
-            hidden, weights = run(layer, hidden, visible)
-            all_hidden.append(hidden)
-            all_weights.append(weights)
-        return tuple(all_hidden), tuple(all_weights)
+        def call(layer: Any, hidden: Array, visible: Any, relative: Any) -> Any:
+            return layer(hidden, visible, reported, relative)
+
+        inputs = [(visible, relative)] * len(self.layer)
+        return run_layers(self.layer, hidden, inputs, call, checkpoints=self.checkpoints)
+
+
+def run_layers(
+    layers: Iterable[nnx.Module],
+    hidden: Float[Array, "batch length width"],
+    inputs: Iterable[tuple[Any, ...]],
+    call: Callable[..., Any],
+    *,
+    checkpoints: bool,
+) -> Stacked:
+    """Runs layers in turn, by ``call(layer, hidden, *inputs)`` with the inputs of each.
+
+    With ``checkpoints`` the backward pass computes each again.
+    """
+    call = nnx.remat(call) if checkpoints else call
+    all_hidden, all_weights = [hidden], []
+    for layer, given in zip(layers, inputs, strict=True):
+        hidden, weights = call(layer, hidden, *given)
+        all_hidden.append(hidden)
+        all_weights.append(weights)
+    return tuple(all_hidden), tuple(all_weights)
 
 
 class Pooler(nnx.Module):
     """The first token's output through a dense layer and tanh."""
 
-    def __init__(self, config: EncoderConfig, **build: Unpack[Build]):
+    def __init__(self, config: StackConfig, **build: Unpack[Build]):
         width = config.hidden_size
         self.dense = linear(config, width, width, **build)
 
@@ -289,7 +342,7 @@ class ClassificationHead(nnx.Module):
     Dropout is applied before each of the two layers.
     """
 
-    def __init__(self, config: EncoderConfig, activation: str, **build: Unpack[Build]):
+    def __init__(self, config: StackConfig, activation: str, **build: Unpack[Build]):
         width = config.hidden_size
         self.dense = linear(config, width, width, **build)
         self.out_proj = linear(config, width, config.num_labels, **build)

@@ -290,7 +290,7 @@ class TransformerConfig(ModelConfig, abc.ABC):
 
     @property
     @abc.abstractmethod
-    def sizes(self) -> "EncoderConfig":
+    def sizes(self) -> "StackConfig":
         """The config under the names that `jaxbrewer.zoo.blocks` reads."""
 
     @property
@@ -305,8 +305,8 @@ class TransformerConfig(ModelConfig, abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EncoderConfig(TransformerConfig):
-    """The fields of BERT and of the models that share its names; the defaults are BERT-base's."""
+class StackConfig(TransformerConfig):
+    """The fields that `jaxbrewer.zoo.blocks` reads: a stack of layers; the defaults are BERT-base's."""
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -315,9 +315,7 @@ class EncoderConfig(TransformerConfig):
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
-    type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
-    classifier_dropout: float | None = None
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         **TransformerConfig._checks,
@@ -328,9 +326,7 @@ class EncoderConfig(TransformerConfig):
         "hidden_act": activation_name,
         "hidden_dropout_prob": checks.rate,
         "attention_probs_dropout_prob": checks.rate,
-        "type_vocab_size": checks.integer(1),
         "layer_norm_eps": checks.not_negative,
-        "classifier_dropout": checks.optional(checks.rate),
     }
 
     def _problems(self) -> Iterable[str]:
@@ -342,7 +338,7 @@ class EncoderConfig(TransformerConfig):
             )
 
     @property
-    def sizes(self) -> "EncoderConfig":
+    def sizes(self) -> "StackConfig":
         """This config: its names are those that `jaxbrewer.zoo.blocks` reads."""
         return self
 
@@ -352,15 +348,50 @@ class EncoderConfig(TransformerConfig):
         return self.hidden_size
 
     @property
+    def token_types(self) -> int:
+        """The rows of the table of token types, 0 where there is none."""
+        return 0
+
+    @property
+    def positions(self) -> int:
+        """The rows of the table of positions, 0 where there is none."""
+        return self.max_position_embeddings
+
+    @property
     def head_dropout(self) -> float:
         """The dropout rate before a classifier."""
-        rate = self.classifier_dropout
-        return self.hidden_dropout_prob if rate is None else rate
+        return self.hidden_dropout_prob
 
     @property
     def id_limits(self) -> dict[str, int]:
         """By argument of the model, the number that its ids must stay below."""
-        return {**super().id_limits, "token_type_ids": self.type_vocab_size}
+        rows = {"position_ids": self.positions, "token_type_ids": self.token_types}
+        return {"input_ids": self.vocab_size} | {name: n for name, n in rows.items() if n}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig(StackConfig):
+    """The fields of BERT and of the models that share its names; the defaults are BERT-base's."""
+
+    type_vocab_size: int = 2
+    classifier_dropout: float | None = None
+
+    _checks: ClassVar[Mapping[str, checks.Check]] = {
+        **StackConfig._checks,
+        "type_vocab_size": checks.integer(1),
+        "classifier_dropout": checks.optional(checks.rate),
+    }
+
+    @property
+    def token_types(self) -> int:
+        """The rows of the table of token types."""
+        return self.type_vocab_size
+
+    @property
+    def head_dropout(self) -> float:
+        """The dropout rate before a classifier."""
+        rate = self.classifier_dropout
+        return self.hidden_dropout_prob if rate is None else rate
 
 
 def _score_activation(values: Mapping[str, Any]) -> Any:

@@ -22,8 +22,8 @@ from jaxbrewer.zoo.bert import BERT_EXTRAS
 from jaxbrewer.zoo.blocks import Build, linear
 from jaxbrewer.zoo.configuration import (
     BOOKKEEPING_KEYS,
-    EncoderConfig,
     ModelConfig,
+    StackConfig,
     TransformerConfig,
     activation_name,
 )
@@ -113,9 +113,9 @@ class DistilBertConfig(TransformerConfig):
         return self.n_heads
 
     @property
-    def sizes(self) -> EncoderConfig:
+    def sizes(self) -> StackConfig:
         """The config under the names that `jaxbrewer.zoo.blocks` reads."""
-        return EncoderConfig(
+        return StackConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.dim,
             num_hidden_layers=self.n_layers,
@@ -137,7 +137,6 @@ class DistilBertModel(EncoderModel):
 
     tensor_names: ClassVar[TensorNames] = DISTILBERT_TENSORS
     config_class: ClassVar[type[ModelConfig]] = DistilBertConfig
-    token_types: ClassVar[bool] = False
     drop_attended: ClassVar[bool] = False
 
     def __init__(
@@ -226,7 +225,9 @@ class DistilBertForSequenceClassification(SequenceClassifier):
             return_dict=return_dict,
         )
 
-    def _logits(self, encoded: BaseModelOutput) -> Float[Array, "batch labels"]:
+    def _logits(
+        self, encoded: BaseModelOutput, mask: Num[Array, "..."] | None
+    ) -> Float[Array, "batch labels"]:
         inner = jax.nn.relu(self.pre_classifier(encoded.last_hidden_state[:, 0]))
         return self.classifier(self.dropout(inner))
 

@@ -25,7 +25,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Num
 
 from jaxbrewer.zoo.attention import Reported, visible_keys
-from jaxbrewer.zoo.blocks import Build, Embeddings, Encoder, Pooler, Table
+from jaxbrewer.zoo.blocks import Build, Embeddings, Encoder, Pooler, Stacked, Table
 from jaxbrewer.zoo.configuration import ModelConfig, TransformerConfig
 from jaxbrewer.zoo.hf import PretrainedModel
 from jaxbrewer.zoo.outputs import BaseModelOutput, ModelOutput
@@ -68,16 +68,16 @@ def embedded_words(
 class EncoderModel(PretrainedModel):
     """An encoder: embeddings, a projection of them and a pooler where there is one, and layers.
 
-    ``token_types`` says whether token types are embedded, ``drop_attended`` whether dropout is
-    applied to what attention adds. Computes in ``dtype`` (``param_dtype`` unless given);
-    parameters are ``param_dtype``.
+    ``drop_attended`` says whether dropout is applied to what attention adds. Computes in ``dtype``
+    (``param_dtype`` unless given); parameters are ``param_dtype``.
 
     Raises ``ValueError`` for a sequence longer than there are positions, and for shapes other than
     the module's docstring gives.
     """
 
-    token_types: ClassVar[bool] = True
     drop_attended: ClassVar[bool] = True
+    embeddings: Any
+    encoder: Any
     config: TransformerConfig
     embeddings_project: nnx.Linear | None = None
     pooler: Pooler | None = None
@@ -92,13 +92,17 @@ class EncoderModel(PretrainedModel):
     ):
         build = Build(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
-        self.embeddings = Embeddings(
-            config.sizes,
-            token_types=self.token_types,
-            position_pad_id=self._position_pad_id(),
-            **build,
-        )
-        self.encoder = Encoder(config.sizes, drop_attended=self.drop_attended, **build)
+        self.embeddings = self._new_embeddings(**build)
+        self.encoder = self._new_encoder(**build)
+
+    def _new_embeddings(self, **build: Unpack[Build]) -> nnx.Module:
+        """The embeddings, which are called as `blocks.Embeddings` are."""
+        sizes = self.config.sizes
+        return Embeddings(sizes, position_pad_id=self._position_pad_id(), **build)
+
+    def _new_encoder(self, **build: Unpack[Build]) -> nnx.Module:
+        """The layers, which `_run` calls."""
+        return Encoder(self.config.sizes, drop_attended=self.drop_attended, **build)
 
     @classmethod
     def without_pooler(cls, config: TransformerConfig, **build: Unpack[Build]) -> Self:
@@ -147,7 +151,12 @@ class EncoderModel(PretrainedModel):
         config = self.config
         scores = either(output_attention_scores, config.output_attention_scores)
         attentions = scores or either(output_attentions, config.output_attentions)
-        embedded = self._embed(input_ids, token_type_ids, position_ids, inputs_embeds)
+        words = self._words(input_ids, inputs_embeds)
+        if position_ids is None:
+            positions = self._positions(input_ids, words.shape[1])
+        else:
+            positions = self._given_positions(position_ids)
+        embedded = self._embed(words, token_type_ids, positions)
         mask = None if attention_mask is None else jnp.asarray(attention_mask)
         if mask is not None and mask.ndim == 2 and mask.shape != embedded.shape[:2]:
             raise ValueError(
@@ -156,7 +165,7 @@ class EncoderModel(PretrainedModel):
             )
         reported: Reported = "probabilities" if attentions else None
         reported = "scores" if scores else reported
-        all_hidden, all_weights = self.encoder(embedded, visible_keys(mask), reported)
+        all_hidden, all_weights = self._run(embedded, mask, positions, reported)
         hidden = all_hidden[-1]
         return BaseModelOutput(
             last_hidden_state=hidden,
@@ -167,35 +176,49 @@ class EncoderModel(PretrainedModel):
             attentions=cast(Any, all_weights) if attentions else None,
         )
 
-    def _embed(
+    def _words(
         self,
         input_ids: Int[Array, "batch length"] | None,
-        token_type_ids: Int[Array, "batch length"] | None,
-        position_ids: Int[Array, "#batch length"] | None,
         inputs_embeds: Float[Array, "batch length width"] | None,
     ) -> Float[Array, "batch length width"]:
-        """The embedding output, after checking what shapes can tell."""
+        """The words' embeddings, after checking what shapes can tell."""
         words = embedded_words(self.embeddings.word_embeddings, input_ids, inputs_embeds)
         length, longest = words.shape[1], self._longest()
-        if length > longest:
+        if longest is not None and length > longest:
             raise ValueError(
                 f"a sequence of {length} is longer than the {longest} positions there are "
                 f"(max_position_embeddings={self.config.max_position_embeddings}): truncate it "
                 "when tokenizing"
             )
-        if position_ids is None:
-            position_ids = self._positions(input_ids, length)
-        if token_type_ids is not None:
-            token_type_ids = jnp.asarray(token_type_ids)
-        embedded = self.embeddings(words, token_type_ids, jnp.asarray(position_ids))
+        return words
+
+    def _embed(
+        self,
+        words: Float[Array, "batch length width"],
+        token_type_ids: Int[Array, "batch length"] | None,
+        positions: Int[Array, "#batch length"],
+    ) -> Float[Array, "batch length width"]:
+        """The embedding output."""
+        types = None if token_type_ids is None else jnp.asarray(token_type_ids)
+        embedded = self.embeddings(words, types, positions)
         return embedded if self.embeddings_project is None else self.embeddings_project(embedded)
+
+    def _run(
+        self,
+        embedded: Float[Array, "batch length width"],
+        mask: Num[Array, "..."] | None,
+        positions: Int[Array, "#batch length"],
+        reported: Reported,
+    ) -> Stacked:
+        """What the layers make of the embeddings; positions count only where the model turns by them."""
+        return self.encoder(embedded, visible_keys(mask), reported)
 
     def _position_pad_id(self) -> int | None:
         """The position of padding, where it has one of its own."""
         return None
 
-    def _longest(self) -> int:
-        """How many positions there are."""
+    def _longest(self) -> int | None:
+        """How long a sequence may be, None where there is no end."""
         return self.config.max_position_embeddings
 
     def _positions(
@@ -203,6 +226,12 @@ class EncoderModel(PretrainedModel):
     ) -> Int[Array, "#batch length"]:
         """The positions where none are given."""
         return jnp.arange(length)[None]
+
+    def _given_positions(
+        self, position_ids: Int[Array, "#batch length"]
+    ) -> Int[Array, "#batch length"]:
+        """The positions where some are given."""
+        return jnp.asarray(position_ids)
 
 
 class PooledModel(EncoderModel):

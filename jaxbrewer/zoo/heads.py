@@ -66,6 +66,19 @@ def sequence_classification_loss(
     return -jnp.mean(each)
 
 
+def soft_cross_entropy(
+    logits: Float[Array, "batch labels"], targets: Num[Array, "batch labels"]
+) -> Float[Array, ""]:
+    """The mean over examples of ``-Σ target · log softmax(logits)``."""
+    if targets.shape != logits.shape:
+        raise ValueError(
+            f"labels of shape {targets.shape} do not fit logits of shape {logits.shape}: give one "
+            "value for each logit, or one label for each example"
+        )
+    log_probs = jax.nn.log_softmax(_at_least_float32(logits))
+    return -jnp.mean(jnp.sum(targets.astype(log_probs.dtype) * log_probs, axis=-1))
+
+
 def token_classification_loss(
     logits: Float[Array, "batch length labels"], labels: Int[Array, "batch length"]
 ) -> Float[Array, ""]:

@@ -24,6 +24,19 @@ ROBERTA_TENSORS = TensorNames(
 )
 
 
+def positions_past_padding(
+    input_ids: Int[Array, "batch length"] | None, length: int, pad: int
+) -> Int[Array, "#batch length"]:
+    """The positions of tokens, counted from past the padding id; padding's is that id.
+
+    Without ids, as with embeddings given, every position is a token's.
+    """
+    if input_ids is None:
+        return jnp.arange(pad + 1, pad + 1 + length)[None]
+    is_token = (jnp.asarray(input_ids) != pad).astype(jnp.int32)
+    return jnp.cumsum(is_token, axis=1) * is_token + pad
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RobertaConfig(EncoderConfig):
     """RoBERTa's config, with transformers' defaults.
@@ -63,16 +76,12 @@ class RobertaModel(PooledModel):
         return self.config.pad_token_id or 0
 
     def _longest(self) -> int:
-        return super()._longest() - self._position_pad_id() - 1
+        return self.config.max_position_embeddings - self._position_pad_id() - 1
 
     def _positions(
         self, input_ids: Int[Array, "batch length"] | None, length: int
     ) -> Int[Array, "#batch length"]:
-        pad = self._position_pad_id()
-        if input_ids is None:
-            return jnp.arange(pad + 1, pad + 1 + length)[None]
-        is_token = (jnp.asarray(input_ids) != pad).astype(jnp.int32)
-        return jnp.cumsum(is_token, axis=1) * is_token + pad
+        return positions_past_padding(input_ids, length, self._position_pad_id())
 
 
 class RobertaForSequenceClassification(SequenceClassifier):

@@ -6,7 +6,9 @@ from typing import Any
 from jaxbrewer.zoo.bert import BertConfig
 from jaxbrewer.zoo.bigru import BiGRUConfig
 from jaxbrewer.zoo.configuration import ModelConfig
+from jaxbrewer.zoo.deberta_v2 import DisentangledConfig
 from jaxbrewer.zoo.electra import ElectraConfig
+from jaxbrewer.zoo.mpnet import MPNetConfig
 from jaxbrewer.zoo.roberta import RobertaConfig
 
 BASES: Mapping[str, int] = {
@@ -39,7 +41,8 @@ _SHAPES: Mapping[str, dict[str, Any]] = {
     "Electra-small": {**_transformer(12, 256, 1024, heads=4), "embedding_size": 128},
     "BiGRU": {"embedding_size": 768, "hidden_size": 768},
 }
-# The classes of config that have such a shape, where it is not BERT's.
+# The classes of config that have BERT's shapes, and those that have the others.
+_LIKE_BERT = (BertConfig, RobertaConfig, MPNetConfig, DisentangledConfig)
 _CLASSES: Mapping[str, tuple[type[ModelConfig], ...]] = {
     "Electra-small": (ElectraConfig,),
     "BiGRU": (BiGRUConfig,),
@@ -74,7 +77,8 @@ def student_config(
         name: one of the names above, in any letter case.
         base: whose vocabulary the student shares: a name in `BASES`, or a config, such as the
             teacher's, whose other fields (labels, positions, token types) the student takes too.
-            A T student is then of that config's class, a BERT or RoBERTa.
+            A T student is then of that config's class: BERT, RoBERTa, MPNet or DeBERTa, or one
+            made from them.
         changes: fields to set on top, such as ``num_labels=3`` or ``output_hidden_states=True``.
 
     Raises:
@@ -85,7 +89,7 @@ def student_config(
     if not isinstance(name, str) or name.casefold() not in known:
         raise ValueError(f"no student {name!r}: choose from {', '.join(_SHAPES)}")
     name = known[name.casefold()]
-    classes = _CLASSES.get(name, (BertConfig, RobertaConfig))
+    classes = _CLASSES.get(name, _LIKE_BERT)
     if isinstance(base, str):
         if base not in BASES:
             raise ValueError(f"no base {base!r}: choose from {', '.join(BASES)}, or give a config")

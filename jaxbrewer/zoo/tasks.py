@@ -95,16 +95,25 @@ class SequenceClassifier(TaskModel):
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
         )
-        logits = self._logits(encoded)
+        mask = None if attention_mask is None else jnp.asarray(attention_mask)
+        logits = self._logits(encoded, mask)
         loss = None
         if labels is not None:
-            problem_type = self.config.problem_type
-            loss = heads.sequence_classification_loss(logits, jnp.asarray(labels), problem_type)
+            loss = self._loss(logits, jnp.asarray(labels))
         output = SequenceClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
         return as_asked(output, self.config, return_dict)
 
-    def _logits(self, encoded: BaseModelOutput) -> Float[Array, "batch labels"]:
+    def _logits(
+        self, encoded: BaseModelOutput, mask: Num[Array, "..."] | None
+    ) -> Float[Array, "batch labels"]:
         return self.classifier(encoded.last_hidden_state)
+
+    def _loss(
+        self,
+        logits: Float[Array, "batch labels"],
+        labels: Num[Array, " batch"] | Num[Array, "batch labels"],
+    ) -> Float[Array, ""]:
+        return heads.sequence_classification_loss(logits, labels, self.config.problem_type)
 
 
 class TokenClassifier(TaskModel):
@@ -151,12 +160,26 @@ class TokenClassifier(TaskModel):
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
         )
-        logits = self.classifier(self.dropout(encoded.last_hidden_state))
+        logits = self._logits(encoded.last_hidden_state)
         loss = None
         if labels is not None:
             loss = heads.token_classification_loss(logits, jnp.asarray(labels))
         output = TokenClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
         return as_asked(output, self.config, return_dict)
+
+    def _logits(
+        self, hidden: Float[Array, "batch length width"]
+    ) -> Float[Array, "batch length labels"]:
+        return self.classifier(self.dropout(hidden))
+
+
+def check_span_labels(config: TransformerConfig) -> None:
+    """Refuses, with a ``ValueError``, a number of labels other than 2."""
+    if config.num_labels != 2:
+        raise ValueError(
+            f"num_labels={config.num_labels}, but answer spans need 2 (start and end): "
+            "use config.replace(num_labels=2)"
+        )
 
 
 class SpanClassifier(TaskModel):
@@ -175,11 +198,7 @@ class SpanClassifier(TaskModel):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if config.num_labels != 2:
-            raise ValueError(
-                f"num_labels={config.num_labels}, but answer spans need 2 (start and end): "
-                "use config.replace(num_labels=2)"
-            )
+        check_span_labels(config)
         build = Build(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self._set_encoder(self.encoder_class.without_pooler(config, **build))
         self.qa_outputs = linear(config.sizes, config.sizes.hidden_size, 2, **build)

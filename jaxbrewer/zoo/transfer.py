@@ -13,7 +13,7 @@ from jaxbrewer.zoo.hf import PretrainedModel
 
 _Model = TypeVar("_Model", bound=PretrainedModel)
 # A part of the student, the part of the teacher it starts from, and what to call it.
-_Pair = tuple[nnx.Module, nnx.Module, str]
+_Pair = tuple[nnx.Module, nnx.Module | None, str]
 
 
 def init_from_layers(
@@ -27,8 +27,10 @@ def init_from_layers(
     """Copies the teacher's ``layers`` into the student's, in order, and returns the student.
 
     ``layers`` names one teacher layer, counted from 0, for each of the student's: ``[0, 4, 8]``
-    for a student of three. With ``embeddings`` the tables, their norm and their projection are
-    copied too. The pooler is copied where both models have one. ``head=None`` copies the task head
+    for a student of three. What the layers share, such as a table of distances or a last norm, goes
+    with them. With ``embeddings`` the tables, their norm and their projection are copied too. The
+    first layer of a ModernBERT has one norm fewer than the others: it is left out where one of two
+    layers is a first. The pooler is copied where both models have one. ``head=None`` copies the task head
     where both have the same one, of the same shape; ``True`` demands it, ``False`` leaves the
     student's own.
 
@@ -52,9 +54,13 @@ def init_from_layers(
             "transformer, or from BERT to DistilBERT"
         )
     _check_layers(target, source, layers)
-    pairs: list[_Pair] = [
-        (target.encoder.layer[position], source.encoder.layer[layer], f"layer {layer}")
-        for position, layer in enumerate(layers)
+    pairs: list[_Pair] = []
+    for position, layer in enumerate(layers):
+        pairs += _layer_to_copy(target.encoder.layer[position], source.encoder.layer[layer], layer)
+    pairs += [
+        (part, getattr(source.encoder, name, None), f"encoder.{name}")
+        for name, part in _parts(target.encoder).items()
+        if name != "layer"
     ]
     if embeddings:
         pairs += _embeddings_to_copy(target, source)
@@ -103,14 +109,21 @@ def _check_layers(student: EncoderModel, teacher: EncoderModel, layers: Sequence
         )
 
 
+def _layer_to_copy(student: nnx.Module, teacher: nnx.Module, layer: int) -> list[_Pair]:
+    """The pairs of a layer's parts, without the norm that only one of the two has."""
+    ours, theirs = _parts(student), _parts(teacher)
+    pairs: list[_Pair] = [(student, teacher, f"layer {layer}")]
+    if ours.keys() ^ theirs.keys() == {"attention_norm"}:
+        both = sorted(ours.keys() & theirs.keys())
+        pairs = [(ours[name], theirs[name], f"layer {layer}, {name}") for name in both]
+    return pairs
+
+
 def _embeddings_to_copy(student: EncoderModel, teacher: EncoderModel) -> list[_Pair]:
     """The pairs of tables, of their norms and of their projections to copy."""
-    names = ["word_embeddings", "position_embeddings", "norm"]
-    if student.embeddings.token_type_embeddings is not None:
-        names.append("token_type_embeddings")
-    pairs = [
-        (getattr(student.embeddings, name), getattr(teacher.embeddings, name), f"embeddings.{name}")
-        for name in names
+    pairs: list[_Pair] = [
+        (part, getattr(teacher.embeddings, name, None), f"embeddings.{name}")
+        for name, part in _parts(student.embeddings).items()
     ]
     ours, theirs = student.embeddings_project, teacher.embeddings_project
     if ours is not None and theirs is not None:
@@ -126,7 +139,7 @@ def _heads_to_copy(
         return []
     ours, theirs = _heads(student), _heads(teacher)
     same = bool(ours) and student.task == teacher.task and ours.keys() == theirs.keys()
-    pairs = [(ours[name], theirs[name], name) for name in ours] if same else []
+    pairs: list[_Pair] = [(ours[name], theirs[name], name) for name in ours] if same else []
     if head is None:
         return [] if any(_misfits(*pair) for pair in pairs) else pairs
     if not same:
@@ -141,18 +154,21 @@ def _heads(model: PretrainedModel) -> dict[str, nnx.Module]:
     """The modules beside the encoder that hold parameters."""
     if model.base_model is model:
         return {}
-    return {
-        str(name): child
-        for name, child in nnx.iter_children(model)
-        if child is not model.base_model and _parameters(child)
-    }
+    return {name: child for name, child in _parts(model).items() if child is not model.base_model}
 
 
-def _parameters(module: nnx.Module) -> dict[tuple[Any, ...], Any]:
+def _parts(module: nnx.Module) -> dict[str, nnx.Module]:
+    """The modules directly below one that hold parameters."""
+    return {str(name): child for name, child in nnx.iter_children(module) if _parameters(child)}
+
+
+def _parameters(module: nnx.Module | None) -> dict[tuple[Any, ...], Any]:
+    if module is None:
+        return {}
     return dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
 
 
-def _misfits(student: nnx.Module, teacher: nnx.Module, what: str) -> list[str]:
+def _misfits(student: nnx.Module, teacher: nnx.Module | None, what: str) -> list[str]:
     """Where one part of the student differs in shape from the teacher's."""
     ours, theirs = _parameters(student), _parameters(teacher)
     if ours.keys() != theirs.keys():
@@ -165,7 +181,7 @@ def _misfits(student: nnx.Module, teacher: nnx.Module, what: str) -> list[str]:
     ]
 
 
-def _copy(source: nnx.Module, target: nnx.Module) -> None:
+def _copy(source: nnx.Module | None, target: nnx.Module) -> None:
     """Copies parameters between parts of one shape, into new arrays of the target's dtype."""
     values, theirs = _parameters(target), _parameters(source)
     for path, variable in values.items():

@@ -14,7 +14,7 @@ import pytest
 
 from jaxbrewer import CallbackResult, zoo
 from jaxbrewer.__main__ import main
-from jaxbrewer.commands import checking, weights, zoo_models
+from jaxbrewer.commands import CommandError, checking, weights, zoo_models
 from jaxbrewer.commands.port.verdicts import Run
 from jaxbrewer.training.position import sealed
 
@@ -296,6 +296,9 @@ def test_the_task_follows_from_the_names():
     assert task("classifier.weight", "bert.pooler.dense.weight") == "sequence-classification"
     assert task("classifier.weight") == "token-classification"
     assert task("pre_classifier.weight", "classifier.weight") == "sequence-classification"
+    assert task("pooler.dense.weight", "classifier.weight") == "sequence-classification"
+    with pytest.raises(CommandError, match="do not tell the task: give --task"):
+        task("head.dense.weight", "classifier.weight")
 
 
 # ------------------------------------------------------------------------------------------ check

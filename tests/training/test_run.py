@@ -78,8 +78,6 @@ WRONG = {
                                   {**EPOCH, "dataloader": Lengthless()}, {}),
     "no loader": (TypeError, "dataloader is a int, which cannot be iterated",
                   {**EPOCH, "dataloader": 3}, {}),
-    "a batch for a loader": (BatchError, r"must be a dict .* the loader gave a str \('ids'\)",
-                             {**EPOCH, "dataloader": LOADER[0]}, {}),
     "text in a batch": (BatchError, r"batch\['title'\] is a str.*batch_postprocessor",
                         {**EPOCH, "dataloader": [{**LOADER[0], "title": "x"}]}, {}),
     "a schedule for a class": (
@@ -153,8 +151,8 @@ TORCH = {
         "scheduler_class=jaxbrewer.schedulers.get_linear"),
     "an object for a class": (TypeError, "scheduler_class is a ConstantLR; pass the class"),
     "transformers' function": (
-        TypeError, "get_linear_schedule_with_warmup wants a torch optimizer.*same name in "
-        "jaxbrewer.schedulers"),
+        TypeError, "get_linear_schedule_with_warmup wants a torch optimizer. Use "
+        "jaxbrewer.schedulers.get_linear_schedule_with_warmup, without the optimizer"),
     "torch's class": (
         TypeError, r"StepLR wants a torch optimizer. jaxbrewer.schedulers has get_constant.*"
         r"lambda step_size, gamma=0.1"),

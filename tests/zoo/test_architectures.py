@@ -10,10 +10,14 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxbrewer.zoo as zoo
+from jaxbrewer.models.half_products import wide_products
+from jaxbrewer.models.precision import Precision, at_level
+from jaxbrewer.models.wrap import as_model
 
 from .conftest import FAMILIES, close, make_batch, make_torch, to_torch
 
-NEW = ("Roberta", "XLMRoberta", "Camembert", "Electra", "DistilBert")
+NEW = ("Roberta", "XLMRoberta", "Camembert", "Electra", "DistilBert", "MPNet", "ModernBert",
+       "DebertaV2", "Deberta")  # fmt: skip
 ROBERTAS = NEW[:3]
 
 
@@ -158,6 +162,31 @@ def test_half_precision_computes_in_half_and_loses_in_float32(family):
         assert {leaf.dtype for leaf in jax.tree.leaves(value)} == {jnp.dtype(wanted)}, key
 
 
+@pytest.mark.parametrize("family", ["MPNet", "ModernBert", "DebertaV2", "Deberta"])
+def test_a_step_at_o2(family):
+    """In bfloat16, dropout on: products in half, norms and what comes out in float32."""
+    cls = getattr(zoo, f"{family}ForSequenceClassification")
+    model = as_model(cls(config_of(family, num_hidden_layers=1), rngs=nnx.Rngs(0)))
+    batch = make_batch(family=family) | {"labels": np.array([0, 1, 1])}
+    batch = {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
+
+    def loss(params, handle):
+        outputs = handle.apply(params, handle.state, jax.random.key(1), (), batch, True)[0]
+        return outputs.loss, outputs.logits
+
+    half = at_level(model, Precision("O2", "bfloat16", emulated=True))
+    step = jax.jit(lambda params: jax.value_and_grad(loss, has_aux=True)(params, half))
+    traced = step.trace(half.params)
+    assert wide_products(traced.jaxpr) == []
+    (value, logits), grads = traced.lower().compile()(half.params)
+    assert {leaf.dtype for leaf in (value, logits, *grads.values())} == {jnp.dtype("float32")}
+    assert all(np.isfinite(grad).all() for grad in grads.values())
+    np.testing.assert_allclose(value, loss(model.params, model)[0], rtol=0.02)
+    frozen = at_level(model, Precision("O2", "bfloat16"), frozen=True).params
+    full = {name for name, leaf in frozen.items() if leaf.dtype == jnp.float32}
+    assert full == {name for name in model.params if "norm" in name.split(".")[-2]}
+
+
 def test_spans_need_two_labels():
     with pytest.raises(ValueError, match="answer spans need 2"):
         zoo.ElectraForQuestionAnswering(config_of("Electra", num_labels=3), rngs=nnx.Rngs(0))
@@ -171,6 +200,10 @@ PRETRAINING = {
     "Camembert": "CamembertForMaskedLM",
     "Electra": "ElectraForPreTraining",
     "DistilBert": "DistilBertForMaskedLM",
+    "MPNet": "MPNetForMaskedLM",
+    "ModernBert": "ModernBertForMaskedLM",
+    "DebertaV2": "DebertaV2ForMaskedLM",
+    "Deberta": "DebertaForMaskedLM",
 }
 
 
@@ -179,7 +212,7 @@ PRETRAINING = {
 def test_heads_of_pretraining_are_passed_over(family, tmp_path):
     theirs = make_torch(PRETRAINING[family])
     theirs.save_pretrained(tmp_path)
-    options = {"add_pooling_layer": False} if family in ROBERTAS else {}
+    options = {"add_pooling_layer": False} if family in (*ROBERTAS, "MPNet") else {}
     ours = zoo.from_pretrained(tmp_path, **options)
     assert type(ours).__name__ == f"{family}Model"
     batch = make_batch(family=family)
@@ -225,10 +258,14 @@ def test_defaults_and_files_are_transformers(family, tmp_path):
     assert zoo.read_config(tmp_path) == ours
 
 
+MODEL_TYPES = {"DebertaV2": "deberta-v2"}
+
+
 @pytest.mark.parametrize(
     ("family", "given"),
     [
-        # The keys of the published roberta-base, electra-small and distilbert-base files.
+        # The keys of the published files: roberta-base, electra-small, distilbert-base, mpnet-base,
+        # ModernBERT-base, deberta-v3-base, deberta-v2-xlarge, deberta-base.
         ("Roberta", {"layer_norm_eps": 1e-05, "max_position_embeddings": 514, "bos_token_id": 0,
                      "eos_token_id": 2, "type_vocab_size": 1, "architectures": []}),
         ("Electra", {"embedding_size": 128, "hidden_size": 256, "summary_activation": "gelu",
@@ -238,14 +275,42 @@ def test_defaults_and_files_are_transformers(family, tmp_path):
                         "dropout": 0.1, "hidden_dim": 3072, "n_heads": 12, "n_layers": 6,
                         "qa_dropout": 0.1, "seq_classif_dropout": 0.2,
                         "sinusoidal_pos_embds": False, "tie_weights_": True}),
+        ("MPNet", {"layer_norm_eps": 1e-05, "max_position_embeddings": 514, "pad_token_id": 1,
+                   "relative_attention_num_buckets": 32, "vocab_size": 30527}),
+        ("ModernBert", {"bos_token_id": 50281, "classifier_activation": "gelu",
+                        "classifier_bias": False, "classifier_pooling": "mean",
+                        "cls_token_id": 50281, "decoder_bias": True,
+                        "deterministic_flash_attn": False, "embedding_dropout": 0.0,
+                        "global_attn_every_n_layers": 3, "global_rope_theta": 160000.0,
+                        "gradient_checkpointing": False, "hidden_activation": "gelu",
+                        "initializer_cutoff_factor": 2.0, "layer_norm_eps": 1e-05,
+                        "local_attention": 128, "local_rope_theta": 10000.0, "norm_bias": False,
+                        "norm_eps": 1e-05, "pad_token_id": 50283, "sep_token_id": 50282,
+                        "position_embedding_type": "absolute", "sparse_pred_ignore_index": -100,
+                        "sparse_prediction": False, "tie_word_embeddings": True}),
+        ("DebertaV2", {"hidden_size": 768, "intermediate_size": 3072, "layer_norm_eps": 1e-07,
+                       "max_relative_positions": -1, "norm_rel_ebd": "layer_norm",
+                       "num_attention_heads": 12, "num_hidden_layers": 12,
+                       "pos_att_type": "p2c|c2p", "position_biased_input": False,
+                       "position_buckets": 256, "relative_attention": True,
+                       "share_att_key": True, "type_vocab_size": 0}),
+        ("DebertaV2", {"attention_head_size": 64, "conv_act": "gelu", "conv_kernel_size": 3,
+                       "hidden_size": 1536, "num_attention_heads": 24, "pooler_dropout": 0,
+                       "pooler_hidden_act": "gelu", "pooler_hidden_size": 1536}),
+        ("Deberta", {"max_relative_positions": -1, "padding_idx": 0, "pos_att_type": "c2p|p2c",
+                     "position_biased_input": False, "relative_attention": True}),
     ],
 )  # fmt: skip
 def test_published_files_are_read(family, given, tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": family.lower(), **given}))
+    path.write_text(json.dumps({"model_type": MODEL_TYPES.get(family, family.lower()), **given}))
     config = zoo.read_config(path)
     read = config.to_dict()
-    assert {key: read[key] for key in given if key in read}.items() <= given.items()
+    assert {key: read[key] for key in given if key in read} == {
+        key: {"p2c|c2p": ["p2c", "c2p"], "c2p|p2c": ["c2p", "p2c"]}.get(str(value), value)
+        for key, value in given.items()
+        if key in read
+    }
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,21 @@ def test_the_kernel_is_for_gpus_alone(qkv, monkeypatch):
         assert "dot_general" in step.trace(*qkv).lower(lowering_platforms=("cuda",)).as_text()
 
 
+def test_a_scale_and_a_bias_are_part_of_the_scores(qkv, monkeypatch):
+    query, key, value, visible = qkv
+    bias = jax.random.normal(jax.random.key(1), (1, 3, 6, 6))
+    monkeypatch.setattr(attention, "cudnn_takes", lambda query: True)
+    monkeypatch.setattr(attention, "_by_cudnn", lambda query, *others: query)
+    got, nothing = attend(*qkv, OFF, scale=0.5, bias=bias)
+    wanted = jax.nn.dot_product_attention(query, key, value, bias, visible, scale=0.5)
+    assert nothing is None
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    _, scores = attend(*qkv, OFF, "scores", scale=0.5, bias=bias)
+    plain = jnp.einsum("bqhd,bkhd->bhqk", query, key) * 0.5 + bias
+    np.testing.assert_allclose(jnp.where(visible, scores, 0), jnp.where(visible, plain, 0),
+                               rtol=1e-5, atol=1e-6)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "length", "width", "takes"),
     [
@@ -78,9 +93,9 @@ def test_when_the_kernel_fits(capability, dtype, length, width, takes, monkeypat
     assert cudnn_takes(jax.ShapeDtypeStruct((2, length, 3, width), dtype)) is takes
 
 
-@pytest.mark.parametrize("family", ["Bert", "DistilBert"])
+@pytest.mark.parametrize("family", ["Bert", "DistilBert", "ModernBert", "DebertaV2"])
 def test_gradient_checkpointing_changes_memory_alone(family):
-    layers = {"Bert": "num_hidden_layers", "DistilBert": "n_layers"}[family]
+    layers = "n_layers" if family == "DistilBert" else "num_hidden_layers"
     config = getattr(zoo, f"{family}Config")(**FAMILIES[family] | {layers: 1})
     batch = make_batch(family=family) | {"labels": np.array([0, 1, 1])}
     found, computed = [], []

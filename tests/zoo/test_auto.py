@@ -94,7 +94,10 @@ def test_configs_are_read_by_their_type(tmp_path):
 def test_refusals(tmp_path):
     file = tmp_path / "config.json"
     file.write_text('{"model_type": "xlnet"}')
-    known = "'bert', 'bigru', 'roberta', 'camembert', 'distilbert', 'electra', 'xlm-roberta'"
+    known = (
+        "'bert', 'bigru', 'roberta', 'camembert', 'deberta-v2', 'deberta', 'distilbert', "
+        "'electra', 'modernbert', 'mpnet', 'xlm-roberta'"
+    )
     for read in (zoo.from_pretrained, zoo.read_config):
         with pytest.raises(ValueError, match=rf"config\.json.*'xlnet': choose from {known}"):
             read(tmp_path)

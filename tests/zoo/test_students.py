@@ -91,6 +91,11 @@ def test_a_teachers_config_gives_the_rest():
     assert (student.num_hidden_layers, student.hidden_size) == (4, 312)
     assert isinstance(student_config("T3", zoo.RobertaConfig()), zoo.RobertaConfig)
     assert student_config("Electra-small", zoo.ElectraConfig(vocab_size=99)).vocab_size == 99
+    buckets = zoo.DebertaV2Config(relative_attention=True, position_buckets=256)
+    small = student_config("T3-small", buckets)
+    assert isinstance(small, zoo.DebertaV2Config) and small.position_buckets == 256
+    assert (small.hidden_size, small.num_attention_heads) == (384, 12)
+    assert isinstance(student_config("T6", zoo.MPNetConfig()), zoo.MPNetConfig)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +105,7 @@ def test_a_teachers_config_gives_the_rest():
         ((3,), "no student 3"),
         (("T3", "gpt2"), "no base 'gpt2': choose from bert-base-cased,"),
         (("T3", zoo.ElectraConfig()), "base is a ElectraConfig, which has no T3"),
+        (("T3", zoo.ModernBertConfig()), "base is a ModernBertConfig, which has no T3"),
         (("Electra-small", zoo.BertConfig()), "base is a BertConfig, which has no Electra-small"),
     ],
 )

@@ -97,7 +97,9 @@ def test_refusals(config, teacher):
     np.testing.assert_array_equal(narrow.bert.embeddings.norm.scale[...], before)
 
 
-@pytest.mark.parametrize("family", ["Roberta", "Electra", "DistilBert"])
+@pytest.mark.parametrize(
+    "family", ["Roberta", "Electra", "DistilBert", "MPNet", "ModernBert", "DebertaV2", "Deberta"]
+)
 def test_every_transformer_can_be_cut(family):
     config = getattr(zoo, f"{family}Config")(**FAMILIES[family])
     short = config.replace(**{"n_layers" if family == "DistilBert" else "num_hidden_layers": 2})
@@ -110,6 +112,36 @@ def test_every_transformer_can_be_cut(family):
     assert same(student.classifier, teacher.classifier)
     if family == "Electra":
         assert same(ours.embeddings_project, theirs.embeddings_project)
+    shared = {
+        "MPNet": ["relative"],
+        "ModernBert": ["final_norm"],
+        "DebertaV2": ["rel_embeddings", "position_norm", "conv"],
+        "Deberta": ["rel_embeddings"],
+    }
+    for name in shared.get(family, []):
+        assert same(getattr(ours.encoder, name), getattr(theirs.encoder, name))
+
+
+def test_a_norm_that_only_one_layer_has_is_left_out():
+    config = zoo.ModernBertConfig(**FAMILIES["ModernBert"])
+    teacher = zoo.ModernBertModel(config, rngs=nnx.Rngs(0))
+    student = zoo.ModernBertModel(config.replace(num_hidden_layers=2), rngs=nnx.Rngs(1))
+    second = teacher.encoder.layer[1].attention_norm.scale
+    second[...] = second[...] * 2
+    init_from_layers(student, teacher, [1, 0])
+    for ours, theirs in zip(student.encoder.layer, (1, 0), strict=True):
+        theirs = teacher.encoder.layer[theirs]
+        assert same(ours.attention, theirs.attention) and same(ours.output, theirs.output)
+    assert student.encoder.layer[0].attention_norm is None
+    np.testing.assert_array_equal(student.encoder.layer[1].attention_norm.scale[...], 1)
+
+
+def test_tables_that_only_the_student_has_are_named():
+    config = zoo.DebertaV2Config(**FAMILIES["DebertaV2"])
+    teacher = zoo.DebertaV2Model(config.replace(type_vocab_size=0), rngs=nnx.Rngs(0))
+    student = zoo.DebertaV2Model(config, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="token_type_embeddings: the parts are built differently"):
+        init_from_layers(student, teacher, [0, 1, 2])
 
 
 def test_a_distilbert_from_a_bert_computes_the_same(config):
