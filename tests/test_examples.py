@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
+
+from jaxbrewer import zoo
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -47,3 +50,61 @@ def test_the_few_labels_are_a_fifth_of_each_class_and_the_order_is_the_epochs(qu
 def test_the_objective_is_a_config(quickstart):
     losses = [match.loss for match in quickstart.objective().intermediate_matches]
     assert losses == ["hidden_mse", "hidden_mse", "nst"]
+
+
+@pytest.fixture
+def sentence_encoder(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "sentence_encoder"))
+    yield importlib.import_module("distil")
+    sys.modules.pop("distil", None)
+
+
+def test_a_sentence_encoder_is_distilled_from_a_folder_and_files(
+    sentence_encoder, tmp_path, monkeypatch, capsys
+):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    monkeypatch.chdir(tmp_path)
+    words = ["the", "dog", "sleeps", "under", "a", "table", "and", "plays", "guitar", "on", "stage"]
+    tokenizer = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(["[UNK]", *words])}, "[UNK]")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    config = zoo.BertConfig(
+        vocab_size=16,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
+    encoder = zoo.BertModel(config, rngs=nnx.Rngs(0))
+    zoo.SentenceEncoder(encoder).save_pretrained("teacher")
+    tokenizer.save("teacher/tokenizer.json")
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(words, rng.integers(2, 9))) for _ in range(48)]
+    Path("plain.txt").write_text("\n".join(lines[:20]) + "\n\n")
+    pairs = zip(lines[20:34], lines[34:], strict=True)
+    Path("pairs.tsv").write_text(
+        "Quality\t#1 String\t#2 String\n" + "".join(f"1\t{a}\t{b}\n" for a, b in pairs)
+    )
+    command = "teacher --sentences plain.txt pairs.tsv --pairs pairs.tsv --batch-size 8 --epochs 2"
+    found = sentence_encoder.main(command.split())
+    assert -1 <= found["before"] <= 1 and -1 <= found["after"] <= 1
+    printed = capsys.readouterr().out
+    assert "layers 2 → 1; 14 held-out pairs" in printed and "48 sentences" in printed
+    student = zoo.from_pretrained("runs/sentence_encoder/student")
+    assert student.config.num_hidden_layers == 1
+    assert Path("runs/sentence_encoder/student/tokenizer.json").is_file()
+
+
+def test_the_columns_of_a_file_are_found(sentence_encoder, tmp_path):
+    file = tmp_path / "x.tsv"
+    file.write_text(
+        '\ufeffQuality\t#1 String\t#2 String\n1\tHe said "no\tShe did\n', encoding="utf-8"
+    )
+    assert sentence_encoder.columns(file) == [['He said "no'], ["She did"]]
+    file.write_text("sentence\tlabel\nfine\t1\n")
+    assert sentence_encoder.columns(file) == [["fine"]]
+    file.write_text("one line\n\nanother\n")
+    assert sentence_encoder.columns(file) == [["one line", "another"]]
+    assert sentence_encoder.sentences_of([file, file], 1) == ["one line"]
