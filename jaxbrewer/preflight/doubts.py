@@ -17,6 +17,7 @@ from .job import Task
 
 # Inputs that count something else than words: a model may know more of them than another.
 _NO_WORDS = ("position_ids", "token_type_ids")
+_A_MODEL = 100_000  # parameters
 
 
 def doubt(
@@ -63,11 +64,14 @@ def _doubt_vocabularies(teacher: Side, student: Side, batch: Any, found: Finding
 
 
 def _doubt_sizes(task: Task, found: Findings) -> None:
-    """A teacher that is much the smaller one is rarely the teacher."""
+    """A model that is much smaller than its student is rarely the teacher.
+
+    Very small ones are: they hand on what was computed elsewhere, or try something out.
+    """
     if len(task.teacher.sides) != 1:
         return
     size_T, size_S = _size(task.teacher.sides[0]), _size(task.student)
-    if 0 < 4 * size_T < size_S:
+    if size_T >= _A_MODEL and 2 * size_T < size_S:
         found.warnings.append(
             f"model_T has {size_T:,} parameters, model_S {size_S:,}: are the two swapped? The "
             "distillers take model_T first, then model_S"

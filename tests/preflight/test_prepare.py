@@ -529,10 +529,14 @@ def test_padding_that_counts_is_told_once(keys, padded, count, tmp_path):
     assert all("'logits_mask': batch['attention_mask']" in each for each in told)
 
 
-def test_a_teacher_much_smaller_than_its_student_is_told(tmp_path):
-    models = {"teacher": encoder(1), "student": encoder(2, width=40)}
-    (told,) = watched(tmp_path, **models, loader=fn_job.batches(2))
-    assert "are the two swapped?" in told
+@pytest.mark.parametrize(
+    ("width_T", "width_S", "count"), [(240, 360, 1), (240, 320, 0), (5, 360, 0)]
+)
+def test_a_teacher_much_smaller_than_its_student_is_told(width_T, width_S, count, tmp_path):
+    models = {"teacher": encoder(1, width=width_T), "student": encoder(2, width=width_S)}
+    told = watched(tmp_path, **models, loader=fn_job.batches(2))
+    assert len(told) == count
+    assert all("are the two swapped?" in each for each in told)
 
 
 def test_two_vocabularies_fed_one_batch_are_told(tmp_path):
