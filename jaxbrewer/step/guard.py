@@ -83,19 +83,27 @@ def keep(old: Any, new: Any, dropped: Bool[Array, ""]) -> Any:
 def unless(held: Bool[Array, ""], update: Callable[[Any], Any], old: Any) -> Any:
     """``update(old)``, or `old` where `held`.
 
-    A loop of one round or none, since loops change what they carry in place: choosing between old
-    and new arrays afterwards would read and write each of them once more.
+    On a CPU it is a loop of one round or none, since loops change what they carry in place: choosing
+    between old and new arrays afterwards would read and write each of them once more. On a GPU the
+    host would have to wait for `held` before it could hand over the rest of the step, while choosing
+    costs nothing, in the kernel that updates.
     """
 
     def types(tree: Any) -> Any:
         return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
-    if types(jax.eval_shape(update, old)) != types(old):  # a loop could not carry it
+    def choose(held: Bool[Array, ""], old: Any) -> Any:
         return keep(old, update(old), held)
-    carry = jax.lax.while_loop(
-        lambda c: ~c[0], lambda c: (jnp.bool_(True), update(c[1])), (held, old)
-    )
-    return carry[1]
+
+    def loop(held: Bool[Array, ""], old: Any) -> Any:
+        carry = jax.lax.while_loop(
+            lambda c: ~c[0], lambda c: (jnp.bool_(True), update(c[1])), (held, old)
+        )
+        return carry[1]
+
+    if types(jax.eval_shape(update, old)) != types(old):  # a loop could not carry it
+        return choose(held, old)
+    return jax.lax.platform_dependent(held, old, cpu=loop, default=choose)
 
 
 def stops(guard: Guard, finite: Bool[Array, ""]) -> Bool[Array, ""]:
