@@ -17,6 +17,7 @@ from jaxbrewer.zoo.activations import ACTIVATIONS
 from jaxbrewer.zoo.attention import Reported, attend
 from jaxbrewer.zoo.configuration import ModelConfig, StackConfig
 from jaxbrewer.zoo.dropout import Dropout
+from jaxbrewer.zoo.lookup import look_up
 
 Stacked: TypeAlias = tuple[
     tuple[Float[Array, "batch length width"], ...],
@@ -130,7 +131,7 @@ class Table(nnx.Module):
 
     def __call__(self, ids: Int[Array, "*shape"]) -> Float[Array, "*shape width"]:
         """The row of each id."""
-        rows = jnp.take(self.rows(), ids, axis=0)
+        rows = look_up(self.embedding[...], ids, self.dtype)
         if self.pad_id is None:
             return rows
         is_pad = (ids == self.pad_id)[..., None]
