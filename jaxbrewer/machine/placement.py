@@ -21,6 +21,7 @@ from ..data.batches import Batch, Whole
 from ..errors import BatchError
 from ..step.program import Program, TrainState
 from .devices import resolve_device, resolve_devices
+from .repeatable import compiler_options
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,10 @@ class OneDevice:
 
     def compile(self, program: Program) -> Callable:
         """See `Placement.compile`."""
-        return program.compiled
+        options = compiler_options(self.devices)
+        if options is None:
+            return program.compiled
+        return jax.jit(program.step, donate_argnums=0, compiler_options=options)
 
     def examine(self, program: Program, term: str | None) -> Callable:
         """See `Placement.examine`."""
@@ -290,7 +294,8 @@ class Sharded(_Mesh):
     def compile(self, program: Program) -> Callable:
         """See `Placement.compile`."""
         out = (self._state_shardings(program), self.whole)
-        return jax.jit(program.step, donate_argnums=0, out_shardings=out)
+        options = compiler_options(self.devices)
+        return jax.jit(program.step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
     def examine(self, program: Program, term: str | None) -> Callable:
         """See `Placement.examine`."""
