@@ -4,16 +4,18 @@ BERT-base to TextBrewer's students, with the matches its README lists, on full s
 programs train the same models on the same batches, with dropout and AdamW, in turn, each in a
 process of its own:
 
-- jaxbrewer: the compiled step of a `GeneralDistiller`;
+- jaxbrewer: the compiled step of a `GeneralDistiller`, once for each of ``--levels``;
 - textbrewer: TextBrewer's own loop, without its checkpoints, on transformers' models;
-- torch: a loop written by hand for this objective, with fused AdamW; with ``--compile``, compiled.
+- torch: a loop written by hand for this objective, with fused AdamW;
+- with ``--compile`` the last two again, with ``torch.compile`` on both models and on the loss.
 
 ``--lengths`` asks another question: how many real tokens are trained on in a second, when sentences
 are as long as SST-2's? There TextBrewer pads to ``--length``, as its examples do, and jaxbrewer
 both so and to the widths of buckets.
 
     python benchmarks/against_textbrewer.py                    # CPU, float32
-    python benchmarks/against_textbrewer.py --device gpu --half bfloat16 --batch 32 128 --compile
+    python benchmarks/against_textbrewer.py --device gpu --half bfloat16 --levels O1 O2 \\
+        --batch 32 128 --compile
 """
 
 import argparse
@@ -25,6 +27,7 @@ import numpy as np
 import workloads
 
 PROGRAMS = ("jaxbrewer", "textbrewer", "torch")
+COMPILED = "-compiled"
 BUCKETS = (16, 32, 64, 128)
 
 
@@ -34,10 +37,10 @@ def main() -> None:
     for name in args.students:
         for size in args.batch:
             work = workloads.work(name, args.smoke)
-            rows += lengths(args, work, size) if args.lengths else [compare(args, work, size)]
+            rows += lengths(args, work, size) if args.lengths else compare(args, work, size)
+            harness.save(args, rows)  # each time, or a run that is cut short leaves nothing
             print(f"{name}, batch {size}: done", flush=True)
     harness.show(rows, [column for column in rows[0] if not column.endswith(("q1", "q3"))])
-    harness.save(args, rows)
 
 
 def arguments() -> argparse.Namespace:
@@ -53,11 +56,12 @@ def arguments() -> argparse.Namespace:
         choices=("bfloat16", "float16"),
         help="mixed precision, which torch does by autocast",
     )
-    add("--level", default="O1", choices=("O1", "O2", "O3"), help="jaxbrewer's fp16_opt_level")
+    add("--levels", nargs="+", default=["O1"], choices=("O1", "O2", "O3"), help="jaxbrewer's")
     add("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS)
-    add("--compile", action="store_true", help="torch.compile the loop written by hand")
+    add("--compile", action="store_true", help="time torch's programs with torch.compile too")
     add("--lengths", nargs="?", const="sst2", help="'sst2', or a file with one length a line")
     args = parser.parse_args()
+    args.levels = args.levels if args.half else ["O0"]
     if args.smoke:
         args.batch, args.length, args.rounds, args.warmup = [2], 16, 2, 1
     return args
@@ -66,16 +70,29 @@ def arguments() -> argparse.Namespace:
 def programs(
     args: argparse.Namespace, work: workloads.Work, batch: dict[str, np.ndarray]
 ) -> dict[str, harness.Elsewhere]:
-    """The programs to compare, each in a process of its own."""
-    return {name: harness.Elsewhere(program, name, args, work, batch) for name in args.programs}
+    """The programs to compare, each in a process of its own, ready to run."""
+    names = [name for name in args.programs if name != "jaxbrewer"]
+    names += [name + COMPILED for name in names if args.compile]
+    if "jaxbrewer" in args.programs:
+        names = [jaxbrewer(level) for level in args.levels] + names
+    made = {name: harness.Elsewhere(program, name, args, work, batch) for name in names}
+    for each in made.values():
+        each.ready()
+    return made
+
+
+def jaxbrewer(level: str) -> str:
+    """The name of our program at a level of precision."""
+    return f"jaxbrewer {level}"
 
 
 def program(
     name: str, args: argparse.Namespace, work: workloads.Work, batch: dict[str, np.ndarray]
 ) -> harness.Run:
     """One of them, on its own copies of the models."""
-    if name == "jaxbrewer":
-        half = {"fp16": True, "fp16_opt_level": args.level, "half_dtype": args.half}
+    ours, _, level = name.partition(" ")
+    if ours == "jaxbrewer":
+        half = {"fp16": True, "fp16_opt_level": level, "half_dtype": args.half}
         config = half if args.half else {}
         distiller = workloads.jax_distiller(work, device=args.device, **config)
         return workloads.JaxStep(distiller, batch).run
@@ -84,25 +101,30 @@ def program(
     harness.set_torch_threads()
     device = "cuda" if args.device == "gpu" else "cpu"
     half_type = getattr(torch, args.half) if args.half else None
-    if name == "textbrewer":
-        return workloads.TextBrewerStep(work, batch, device, half_type).run
-    return workloads.TorchStep(work, batch, device, half_type, args.compile).run
+    step = workloads.TextBrewerStep if name.startswith("textbrewer") else workloads.TorchStep
+    return step(work, batch, device, half_type, name.endswith(COMPILED)).run
 
 
-def compare(args: argparse.Namespace, work: workloads.Work, size: int) -> harness.Row:
-    """Times whole steps on full sequences."""
+def compare(args: argparse.Namespace, work: workloads.Work, size: int) -> list[harness.Row]:
+    """Times whole steps on full sequences; a row for each level of precision."""
     batch = workloads.make_batch(work.teacher["vocab_size"], size, args.length)
     timings = take_turns(args, programs(args, work, batch))
-    row: harness.Row = {"student": work.name, "batch": size, "half": args.half}
-    for name, timing in timings.items():
-        row |= timing.columns(f"{name} ")
-    return row | ratios(timings)
+    ours = {level: timings.pop(jaxbrewer(level), None) for level in args.levels}
+    rows = []
+    for level, timing in ours.items():
+        row: harness.Row = {"student": work.name, "batch": size, "half": args.half, "level": level}
+        row["attention in torch"] = workloads.torch_attention() if timings else None
+        named = timings if timing is None else {"jaxbrewer": timing, **timings}
+        for name, each in named.items():
+            row |= each.columns(f"{name} ")
+        rows.append(row | ratios(named))
+    return rows
 
 
 def ratios(timings: Mapping[str, harness.Timing]) -> harness.Row:
     """How many times as fast jaxbrewer is as each of the others, with quartiles."""
     row: harness.Row = {}
-    for other in set(timings) - {"jaxbrewer"} if "jaxbrewer" in timings else ():
+    for other in [name for name in timings if name != "jaxbrewer" and "jaxbrewer" in timings]:
         middle, low, high = timings["jaxbrewer"].faster_than(timings[other])
         row |= {f"× {other}": middle, f"× {other} q1": low, f"× {other} q3": high}
     return row
@@ -154,7 +176,7 @@ def lengths(args: argparse.Namespace, work: workloads.Work, size: int) -> list[h
         seconds = 0.0
         for width, part in zip(widths, share, strict=True):
             batch = workloads.make_batch(vocab_size, size, width)
-            timing = take_turns(args, programs(alone, work, batch))["jaxbrewer"]
+            (timing,) = take_turns(args, programs(alone, work, batch)).values()
             seconds += part * timing.median
         row("jaxbrewer", "/".join(map(str, widths)), seconds)
     theirs: Any = next((r for r in rows if r["program"] == "textbrewer"), None)

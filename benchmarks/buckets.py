@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--buckets", type=int, default=8, help="how many lengths, at most")
     parser.add_argument("--device", default="cpu")
+    harness.add_precision(parser)
     args = parser.parse_args()
     if (args.data is None) != (args.vocab is None):
         parser.error("--data FILE and --vocab FILE go together: give both or neither")
@@ -88,23 +89,30 @@ def main() -> None:
     print(harness.save(args, rows, shapes=shapes, fullness=loader.fullness))
 
 
-def textbrewer(work: workloads.Work, batch: Any, device: str) -> harness.Run:
+def textbrewer(work: workloads.Work, batch: Any, device: str, half: str | None) -> harness.Run:
     """TextBrewer's loop over one batch of the fixed length."""
+    import torch
+
     harness.set_torch_threads()
-    return workloads.TextBrewerStep(work, batch, device).run
+    device = "cuda" if device == "gpu" else device
+    half_type = getattr(torch, half) if half else None
+    return workloads.TextBrewerStep(work, batch, device, half_type).run
 
 
 def compare(args: Any, job: turns.Job, loader: Any, fixed: list[Any]) -> list[harness.Row]:
     """A row for each program."""
     work = workloads.work(args.student, smoke=args.smoke)
-    theirs = harness.Elsewhere(textbrewer, work, fixed[0], args.device)
+    theirs = harness.Elsewhere(textbrewer, work, fixed[0], args.device, args.half)
     # A turn is an untimed and a timed run; one more run comes before the first turn.
     total = (2 * args.rounds + 1) * max(len(loader), args.steps)
     with tempfile.TemporaryDirectory() as folder:
 
         def start(name: str, batches: Any) -> tuple[Any, Any, dict[str, int]]:
             distiller = job.distiller(
-                output_dir=f"{folder}/{name}", device=args.device, ckpt_steps=turns.NEVER
+                output_dir=f"{folder}/{name}",
+                device=args.device,
+                ckpt_steps=turns.NEVER,
+                **harness.precision(args),
             )
             return distiller, batches, {"num_steps": total}
 

@@ -71,6 +71,7 @@ def make(args: Any, job: turns.Job, way: str, folder: str) -> Any:
         output_dir=os.path.join(folder, way),
         device=args.device,
         ckpt_epoch_frequency=turns.NEVER,
+        **harness.precision(args),
     )
 
 
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--device", default="cpu")
+    harness.add_precision(parser)
     args = parser.parse_args()
     if args.smoke:
         args.rounds, args.steps, args.batches, args.batch, args.length = 2, 1, 2, 2, 8

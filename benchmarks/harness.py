@@ -48,6 +48,19 @@ def parser(question: str, *, rounds: int = 5, steps: int = 1) -> argparse.Argume
     return made
 
 
+def add_precision(made: argparse.ArgumentParser) -> None:
+    """The flags of mixed precision; `precision` reads them."""
+    made.add_argument("--half", choices=("bfloat16", "float16"), help="mixed precision")
+    made.add_argument("--level", default="O1", choices=("O1", "O2", "O3"), help="fp16_opt_level")
+
+
+def precision(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a `TrainingConfig` that the flags ask for."""
+    if not args.half:
+        return {}
+    return {"fp16": True, "fp16_opt_level": args.level, "half_dtype": args.half}
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds a step, one number for each round."""
@@ -87,11 +100,14 @@ def quantile(values: Sequence[float], q: float) -> float:
 class Elsewhere:
     """A program in a process of its own, with its own threads and memory; called as `Run`.
 
+    Several that are made one after the other build at the same time; `ready` waits for one.
+
     Args:
         make: builds the program there; a function at the top of a module.
         arguments: what it is called with.
 
-    Raises ``RuntimeError`` with the other process's traceback, if that fails to build or to run it.
+    ``ready`` and a call raise ``RuntimeError`` with the other process's traceback, if that fails to
+    build or to run it.
     """
 
     def __init__(self, make: Callable[..., Run], *arguments: Any):
@@ -100,10 +116,17 @@ class Elsewhere:
         self._process = context.Process(target=_serve, args=(other, make, arguments), daemon=True)
         self._process.start()
         other.close()
-        self._wait()
+        self._is_ready = False
+
+    def ready(self) -> None:
+        """Waits until the program is built."""
+        if not self._is_ready:
+            self._wait()
+            self._is_ready = True
 
     def __call__(self, steps: int) -> None:
         """Runs so many steps and waits for the last."""
+        self.ready()
         self._end.send(steps)
         self._wait()
 

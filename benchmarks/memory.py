@@ -2,7 +2,8 @@
 
 BERT-base to a student. The peak is the compiled program's own plan: what it is given, what it
 returns and its scratch memory, less what it updates in place. On a GPU each row is also run, in a
-process of its own, for the device's peak and the time of a step.
+process of its own, for the device's peak and the time of a step; with ``--at-once`` several run at the
+same time, and are not timed.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --device gpu --levels O0 O1 O2 O3 --half bfloat16 float16
@@ -29,6 +30,7 @@ def main() -> None:
     add("--levels", nargs="+", default=["O0"], choices=("O0", "O1", "O2", "O3"))
     add("--half", nargs="+", default=["bfloat16"], choices=("bfloat16", "float16"))
     add("--device", default="cpu", choices=("cpu", "gpu"))
+    add("--at-once", type=int, default=1, help="processes on a GPU")
     args = parser.parse_args()
     if args.smoke:
         args.batch, args.length, args.accumulation, args.rounds = [2], 16, [1, 2], 2
@@ -45,7 +47,7 @@ def main() -> None:
     ]
     if args.device == "gpu":
         # The device's peak is that of a process.
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        with multiprocessing.get_context("spawn").Pool(args.at_once, maxtasksperchild=1) as pool:
             rows = pool.map(measure, cases, chunksize=1)
     else:
         rows = [measure(case) for case in cases]
@@ -83,7 +85,7 @@ def measure(case: Case) -> harness.Row:
         timing = harness.take_turns(
             {"step": step.run}, rounds=args.rounds, steps=args.steps, warmup=args.warmup
         )["step"]
-        row |= timing.columns()
+        row |= timing.columns() if args.at_once == 1 else {}
         row["device peak MB"] = jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e6
     return row
 

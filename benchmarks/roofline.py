@@ -28,8 +28,7 @@ def main() -> None:
     add("--batch", nargs="+", type=int, default=[8], help="batch sizes")
     add("--length", type=int, default=128, help="sequence length")
     add("--device", default="cpu", choices=("cpu", "gpu"))
-    add("--half", choices=("bfloat16", "float16"), help="mixed precision")
-    add("--level", default="O1", choices=("O1", "O2", "O3"), help="fp16_opt_level")
+    harness.add_precision(parser)
     args = parser.parse_args()
     if args.smoke:
         args.batch, args.length, args.rounds, args.warmup = [2], 16, 2, 1
@@ -46,8 +45,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, work: workloads.Work, size: int) -> harness.Row:
     """One row: FLOPs by formula and in the program, time, rate and share of the peak."""
-    half = {"fp16": True, "fp16_opt_level": args.level, "half_dtype": args.half}
-    distiller = workloads.jax_distiller(work, device=args.device, **(half if args.half else {}))
+    distiller = workloads.jax_distiller(work, device=args.device, **harness.precision(args))
     batch = workloads.make_batch(work.teacher["vocab_size"], size, args.length)
     step = workloads.JaxStep(distiller, batch)
     formula = step_flops(work, size, args.length)
@@ -74,6 +72,7 @@ def measure(args: argparse.Namespace, work: workloads.Work, size: int) -> harnes
         "student": work.name,
         "batch": size,
         "half": args.half,
+        "level": args.level if args.half else "O0",
         "GFLOP by formula": formula / 1e9,
         "GFLOP of products in the program": program / 1e9,
         "program / formula": program / formula,

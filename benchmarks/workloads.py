@@ -171,6 +171,7 @@ class JaxStep:
 
         from jaxbrewer.machine.devices import resolve_device
         from jaxbrewer.machine.memory import kept_memory
+        from jaxbrewer.machine.placement import OneDevice
         from jaxbrewer.preflight import prepare
 
         device = resolve_device(distiller.t_config.device)
@@ -182,7 +183,8 @@ class JaxStep:
         self.teacher = jax.device_put(self.program.teacher.variables, device)
         self.batch = jax.device_put(batch, device)
         self.row = np.ones(3, np.float32)
-        self.compiled = self.program.compiled.lower(*self.arguments).compile()
+        step = OneDevice(device).compile(self.program)
+        self.compiled = step.lower(*self.arguments).compile()
         self.metrics: Any = None
         # As in ``train``, for as long as this object lives.
         self._open = ExitStack()
@@ -218,6 +220,17 @@ def torch_models(work: Work, device: str) -> tuple[Any, Any]:
     return models[0].eval(), models[1].train()
 
 
+def torch_attention() -> str:
+    """The attention that transformers' BERT takes unless told: ``sdpa``, ``eager``."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+        model = transformers.BertModel(transformers.BertConfig(**sizes))
+    return model.config._attn_implementation
+
+
 def torch_batch(batch: dict[str, np.ndarray], device: str) -> dict[str, Any]:
     """The batch as torch takes it."""
     import torch
@@ -238,10 +251,17 @@ class TextBrewerStep:
     """TextBrewer's own loop over one batch, without checkpoints.
 
     With ``half`` (a torch dtype) both models run under autocast, as its users do today where it
-    would want Apex.
+    would want Apex; with ``compiled`` both are compiled.
     """
 
-    def __init__(self, work: Work, batch: dict[str, np.ndarray], device: str, half: Any = None):
+    def __init__(
+        self,
+        work: Work,
+        batch: dict[str, np.ndarray],
+        device: str,
+        half: Any = None,
+        compiled: bool = False,
+    ):
         import textbrewer
         import torch
 
@@ -250,8 +270,10 @@ class TextBrewerStep:
                 return None
 
         teacher, student = torch_models(work, device)
-        if half is not None:
-            for model in (teacher, student):
+        for model in (teacher, student):
+            if compiled:
+                model.forward = torch.compile(model.forward)
+            if half is not None:
                 model.forward = torch.autocast(device, half)(model.forward)
         self.distiller = WithoutCheckpoints(
             # TextBrewer makes the folder at once.

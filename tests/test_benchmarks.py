@@ -48,7 +48,7 @@ def test_programs_in_processes_of_their_own_take_turns(tmp_path, monkeypatch):
     assert len(timings["it"].seconds) == 2
     program.close()
     with pytest.raises(RuntimeError, match=r"(?s)Traceback.*KeyError: 'no such program'"):
-        harness.Elsewhere(counter, tmp_path, True)
+        harness.Elsewhere(counter, tmp_path, True).ready()
 
 
 @pytest.mark.torch

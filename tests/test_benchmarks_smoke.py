@@ -115,3 +115,67 @@ def test_durability(run):
     assert guard["bytes %"] > 0
     assert digests["digests ms"] > 0
     assert digests["state MB"] > 0
+
+
+def test_attention(run):
+    (row,) = run("attention")["rows"]
+    assert row["loss gap"] == 0
+    assert row["cudnn ms"] > 0
+
+
+def test_same_bits(run):
+    rows = run("same_bits")["rows"]
+    assert [(row["what"], row["level"]) for row in rows] == [
+        ("agree", "O0"), ("repeat", "O0"), ("repeat", "O2"), ("resume", "O0"), ("resume", "O2")
+    ]  # fmt: skip
+    assert rows[0]["largest relative gap"] == 0
+    assert [row["differ"] for row in rows[1:]] == [0, 0, 0, 0]
+    assert all(row["arrays"] > 20 for row in rows[1:])
+
+
+def test_all_of_a_gpu(tmp_path, monkeypatch, capsys):
+    """A part that is done, one that fails, and one for which no time is left."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import gpu
+
+    parts = {
+        "attention": gpu.PARTS["attention"],
+        "broken": ["attention.py", "--no-such-flag"],
+        "late": ["attention.py"],
+    }
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    left = iter([60.0, 60.0, 1.0])
+    monkeypatch.setattr(gpu, "time_left", lambda args, start: next(left))
+    given = [
+        "gpu.py",
+        "--smoke",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+        "--wheels",
+        str(tmp_path),
+    ]
+    monkeypatch.setattr(sys, "argv", given)
+    assert gpu.main() == 1
+    told = json.loads((tmp_path / "parts.json").read_text())
+    assert [(part["part"], part["ended"]) for part in told] == [
+        ("attention", "done"),
+        ("broken", "failed with code 2, see broken.log"),
+        ("late", "not started: no time left"),
+    ]
+    assert json.loads((tmp_path / "attention.json").read_text())["rows"]
+    assert "| student" in capsys.readouterr().out
+
+
+def test_the_parts_of_a_gpu_name_scripts_and_flags_that_there_are(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import gpu
+
+    for script, *given in gpu.PARTS.values():
+        monkeypatch.setattr(sys, "argv", [script, *given, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            __import__(script.removesuffix(".py")).main()
+        assert ended.value.code == 0
+        text = capsys.readouterr().out
+        assert all(flag in text for flag in given if flag.startswith("--"))
