@@ -1,5 +1,6 @@
 """The class for a folder or a config, by its ``model_type`` and the task."""
 
+import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -12,10 +13,13 @@ from flax.typing import Dtype
 from jaxbrewer.files import read_json_object
 from jaxbrewer.zoo.bert import BertConfig
 from jaxbrewer.zoo.configuration import ModelConfig
-from jaxbrewer.zoo.folders import architectures_of, config_file
+from jaxbrewer.zoo.folders import architectures_of, config_file, find_tensors
 from jaxbrewer.zoo.hf import PretrainedModel, existing_folder, model_class, tasks_of
+from jaxbrewer.zoo.masked_lm import MaskedLM, holds_masked_lm
 from jaxbrewer.zoo.sentence import SentenceEncoder
 from jaxbrewer.zoo.sentence_files import is_sentence_encoder
+
+logger = logging.getLogger(__name__)
 
 
 def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
@@ -60,11 +64,12 @@ def from_pretrained(folder: str | os.PathLike[str], task: str | None = None, **o
     """Reads a model from a folder in Hugging Face's format, in the class its config asks for.
 
     ``model_type`` in ``config.json`` gives the architecture. ``task`` is one of
-    ``'sequence-classification'``, ``'token-classification'`` and ``'question-answering'``;
-    ``None`` takes the class that ``architectures`` names there, or the encoder without a head where
-    it names none of ours; a folder of sentence-transformers, with ``modules.json``, becomes a
-    `SentenceEncoder`. ``options`` are those of `PretrainedModel.from_pretrained`, such as
-    ``new_head=True`` or ``num_labels=3``.
+    ``'sequence-classification'``, ``'token-classification'``, ``'question-answering'`` and
+    ``'masked-lm'``; ``None`` takes the class that ``architectures`` names there, or the encoder
+    without a head where it names none of ours, and where it names that of masked words but the
+    weights hold no such head: the name of pretraining often stays. A line in the log says so. A
+    folder of sentence-transformers, with ``modules.json``, becomes a `SentenceEncoder`. ``options``
+    are those of `PretrainedModel.from_pretrained`, such as ``new_head=True`` or ``num_labels=3``.
 
     Raises ``ValueError`` for a type or a task that is not known, with those that are, and as
     `PretrainedModel.from_pretrained` does.
@@ -77,7 +82,7 @@ def from_pretrained(folder: str | os.PathLike[str], task: str | None = None, **o
     model_type = values.get("model_type", BertConfig.model_type)
     try:
         if task is None:
-            cls = _saved_class(model_type, architectures_of(values, file))
+            cls = _saved_class(model_type, architectures_of(values, file), folder)
         else:
             cls = model_class(model_type, task)
     except ValueError as error:
@@ -85,7 +90,15 @@ def from_pretrained(folder: str | os.PathLike[str], task: str | None = None, **o
     return cls.from_pretrained(folder, **options)
 
 
-def _saved_class(model_type: str, named: Collection[str]) -> type[PretrainedModel]:
+def _saved_class(model_type: str, named: Collection[str], folder: Path) -> type[PretrainedModel]:
     """The class that ``architectures`` names, or the encoder."""
     tasks = tasks_of(model_type)
-    return next((cls for cls in tasks.values() if cls.architecture in named), tasks[None])
+    cls = next((cls for cls in tasks.values() if cls.architecture in named), tasks[None])
+    if issubclass(cls, MaskedLM) and not holds_masked_lm(cls, find_tensors(folder)):
+        encoder = tasks[None]
+        logger.info(
+            "%s names %s, but its weights hold no head of it: read as %s, the encoder alone",
+            folder, cls.architecture, encoder.architecture,
+        )  # fmt: skip
+        return encoder
+    return cls

@@ -251,6 +251,8 @@ class ModelConfig:
         ):
             if not values.get(name):
                 values.pop(name, None)
+        if values.get("tie_word_embeddings"):
+            del values["tie_word_embeddings"]
         if self.return_dict:
             del values["return_dict"]
         if self.problem_type is None:
@@ -273,12 +275,16 @@ class TransformerConfig(ModelConfig, abc.ABC):
     ``gradient_checkpointing`` saves memory for time: the backward pass keeps what goes into each
     layer and computes the rest again. The numbers stay, but no submodule of a layer can be matched
     by its path then.
+
+    ``tie_word_embeddings`` is of models of masked words: whether the table of the embeddings scores
+    the words, or a matrix of its own.
     """
 
     max_position_embeddings: int = 512
     output_attentions: bool = False
     output_attention_scores: bool = False
     gradient_checkpointing: bool = False
+    tie_word_embeddings: bool = True
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         **ModelConfig._checks,
@@ -286,6 +292,7 @@ class TransformerConfig(ModelConfig, abc.ABC):
         "output_attentions": checks.boolean,
         "output_attention_scores": checks.boolean,
         "gradient_checkpointing": checks.boolean,
+        "tie_word_embeddings": checks.boolean,
     }
 
     @property

@@ -25,7 +25,7 @@ from jaxbrewer.configurations import checks
 from jaxbrewer.zoo import heads
 from jaxbrewer.zoo.activations import ACTIVATIONS
 from jaxbrewer.zoo.attention import Reported, attend, visible_keys, visible_tokens
-from jaxbrewer.zoo.bert import BERT_EXTRAS, BERT_HEADS, BERT_MODULES
+from jaxbrewer.zoo.bert import BERT_EXTRAS, BERT_HEADS, BERT_MODULES, BERT_WORDS
 from jaxbrewer.zoo.blocks import (
     Build,
     Encoder,
@@ -46,6 +46,7 @@ from jaxbrewer.zoo.configuration import (
 from jaxbrewer.zoo.dropout import Dropout
 from jaxbrewer.zoo.encoder import EncoderModel
 from jaxbrewer.zoo.hf import TensorNames
+from jaxbrewer.zoo.masked_lm import MaskedLM
 from jaxbrewer.zoo.outputs import BaseModelOutput
 from jaxbrewer.zoo.relative import distances, shifted
 from jaxbrewer.zoo.tasks import SequenceClassifier, SpanClassifier, TokenClassifier
@@ -58,6 +59,17 @@ DEBERTA_EXTRAS = (
     r"lm_predictions\..*",
     r"mask_predictions\..*",
 )
+# The head for masked words: BERT's, which published files call by the names of the paper's code.
+DEBERTA_WORDS: dict[str, Any] = BERT_WORDS | {
+    "aliases": (
+        *BERT_WORDS["aliases"],
+        (r"lm_predictions\.lm_head\.bias", "cls.predictions.decoder.bias"),
+        (
+            r"lm_predictions\.lm_head\.(dense|LayerNorm)\.(weight|bias)",
+            r"cls.predictions.transform.\1.\2",
+        ),
+    )
+}
 DEBERTA_V2_TENSORS = TensorNames(
     prefix="deberta",
     modules=(
@@ -75,6 +87,7 @@ DEBERTA_V2_TENSORS = TensorNames(
     ),
     extras=DEBERTA_EXTRAS,
     heads=BERT_HEADS,
+    **DEBERTA_WORDS,
 )
 
 
@@ -99,7 +112,8 @@ class DisentangledConfig(StackConfig):
     """
 
     bookkeeping_keys: ClassVar[Collection[str]] = BOOKKEEPING_KEYS | {
-        # Of the head for masked words; and what transformers does not read.
+        # Which of two spellings the head for masked words has in the file, both of which are read; and
+        # what transformers does not read.
         "legacy",
         "padding_idx",
     }
@@ -567,5 +581,11 @@ class DebertaV2ForTokenClassification(TokenClassifier):
 
 class DebertaV2ForQuestionAnswering(SpanClassifier):
     """DeBERTa v2 or v3 with scores of an answer's ends; see `SpanClassifier`."""
+
+    encoder_class: ClassVar[type[EncoderModel]] = DebertaV2Model
+
+
+class DebertaV2ForMaskedLM(MaskedLM):
+    """DeBERTa v2 or v3 with a score of every word at every position; see `MaskedLM`."""
 
     encoder_class: ClassVar[type[EncoderModel]] = DebertaV2Model

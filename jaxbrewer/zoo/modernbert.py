@@ -43,9 +43,11 @@ from jaxbrewer.zoo.configuration import (
 from jaxbrewer.zoo.dropout import Dropout
 from jaxbrewer.zoo.encoder import EncoderModel
 from jaxbrewer.zoo.hf import TensorNames
+from jaxbrewer.zoo.masked_lm import Words, masked_lm_names
 from jaxbrewer.zoo.outputs import BaseModelOutput
 from jaxbrewer.zoo.tasks import TaskModel, check_span_labels
 from jaxbrewer.zoo.untyped import (
+    UntypedMaskedLM,
     UntypedModel,
     UntypedSequenceClassifier,
     UntypedSpanClassifier,
@@ -70,6 +72,7 @@ MODERNBERT_TENSORS = TensorNames(
     ),
     extras=(r"decoder\..*",),
     heads=(r"head\..*", r"classifier\..*"),
+    head=masked_lm_names("head.dense", "head.norm", "decoder"),
 )
 
 
@@ -97,7 +100,6 @@ class ModernBertConfig(TransformerConfig):
     model_type: ClassVar[str] = "modernbert"
     bookkeeping_keys: ClassVar[Collection[str]] = BOOKKEEPING_KEYS | {
         # Of how it is computed elsewhere, of pretraining, and what transformers does not read.
-        "decoder_bias",
         "deterministic_flash_attn",
         "layer_norm_eps",
         "reference_compile",
@@ -136,6 +138,7 @@ class ModernBertConfig(TransformerConfig):
     classifier_dropout: float = 0.0
     classifier_bias: bool = False
     classifier_activation: str = "gelu"
+    decoder_bias: bool = True
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         **TransformerConfig._checks,
@@ -161,6 +164,7 @@ class ModernBertConfig(TransformerConfig):
         "classifier_dropout": checks.rate,
         "classifier_bias": checks.boolean,
         "classifier_activation": activation_name,
+        "decoder_bias": checks.boolean,
     }
 
     def __post_init__(self):
@@ -578,6 +582,22 @@ class ModernBertForQuestionAnswering(_Classifier, UntypedSpanClassifier):
 
     def _scores(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch length 2"]:
         return self._classified(hidden)
+
+
+class ModernBertForMaskedLM(UntypedMaskedLM):
+    """ModernBERT with a score of every word at every position; see `MaskedLM`.
+
+    The scores are of all positions, whatever ``sparse_prediction`` says in the file: that leaves
+    out, in training, what has no label. ``decoder_bias=False`` leaves the words' bias out.
+    """
+
+    encoder_class: ClassVar[type[EncoderModel]] = ModernBertModel
+
+    def _new_transform(self, config: Any, **build: Unpack[Build]) -> nnx.Module:
+        return ModernBertPredictionHead(config, **build)
+
+    def _new_words(self, config: Any, **build: Unpack[Build]) -> Words:
+        return Words(config, use_bias=config.decoder_bias, **build)
 
 
 def mean_of_tokens(

@@ -123,6 +123,17 @@ class TokenClassifierOutput(ModelOutput):
 
 @register_output
 @dataclasses.dataclass(frozen=True)
+class MaskedLMOutput(ModelOutput):
+    """What a model of masked words returns."""
+
+    loss: Float[Array, ""] | None = None
+    logits: Float[Array, "batch length words"] | None = None
+    hidden_states: tuple[Float[Array, "batch length width"], ...] | None = None
+    attentions: tuple[Float[Array, "batch heads length length"], ...] | None = None
+
+
+@register_output
+@dataclasses.dataclass(frozen=True)
 class QuestionAnsweringModelOutput(ModelOutput):
     """What a model of answer spans returns."""
 

@@ -1,4 +1,4 @@
-"""The three tasks, whatever the encoder: classes of sequences, of tokens, and answer spans.
+"""Tasks with labels, whatever the encoder: classes of sequences, of tokens, and answer spans.
 
 Arguments and shapes are those of `jaxbrewer.zoo.encoder`; with the labels of the task comes its
 loss. A model holds its encoder under Hugging Face's name of it, such as ``bert``.

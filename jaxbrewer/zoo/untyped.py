@@ -7,8 +7,10 @@ The arguments are those of `jaxbrewer.zoo.encoder` and `jaxbrewer.zoo.tasks` but
 from jaxtyping import Array, Float, Int, Num
 
 from jaxbrewer.zoo.encoder import EncoderModel
+from jaxbrewer.zoo.masked_lm import MaskedLM
 from jaxbrewer.zoo.outputs import (
     BaseModelOutput,
+    MaskedLMOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
@@ -92,6 +94,37 @@ class UntypedTokenClassifier(TokenClassifier):
         output_attention_scores: bool | None = None,
         return_dict: bool | None = None,
     ) -> TokenClassifierOutput:
+        """``logits``, and with ``labels`` the ``loss``: `heads.token_classification_loss`."""
+        return super().__call__(
+            input_ids,
+            attention_mask,
+            None,
+            position_ids,
+            inputs_embeds,
+            labels,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_attention_scores=output_attention_scores,
+            return_dict=return_dict,
+        )
+
+
+class UntypedMaskedLM(MaskedLM):
+    """Scores of words without token types; see `MaskedLM`."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        input_ids: Int[Array, "batch length"] | None = None,
+        attention_mask: Num[Array, "..."] | None = None,
+        position_ids: Int[Array, "#batch length"] | None = None,
+        inputs_embeds: Float[Array, "batch length width"] | None = None,
+        labels: Int[Array, "batch length"] | None = None,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_attention_scores: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MaskedLMOutput:
         """``logits``, and with ``labels`` the ``loss``: `heads.token_classification_loss`."""
         return super().__call__(
             input_ids,
