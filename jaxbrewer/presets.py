@@ -70,10 +70,12 @@ class DynamicKeyDict(UserDict):
             raise UnknownNameError(f"unknown name {name!r}; {suggest(name, self.data)}") from None
 
 
-FEATURES: list[str] = ["hidden", "attention", "embedding"]
+FEATURES: list[str] = ["hidden", "attention", "embedding", "query", "key", "value"]
 """The features that a match can name, each a key of the adaptor's dict.
 
 ``embedding`` is one vector for each example, ``[batch, width]``, which no mask applies to.
+``query``, ``key`` and ``value`` are what attention makes of each position, head by head,
+``[batch, heads, length, width of a head]``.
 """
 
 ADAPTOR_KEYS: list[str] = ["logits", "logits_mask", "losses", "inputs_mask", "labels", *FEATURES]

@@ -11,7 +11,7 @@ from jaxbrewer.presets import MAPS, TEMPERATURE_SCHEDULER, lookup, register_new
 OURS: dict[str, set[str]] = {
     "kd_loss": {"bce", "margin_mse", "listwise_kl"},
     "match_Loss": {"l2"},
-    "features": {"embedding"},
+    "features": {"embedding", "query", "key", "value"},
 }
 
 

@@ -28,6 +28,8 @@ def adaptor(task: str | None = None) -> Callable[[Any, Any], dict[str, Any]]:
     * ``labels``: the batch's ``labels``, or ``start_positions`` and ``end_positions``.
     * ``hidden``, ``attention``: ``outputs.hidden_states`` and ``outputs.attentions``, which a model
       returns with ``output_hidden_states=True`` and ``output_attentions=True``.
+    * ``query``, ``key``, ``value``: ``outputs.query`` and so on, which a model returns with
+      ``output_qkv=True``.
     * ``embedding``: ``outputs.embedding``, of a sentence encoder.
     * ``inputs_mask``: the batch's ``attention_mask``.
 
@@ -50,6 +52,7 @@ def adaptor(task: str | None = None) -> Callable[[Any, Any], dict[str, Any]]:
             "labels": batch.get("labels"),
             "hidden": getattr(outputs, "hidden_states", None),
             "attention": getattr(outputs, "attentions", None),
+            **{name: getattr(outputs, name, None) for name in ("query", "key", "value")},
             "embedding": getattr(outputs, "embedding", None),
             "inputs_mask": mask,
         }

@@ -166,6 +166,7 @@ class DistilBertModel(EncoderModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput:
         """Encodes a batch: ``last_hidden_state``."""
@@ -178,6 +179,7 @@ class DistilBertModel(EncoderModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
 
@@ -212,6 +214,7 @@ class DistilBertForSequenceClassification(SequenceClassifier):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput:
         """``logits``, and with ``labels`` the ``loss``: `heads.sequence_classification_loss`."""
@@ -225,6 +228,7 @@ class DistilBertForSequenceClassification(SequenceClassifier):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
 
@@ -251,6 +255,7 @@ class DistilBertForTokenClassification(TokenClassifier):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> TokenClassifierOutput:
         """``logits``, and with ``labels`` the ``loss``: `heads.token_classification_loss`."""
@@ -264,6 +269,7 @@ class DistilBertForTokenClassification(TokenClassifier):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
 
@@ -296,6 +302,7 @@ class DistilBertForQuestionAnswering(SpanClassifier):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> QuestionAnsweringModelOutput:
         """``start_logits``, ``end_logits``; given both positions ``loss``: `heads.span_loss`."""
@@ -310,6 +317,7 @@ class DistilBertForQuestionAnswering(SpanClassifier):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
 
@@ -333,6 +341,7 @@ class DistilBertForMaskedLM(MaskedLM):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> MaskedLMOutput:
         """``logits``, and with ``labels`` the ``loss``: `heads.token_classification_loss`."""
@@ -346,6 +355,7 @@ class DistilBertForMaskedLM(MaskedLM):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
 

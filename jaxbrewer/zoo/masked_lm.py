@@ -133,6 +133,7 @@ class MaskedLM(TaskModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> MaskedLMOutput:
         """``logits``, and with ``labels`` the ``loss``: `heads.token_classification_loss`."""
@@ -145,6 +146,7 @@ class MaskedLM(TaskModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
         )
         table = self.base_model.embeddings.word_embeddings
         transform: Any = self.transform
@@ -152,7 +154,7 @@ class MaskedLM(TaskModel):
         loss = None
         if labels is not None:
             loss = heads.token_classification_loss(logits, jnp.asarray(labels))
-        output = MaskedLMOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+        output = MaskedLMOutput(loss, logits, **encoded.of_layers())
         return as_asked(output, self.config, return_dict)
 
     def check_stored(self, found: Mapping[str, Stored], folder: Path) -> None:

@@ -30,8 +30,15 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxbrewer.configurations import checks
 from jaxbrewer.zoo.activations import ACTIVATIONS
-from jaxbrewer.zoo.attention import Reported, attend, visible_keys, visible_tokens
-from jaxbrewer.zoo.blocks import Build, Stacked, Table, layer_norm, linear, run_layers
+from jaxbrewer.zoo.attention import (
+    NOTHING,
+    Reported,
+    attend,
+    if_asked,
+    visible_keys,
+    visible_tokens,
+)
+from jaxbrewer.zoo.blocks import Attended, Build, Stacked, Table, layer_norm, linear, run_layers
 from jaxbrewer.zoo.configuration import (
     BOOKKEEPING_KEYS,
     FIXED_VALUES,
@@ -346,17 +353,19 @@ class ModernBertAttention(nnx.Module):
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "#batch 1 #length length"] | None,
         turns: Float[Array, "2 #batch length 1 half"],
-        reported: Reported = None,
-    ) -> tuple[
-        Float[Array, "batch length width"], Float[Array, "batch heads length length"] | None
-    ]:
-        """The attended sequence, and what `attend` reports; ``turns`` are from `rotations`."""
+        reported: Reported = NOTHING,
+    ) -> Attended:
+        """The attended sequence, and what is reported; ``turns`` are from `rotations`.
+
+        Queries and keys are reported as they are before they are turned.
+        """
         heads = self.qkv(hidden).reshape(*hidden.shape[:2], 3, self.num_heads, -1)
         query, key, value = heads[:, :, 0], heads[:, :, 1], heads[:, :, 2]
         context, weights = attend(
-            turned(query, turns), turned(key, turns), value, visible, self.dropout, reported
+            turned(query, turns), turned(key, turns), value, visible, self.dropout, reported.weights
         )
-        return self.dropout(self.output(context.reshape(hidden.shape))), weights
+        qkv = if_asked(reported, (query, key, value))
+        return self.dropout(self.output(context.reshape(hidden.shape))), weights, qkv
 
 
 class ModernBertLayer(nnx.Module):
@@ -382,18 +391,16 @@ class ModernBertLayer(nnx.Module):
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "#batch 1 #length length"] | None,
         turns: Float[Array, "2 #batch length 1 half"],
-        reported: Reported = None,
-    ) -> tuple[
-        Float[Array, "batch length width"], Float[Array, "batch heads length length"] | None
-    ]:
-        """The layer's output, and what `attend` reports."""
+        reported: Reported = NOTHING,
+    ) -> Attended:
+        """The layer's output, and what is reported."""
         normed = hidden if self.attention_norm is None else self.attention_norm(hidden)
-        attended, weights = self.attention(normed, visible, turns, reported)
+        attended, weights, qkv = self.attention(normed, visible, turns, reported)
         hidden = hidden + attended
         inner = self.intermediate(self.intermediate_norm(hidden))
         inner, gate = jnp.split(inner, 2, axis=-1)
         gated = ACTIVATIONS[self.hidden_act](inner) * gate
-        return hidden + self.output(self.dropout(gated)), weights
+        return hidden + self.output(self.dropout(gated)), weights, qkv
 
 
 class ModernBertEncoder(nnx.Module):
@@ -412,9 +419,9 @@ class ModernBertEncoder(nnx.Module):
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "batch 1 #length length"] | None,
         positions: Int[Array, "#batch length"],
-        reported: Reported = None,
+        reported: Reported = NOTHING,
     ) -> Stacked:
-        """The input, every layer's output, the last one's normed, and what `attend` reports."""
+        """The input, every layer's output, the last one's normed, and what is reported."""
         config = self.config
         near = near_keys(visible, hidden.shape[1], config.local_attention // 2)
         keys = {GLOBAL: visible, LOCAL: near}
@@ -431,10 +438,11 @@ class ModernBertEncoder(nnx.Module):
             return layer(hidden, visible, turns, reported)
 
         inputs = [(keys[kind], turns[kind]) for kind in config.kinds]
-        all_hidden, all_weights = run_layers(
+        stacked = run_layers(
             self.layer, hidden, inputs, call, checkpoints=config.gradient_checkpointing
         )
-        return (*all_hidden[:-1], self.final_norm(all_hidden[-1])), all_weights
+        *before, last = stacked.hidden
+        return stacked._replace(hidden=(*before, self.final_norm(last)))
 
 
 def near_keys(

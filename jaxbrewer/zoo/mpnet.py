@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxbrewer.zoo.attention import Reported
+from jaxbrewer.zoo.attention import NOTHING, Reported
 from jaxbrewer.zoo.bert import BERT_EXTRAS, BERT_HEADS
 from jaxbrewer.zoo.blocks import Build, Encoder, Stacked, resolved
 from jaxbrewer.zoo.configuration import FIXED_VALUES, ModelConfig, StackConfig
@@ -111,9 +111,9 @@ class MPNetEncoder(Encoder):
         self,
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "batch 1 #length length"] | None = None,
-        reported: Reported = None,
+        reported: Reported = NOTHING,
     ) -> Stacked:
-        """The input and every layer's output, and what `attend` reports of every layer."""
+        """The input and every layer's output, and what is reported of every layer."""
         return super().__call__(hidden, visible, reported, self.relative(hidden.shape[1]))
 
 

@@ -31,6 +31,7 @@ class UntypedModel(EncoderModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput:
         """Encodes a batch: ``last_hidden_state``, and ``pooler_output`` where there is a pooler."""
@@ -43,6 +44,7 @@ class UntypedModel(EncoderModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
 
@@ -61,6 +63,7 @@ class UntypedSequenceClassifier(SequenceClassifier):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput:
         """``logits``, and with ``labels`` the ``loss``: `heads.sequence_classification_loss`."""
@@ -74,6 +77,7 @@ class UntypedSequenceClassifier(SequenceClassifier):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
 
@@ -92,6 +96,7 @@ class UntypedTokenClassifier(TokenClassifier):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> TokenClassifierOutput:
         """``logits``, and with ``labels`` the ``loss``: `heads.token_classification_loss`."""
@@ -105,6 +110,7 @@ class UntypedTokenClassifier(TokenClassifier):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
 
@@ -123,6 +129,7 @@ class UntypedMaskedLM(MaskedLM):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> MaskedLMOutput:
         """``logits``, and with ``labels`` the ``loss``: `heads.token_classification_loss`."""
@@ -136,6 +143,7 @@ class UntypedMaskedLM(MaskedLM):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
 
@@ -155,6 +163,7 @@ class UntypedSpanClassifier(SpanClassifier):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> QuestionAnsweringModelOutput:
         """``start_logits``, ``end_logits``; given both positions ``loss``: `heads.span_loss`."""
@@ -169,5 +178,6 @@ class UntypedSpanClassifier(SpanClassifier):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
