@@ -12,7 +12,13 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from jaxbrewer.errors import UnknownNameError, suggest
-from jaxbrewer.losses.attention import att_ce_loss, att_ce_mean_loss, att_mse_loss, att_mse_sum_loss
+from jaxbrewer.losses.attention import (
+    att_ce_loss,
+    att_ce_mean_loss,
+    att_mse_loss,
+    att_mse_sum_loss,
+    relation_loss,
+)
 from jaxbrewer.losses.hidden import (
     cos_loss,
     fsp_loss,
@@ -95,6 +101,7 @@ MATCH_LOSS_MAP: dict[str, Callable[..., Any]] = {
     "attention_mse": att_mse_loss,
     "attention_ce_mean": att_ce_mean_loss,
     "attention_ce": att_ce_loss,
+    "relation": relation_loss,
     "hidden_mse": hid_mse_loss,
     "cos": cos_loss,
     "l2": l2_loss,
