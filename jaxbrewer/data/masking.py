@@ -28,8 +28,8 @@ def mask_words(
     Special tokens and padding (``attention_mask`` 0) are never asked for, and no word becomes one.
 
     The draws depend on the seed, the epoch and the place of the batch in it alone, so that a resumed
-    run sees what it would have seen. Their order is the loader's own; one that shuffles does so by
-    ``set_epoch``, which is passed on, or by a generator that it shows.
+    run sees what it would have seen. The order of the batches is the loader's own; one that shuffles
+    does so by ``set_epoch``, which is passed on, or by a generator that it shows.
 
     Devlin et al., 2019, `BERT <https://arxiv.org/abs/1810.04805>`_.
 
@@ -47,6 +47,10 @@ def mask_words(
         ValueError: an argument that cannot be meant.
         BatchError: when iterated: a batch without ``input_ids``, or with labels already.
     """
+    counts = {"mask_id": mask_id, "vocab_size": vocab_size, "seed": seed, "rank": rank}
+    for name, value in counts.items():
+        if not isinstance(value, int | np.integer) or value < 0:
+            raise ValueError(f"{name}={value!r}: expected a whole number of 0 or more")
     if not 0 < probability <= 1:
         raise ValueError(f"probability={probability!r}: expected a number above 0, up to 1")
     outside = sorted(number for number in {mask_id, *special_ids} if not 0 <= number < vocab_size)
@@ -55,9 +59,6 @@ def mask_words(
             f"mask_id={mask_id} and special_ids name {outside}, which are outside "
             f"vocab_size={vocab_size}: give the size of the model's table of words"
         )
-    for name, value in (("seed", seed), ("rank", rank)):
-        if value < 0:
-            raise ValueError(f"{name}={value!r}: expected a whole number of 0 or more")
     special = np.array(sorted({mask_id, *special_ids}))
     words = np.setdiff1d(np.arange(vocab_size), special)
     if not len(words):

@@ -169,7 +169,7 @@ def check_relations(loss: str, vectors_S: Any, vectors_T: Any, mask: Any, heads:
             "relation heads. Register functools.partial(relation_loss, heads=…) under a name."
         )
     count = jnp.shape(vectors_T)[1] if heads is None else heads
-    if count < 1 or any(width % count for width in widths):
+    if not isinstance(count, int) or count < 1 or any(width % count for width in widths):
         raise ValueError(
             f"{loss}: {count} relation heads, but the student's heads are {widths[0]} numbers wide "
             f"together and the teacher's {widths[1]}; expected a number that divides both. Register "

@@ -13,7 +13,7 @@ from flax.typing import Dtype
 from jaxbrewer.files import read_json_object
 from jaxbrewer.zoo.bert import BertConfig
 from jaxbrewer.zoo.configuration import ModelConfig
-from jaxbrewer.zoo.folders import architectures_of, config_file, find_tensors
+from jaxbrewer.zoo.folders import architectures_of, config_file
 from jaxbrewer.zoo.hf import PretrainedModel, existing_folder, model_class, tasks_of
 from jaxbrewer.zoo.masked_lm import MaskedLM, holds_masked_lm
 from jaxbrewer.zoo.sentence import SentenceEncoder
@@ -82,23 +82,22 @@ def from_pretrained(folder: str | os.PathLike[str], task: str | None = None, **o
     model_type = values.get("model_type", BertConfig.model_type)
     try:
         if task is None:
-            cls = _saved_class(model_type, architectures_of(values, file), folder)
+            cls = _saved_class(model_type, architectures_of(values, file))
         else:
             cls = model_class(model_type, task)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    if task is None and issubclass(cls, MaskedLM) and not holds_masked_lm(cls, folder):
+        encoder = model_class(model_type)
+        logger.info(
+            "%s names %s, but the weights hold no head of it: read as %s, the encoder alone",
+            file, cls.architecture, encoder.architecture,
+        )  # fmt: skip
+        cls = encoder
     return cls.from_pretrained(folder, **options)
 
 
-def _saved_class(model_type: str, named: Collection[str], folder: Path) -> type[PretrainedModel]:
+def _saved_class(model_type: str, named: Collection[str]) -> type[PretrainedModel]:
     """The class that ``architectures`` names, or the encoder."""
     tasks = tasks_of(model_type)
-    cls = next((cls for cls in tasks.values() if cls.architecture in named), tasks[None])
-    if issubclass(cls, MaskedLM) and not holds_masked_lm(cls, find_tensors(folder)):
-        encoder = tasks[None]
-        logger.info(
-            "%s names %s, but its weights hold no head of it: read as %s, the encoder alone",
-            folder, cls.architecture, encoder.architecture,
-        )  # fmt: skip
-        return encoder
-    return cls
+    return next((cls for cls in tasks.values() if cls.architecture in named), tasks[None])

@@ -21,7 +21,7 @@ from jaxbrewer.zoo.activations import ACTIVATIONS
 from jaxbrewer.zoo.blocks import Build, Table, layer_norm, linear, resolved
 from jaxbrewer.zoo.configuration import TransformerConfig
 from jaxbrewer.zoo.encoder import as_asked
-from jaxbrewer.zoo.folders import Stored, WeightsMismatchError
+from jaxbrewer.zoo.folders import Stored, WeightsMismatchError, find_tensors
 from jaxbrewer.zoo.outputs import MaskedLMOutput
 from jaxbrewer.zoo.tasks import TaskModel
 
@@ -173,8 +173,9 @@ class MaskedLM(TaskModel):
             )
 
 
-def holds_masked_lm(model: type[MaskedLM], stored: Mapping[str, Stored]) -> bool:
-    """Whether a file has the head of this class, and not that of a task beside the same modules."""
+def holds_masked_lm(model: type[MaskedLM], folder: Path) -> bool:
+    """Whether the weights have the head of this class, and not that of a task on the same modules."""
     dense = model.tensor_names.of_head("transform.dense.weight")
+    stored = find_tensors(folder)
     names = {model.tensor_names.alias(name.removeprefix("module.")) for name in stored}
     return dense in names and not any(name.startswith("classifier.") for name in names)

@@ -219,7 +219,8 @@ class SentenceEncoder(PretrainedModel):
         if not (folder / MODULES).is_file():
             raise ValueError(
                 f"{folder} has no {MODULES}: for an encoder alone, say how it is pooled: "
-                f"SentenceEncoder(from_pretrained({str(folder)!r}), SentenceConfig(pooling='mean'))"
+                f"SentenceEncoder(from_pretrained({str(folder)!r}).base_model, "
+                "SentenceConfig(pooling='mean'))"
             )
         there = read_sentence_folder(folder)
         build = Build(dtype=dtype, param_dtype=param_dtype, rngs=rngs or nnx.Rngs(0))

@@ -112,6 +112,7 @@ def test_the_loaders_order_and_generators_are_reached():
         ({"special_ids": range(50)}, "no word is left"),
         ({"seed": -1}, "seed=-1: expected a whole number of 0 or more"),
         ({"rank": -1}, "rank=-1"),
+        ({"mask_id": None}, "mask_id=None: expected a whole number"),
     ],
 )
 def test_arguments_that_cannot_be_meant(options, message):

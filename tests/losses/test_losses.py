@@ -291,6 +291,11 @@ def test_known_values():
     assert_close(losses.mmd_loss([S[None], S[None]], [wide, wide], jnp.ones((1, 1))), 11.5**2)
 
 
+def test_a_number_of_relation_heads_is_whole():
+    with pytest.raises(ValueError, match=r"2\.5 relation heads.*heads=15\)"):
+        losses.relation_loss(A, A, heads=2.5)
+
+
 def test_relation_heads_are_cut_anew():
     """Two heads of six numbers and four of three, side by side, are one layer of twelve."""
     rng = np.random.default_rng(0)

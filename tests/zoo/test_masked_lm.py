@@ -170,7 +170,7 @@ def test_the_name_of_pretraining_without_its_head_is_the_encoder(tmp_path, caplo
     file.write_text(json.dumps(values))
     with caplog.at_level(logging.INFO, logger="jaxbrewer"):
         assert type(zoo.from_pretrained(tmp_path)) is zoo.MPNetModel
-    assert "names MPNetForMaskedLM, but its weights hold no head of it" in caplog.text
+    assert "names MPNetForMaskedLM, but the weights hold no head of it" in caplog.text
     with pytest.raises(WeightsMismatchError, match=r"lm_head\.dense\.weight[\s\S]*new_head=True"):
         zoo.from_pretrained(tmp_path, "masked-lm")
     fresh = zoo.from_pretrained(tmp_path, "masked-lm", new_head=True)
