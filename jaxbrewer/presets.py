@@ -12,7 +12,13 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from jaxbrewer.errors import UnknownNameError, suggest
-from jaxbrewer.losses.attention import att_ce_loss, att_ce_mean_loss, att_mse_loss, att_mse_sum_loss
+from jaxbrewer.losses.attention import (
+    att_ce_loss,
+    att_ce_mean_loss,
+    att_mse_loss,
+    att_mse_sum_loss,
+    relation_loss,
+)
 from jaxbrewer.losses.hidden import (
     cos_loss,
     fsp_loss,
@@ -70,10 +76,12 @@ class DynamicKeyDict(UserDict):
             raise UnknownNameError(f"unknown name {name!r}; {suggest(name, self.data)}") from None
 
 
-FEATURES: list[str] = ["hidden", "attention", "embedding"]
+FEATURES: list[str] = ["hidden", "attention", "embedding", "query", "key", "value"]
 """The features that a match can name, each a key of the adaptor's dict.
 
 ``embedding`` is one vector for each example, ``[batch, width]``, which no mask applies to.
+``query``, ``key`` and ``value`` are what attention makes of each position, head by head,
+``[batch, heads, length, width of a head]``.
 """
 
 ADAPTOR_KEYS: list[str] = ["logits", "logits_mask", "losses", "inputs_mask", "labels", *FEATURES]
@@ -93,6 +101,7 @@ MATCH_LOSS_MAP: dict[str, Callable[..., Any]] = {
     "attention_mse": att_mse_loss,
     "attention_ce_mean": att_ce_mean_loss,
     "attention_ce": att_ce_loss,
+    "relation": relation_loss,
     "hidden_mse": hid_mse_loss,
     "cos": cos_loss,
     "l2": l2_loss,

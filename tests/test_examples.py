@@ -108,3 +108,62 @@ def test_the_columns_of_a_file_are_found(sentence_encoder, tmp_path):
     file.write_text("one line\n\nanother\n")
     assert sentence_encoder.columns(file) == [["one line", "another"]]
     assert sentence_encoder.sentences_of([file, file], 1) == ["one line"]
+
+
+@pytest.fixture
+def task_agnostic(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "task_agnostic"))
+    yield importlib.import_module("distil")
+    sys.modules.pop("distil", None)
+
+
+def test_a_language_model_is_distilled_from_a_folder_and_lines_of_text(
+    task_agnostic, tmp_path, monkeypatch, capsys
+):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    monkeypatch.chdir(tmp_path)
+    words = ["the", "dog", "sleeps", "under", "a", "table", "and", "plays", "guitar", "on", "stage"]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: number for number, word in enumerate([*special, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    config = zoo.BertConfig(
+        vocab_size=18,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
+    zoo.BertForMaskedLM(config, rngs=nnx.Rngs(0)).save_pretrained("teacher")
+    tokenizer.save("teacher/tokenizer.json")
+    assert task_agnostic.masking(tokenizer, 18) == {
+        "mask_id": 4, "vocab_size": 18, "special_ids": [0, 1, 2, 3, 4]
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(words, rng.integers(2, 9))) for _ in range(48)]
+    Path("text.txt").write_text("\n".join([*lines[:40], "", lines[0]]))
+    Path("held.txt").write_text("\n".join(lines[40:]))
+    command = "teacher --text text.txt --held-out held.txt --batch-size 8 --max-length 6"
+    found = task_agnostic.main(command.split())
+    assert all(0 <= found[name] <= 1 for name in ("before", "after", "teacher"))
+    printed = capsys.readouterr().out
+    assert "layers 2 → 1" in printed and "40 lines" in printed
+    student = zoo.from_pretrained("runs/task_agnostic/student")
+    assert type(student) is zoo.BertForMaskedLM and student.config.num_hidden_layers == 1
+    assert Path("runs/task_agnostic/student/tokenizer.json").is_file()
+
+
+def test_what_is_cut_off_a_line_is_an_example_too(task_agnostic):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(2)
+    columns = task_agnostic.tokenized(tokenizer, ["a b a", "b"])
+    assert columns["input_ids"] == [[1, 2], [1], [2]]
+    assert columns["attention_mask"] == [[1, 1], [1], [1]]
+    with pytest.raises(SystemExit, match="has none of"):
+        task_agnostic.masking(tokenizer, 3)

@@ -10,8 +10,8 @@ from jaxbrewer.presets import MAPS, TEMPERATURE_SCHEDULER, lookup, register_new
 # Table → names that TextBrewer does not have.
 OURS: dict[str, set[str]] = {
     "kd_loss": {"bce", "margin_mse", "listwise_kl"},
-    "match_Loss": {"l2"},
-    "features": {"embedding"},
+    "match_Loss": {"l2", "relation"},
+    "features": {"embedding", "query", "key", "value"},
 }
 
 

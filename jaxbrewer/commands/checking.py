@@ -38,6 +38,7 @@ _LABELS = {
     "sequence-classification": ("labels",),
     "token-classification": ("labels",),
     "question-answering": ("start_positions", "end_positions"),
+    "masked-lm": ("labels",),
     "none": (),
 }
 
@@ -108,12 +109,16 @@ def _timeline(config: TrainingConfig, run: Run) -> str:
 
 
 def _task(files: Any) -> str:
-    """The task the config files speak of, the teacher's first."""
+    """The task the config files speak of, the teacher's first.
+
+    Masked words are what a model was pretrained on, and no task unless it is asked for.
+    """
     for values in files:
         architectures = values.get("architectures")
         if isinstance(architectures, Sequence) and not isinstance(architectures, str):
             for name in architectures:
-                if task := task_of(str(name)):
+                task = task_of(str(name))
+                if task not in (None, "masked-lm"):
                     return task
     return "sequence-classification"
 
@@ -137,7 +142,7 @@ def _batch(models: Sequence[Any], task: str, size: int, length: int) -> dict[str
     """A batch of zeros that both models take."""
     labels = _LABELS[task]
     a_number = task == "sequence-classification" and models[1].config.num_labels == 1
-    per_token = task == "token-classification"
+    per_token = task in ("token-classification", "masked-lm")
     arrays = {
         "input_ids": np.zeros((size, length), np.int32),
         "attention_mask": np.ones((size, length), np.int32),

@@ -169,7 +169,7 @@ def _task_of(tensors: Mapping[str, np.ndarray]) -> str:
     if any(name.startswith("qa_outputs.") for name in tensors):
         return "question-answering"
     if not any(name.startswith("classifier.") for name in tensors):
-        return "none"
+        return "none"  # the head of pretraining is passed over unless it is asked for
     if any(name.startswith("head.") for name in tensors):  # ModernBERT's, whatever the task
         raise CommandError("the names of the tensors do not tell the task: give --task")
     deep = any(name.startswith(("pre_classifier.", "classifier.dense.")) for name in tensors)
@@ -215,7 +215,8 @@ def _summarise(model: Any, tensors: Mapping[str, np.ndarray], folder: Path) -> N
     prefix = f"{model.tensor_names.prefix}."
     bare = {name.removeprefix(prefix) for name in written}
     passed = [name for name in tensors if _canonical(name).removeprefix(prefix) not in bare]
-    count = sum(array.size for array in written.values())
+    doubled = {second for _, second in model.tensor_names.copies}
+    count = sum(array.size for name, array in written.items() if name not in doubled)
     say(f"{model.architecture}: {len(written)} tensors, {count:,} parameters in float32")
     if passed:
         say(f"passed over, of no use to this model: {', '.join(passed)}")

@@ -15,7 +15,13 @@ from jaxbrewer import zoo
 from jaxbrewer.files import read_json_object
 from jaxbrewer.zoo.folders import config_file
 
-TASKS = ("sequence-classification", "token-classification", "question-answering", "none")
+TASKS = (
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "masked-lm",
+    "none",
+)
 """What a model's head is for; ``none`` is the encoder alone."""
 
 

@@ -16,7 +16,13 @@ Values and gradients are those of `TextBrewer <https://arxiv.org/abs/2002.12620>
 docstring says otherwise.
 """
 
-from .attention import att_ce_loss, att_ce_mean_loss, att_mse_loss, att_mse_sum_loss
+from .attention import (
+    att_ce_loss,
+    att_ce_mean_loss,
+    att_mse_loss,
+    att_mse_sum_loss,
+    relation_loss,
+)
 from .hidden import cos_loss, fsp_loss, hid_mse_loss, l2_loss, mmd_loss, pkd_loss
 from .logits import (
     kd_bce_loss,
@@ -36,6 +42,7 @@ __all__ = [
     "att_mse_sum_loss",
     "att_ce_loss",
     "att_ce_mean_loss",
+    "relation_loss",
     "hid_mse_loss",
     "cos_loss",
     "l2_loss",

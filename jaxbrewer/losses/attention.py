@@ -1,17 +1,17 @@
-"""Losses on attention maps."""
+"""Losses on attention maps, and on what they are made of."""
 
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxbrewer.losses.shapes import (
-    check_attention,
-)
+from jaxbrewer.losses.shapes import check_attention, check_relations
 
 from .means import (
     Scalar,
+    as_selection,
     as_weights,
+    einsum,
     floats,
     log_softmax,
     mean,
@@ -110,6 +110,61 @@ def att_ce_mean_loss(
     check_attention("att_ce_mean_loss", attention_S, attention_T, mask, heads_reduced=True)
     S, T = floats(attention_S, attention_T)
     return _attention_ce(_over_heads(jnp.mean, S), _over_heads(jnp.mean, T), mask)
+
+
+def relation_loss(
+    vectors_S: Float[Array, "batch *heads_S length width_S"],
+    vectors_T: Float[Array, "batch *heads_T length width_T"],
+    mask: Shaped[Array, "batch length"] | None = None,
+    *,
+    heads: int | None = None,
+) -> Scalar:
+    r"""Kullback-Leibler divergence of the student's relations between positions from the teacher's.
+
+    .. math:: \operatorname{mean}_{b,a,i} \sum_j R^T_{baij} \log \frac{R^T_{baij}}{R^S_{baij}}, \quad
+        R_{ba} = \operatorname{softmax}\left(\frac{A_{ba} A_{ba}^\top}{\sqrt{d}}\right)
+
+    Each side is the queries, the keys or the values of a layer, (batch, heads, length, width of a
+    head), or (batch, length, width) with the heads beside each other. They are cut anew into as many
+    relation heads on both sides, of d numbers each: ``heads``, by default as many as the teacher has.
+    So widths and numbers of heads may differ. Other numbers of relation heads are registered:
+    ``MATCH_LOSS_MAP['relation48'] = functools.partial(relation_loss, heads=48)``.
+
+    ``mask`` selects, positions as queries and as keys: the mean runs over queries where it is not 0,
+    each softmax over keys where it is not 0.
+
+    Wang et al. 2020, `MiniLMv2 <https://arxiv.org/abs/2012.15828>`_, which adds up the losses of
+    queries, keys and values of the last layer, or for a large teacher of one before. TextBrewer has
+    no such loss.
+
+    Raises:
+        ValueError: Batch and lengths differ, another rank, a mask that is not (batch, length), or a
+            number of relation heads that does not divide both widths, or is not known.
+    """
+    count = check_relations("relation_loss", vectors_S, vectors_T, mask, heads)
+    S, T = floats(vectors_S, vectors_T)
+    selected = None if mask is None else as_selection(mask, S)
+    log_S, log_T = (_log_relations(vectors, count, selected) for vectors in (S, T))
+    divergence = jnp.sum(jnp.exp(log_T) * (log_T - log_S), axis=-1)
+    if selected is None:
+        return mean(divergence, None)
+    return mean(divergence, jnp.broadcast_to(selected[:, None], divergence.shape))
+
+
+def _log_relations(
+    vectors: Array, heads: int, selected: Array | None
+) -> Float[Array, "batch heads length length"]:
+    """The logarithms of the relations; of a key that is not selected, the lowest number there is."""
+    if vectors.ndim == 4:
+        vectors = jnp.swapaxes(vectors, 1, 2)
+    vectors = vectors.reshape(*vectors.shape[:2], -1)
+    if selected is not None:
+        vectors = jnp.where(selected[..., None] != 0, vectors, 0)
+    vectors = jnp.swapaxes(vectors.reshape(*vectors.shape[:2], heads, -1), 1, 2)
+    scores = einsum("baid,bajd->baij", vectors, vectors) / vectors.shape[-1] ** 0.5
+    if selected is not None:
+        scores = jnp.where(selected[:, None, None] != 0, scores, -jnp.inf)
+    return log_softmax(scores)
 
 
 def _over_heads(reduce: Callable[..., Array], attention: Array) -> Array:

@@ -4,6 +4,7 @@ Each function takes the name of the loss that calls it and raises a :class:`Valu
 the shapes that came, the shape that was expected, and the fix.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ __all__ = [
     "check_layers",
     "check_logits",
     "check_mask",
+    "check_relations",
     "check_same",
     "check_states",
     "shape_of",
@@ -145,6 +147,35 @@ def check_attention(
             "the same positions. Leave the mask out for cross-attention."
         )
     check_mask(loss, mask, (shapes[0][0], shapes[0][-1]), "(batch, length)")
+
+
+def check_relations(loss: str, vectors_S: Any, vectors_T: Any, mask: Any, heads: int | None) -> int:
+    """The number of relation heads; wants (batch, heads, length, width) or (batch, length, width)."""
+    sides, widths = [], []
+    for name, vectors in (("vectors_S", vectors_S), ("vectors_T", vectors_T)):
+        shape = shape_of(loss, name, vectors)
+        if len(shape) not in (3, 4):
+            raise ValueError(
+                f"{loss}: {name} has shape {shape}; expected (batch, heads, length, width of a head), or "
+                "(batch, length, width)."
+            )
+        sides.append((shape[0], shape[-2]))
+        widths.append(shape[-1] if len(shape) == 3 else shape[1] * shape[-1])
+    check_same(loss, "vectors", sides[0], sides[1], ("batch", "length"))
+    check_mask(loss, mask, sides[0], "(batch, length)")
+    if heads is None and jnp.ndim(vectors_T) == 3:
+        raise ValueError(
+            f"{loss}: vectors_T has shape {jnp.shape(vectors_T)}, without heads; expected the number of "
+            "relation heads. Register functools.partial(relation_loss, heads=…) under a name."
+        )
+    count = jnp.shape(vectors_T)[1] if heads is None else heads
+    if not isinstance(count, int) or count < 1 or any(width % count for width in widths):
+        raise ValueError(
+            f"{loss}: {count} relation heads, but the student's heads are {widths[0]} numbers wide "
+            f"together and the teacher's {widths[1]}; expected a number that divides both. Register "
+            f"functools.partial(relation_loss, heads={math.gcd(*widths)}), or with a divisor of that."
+        )
+    return count
 
 
 def check_layers(loss: str, state_S: Any, state_T: Any, mask: Any) -> list[list[Shape]]:

@@ -11,6 +11,8 @@ labels      ``[batch]`` or ``[batch, length]`` int: for ``probability_shift``
 inputs_mask ``[batch, length]``: the positions whose features count
 hidden      list of ``[batch, length, width]``, one a layer; the embeddings' output first
 attention   list of ``[batch, heads, length, length]``, one a layer
+query       list of ``[batch, heads, length, width of a head]``, one a layer; ``key`` and
+            ``value`` likewise
 embedding   ``[batch, width]``, one array or a list: a sentence encoder's vectors
 ========== ==========================================================================
 
@@ -43,6 +45,9 @@ _SLIPS = {
     "input_mask": "inputs_mask",
     "label": "labels",
     "logit": "logits",
+    "queries": "query",
+    "keys": "key",
+    "values": "value",
 }
 
 

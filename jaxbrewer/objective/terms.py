@@ -31,6 +31,11 @@ _MODEL_RETURNS = {
     "output_hidden_states=True), or config.replace(output_hidden_states=True)",
     "attention": ". Does the model return them? For one of the zoo: from_pretrained(folder, "
     "output_attentions=True), or config.replace(output_attentions=True)",
+    **dict.fromkeys(
+        ("query", "key", "value"),
+        ". Does the model return them? For one of the zoo: from_pretrained(folder, "
+        "output_qkv=True), or config.replace(output_qkv=True)",
+    ),
 }
 _BUILT_IN = (kd_ce_loss, kd_mse_loss, kd_bce_loss, kd_margin_mse_loss, kd_listwise_kl_loss)
 
@@ -322,8 +327,8 @@ def _check_match(
 def _hint(feature: str, count: int, layer: int) -> str:
     if feature == "hidden" and layer >= count:
         return " (hidden 0 is the embeddings' output, so the last layer of n is n)"
-    if feature == "attention" and layer == count:
-        return " (attention is counted from 0: the last layer of n is n-1)"
+    if feature in ("attention", "query", "key", "value") and layer == count:
+        return f" ({feature} is counted from 0: the last layer of n is n-1)"
     return ""
 
 

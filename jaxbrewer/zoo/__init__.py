@@ -15,6 +15,7 @@ from jaxbrewer.zoo.auto import (
 )
 from jaxbrewer.zoo.bert import (
     BertConfig as BertConfig,
+    BertForMaskedLM as BertForMaskedLM,
     BertForQuestionAnswering as BertForQuestionAnswering,
     BertForSequenceClassification as BertForSequenceClassification,
     BertForTokenClassification as BertForTokenClassification,
@@ -27,6 +28,7 @@ from jaxbrewer.zoo.bigru import (
 )
 from jaxbrewer.zoo.camembert import (
     CamembertConfig as CamembertConfig,
+    CamembertForMaskedLM as CamembertForMaskedLM,
     CamembertForQuestionAnswering as CamembertForQuestionAnswering,
     CamembertForSequenceClassification as CamembertForSequenceClassification,
     CamembertForTokenClassification as CamembertForTokenClassification,
@@ -40,6 +42,7 @@ from jaxbrewer.zoo.configuration import (
 )
 from jaxbrewer.zoo.deberta import (
     DebertaConfig as DebertaConfig,
+    DebertaForMaskedLM as DebertaForMaskedLM,
     DebertaForQuestionAnswering as DebertaForQuestionAnswering,
     DebertaForSequenceClassification as DebertaForSequenceClassification,
     DebertaForTokenClassification as DebertaForTokenClassification,
@@ -47,6 +50,7 @@ from jaxbrewer.zoo.deberta import (
 )
 from jaxbrewer.zoo.deberta_v2 import (
     DebertaV2Config as DebertaV2Config,
+    DebertaV2ForMaskedLM as DebertaV2ForMaskedLM,
     DebertaV2ForQuestionAnswering as DebertaV2ForQuestionAnswering,
     DebertaV2ForSequenceClassification as DebertaV2ForSequenceClassification,
     DebertaV2ForTokenClassification as DebertaV2ForTokenClassification,
@@ -54,6 +58,7 @@ from jaxbrewer.zoo.deberta_v2 import (
 )
 from jaxbrewer.zoo.distilbert import (
     DistilBertConfig as DistilBertConfig,
+    DistilBertForMaskedLM as DistilBertForMaskedLM,
     DistilBertForQuestionAnswering as DistilBertForQuestionAnswering,
     DistilBertForSequenceClassification as DistilBertForSequenceClassification,
     DistilBertForTokenClassification as DistilBertForTokenClassification,
@@ -61,6 +66,7 @@ from jaxbrewer.zoo.distilbert import (
 )
 from jaxbrewer.zoo.electra import (
     ElectraConfig as ElectraConfig,
+    ElectraForMaskedLM as ElectraForMaskedLM,
     ElectraForQuestionAnswering as ElectraForQuestionAnswering,
     ElectraForSequenceClassification as ElectraForSequenceClassification,
     ElectraForTokenClassification as ElectraForTokenClassification,
@@ -74,6 +80,7 @@ from jaxbrewer.zoo.hf import (
 )
 from jaxbrewer.zoo.modernbert import (
     ModernBertConfig as ModernBertConfig,
+    ModernBertForMaskedLM as ModernBertForMaskedLM,
     ModernBertForQuestionAnswering as ModernBertForQuestionAnswering,
     ModernBertForSequenceClassification as ModernBertForSequenceClassification,
     ModernBertForTokenClassification as ModernBertForTokenClassification,
@@ -81,6 +88,7 @@ from jaxbrewer.zoo.modernbert import (
 )
 from jaxbrewer.zoo.mpnet import (
     MPNetConfig as MPNetConfig,
+    MPNetForMaskedLM as MPNetForMaskedLM,
     MPNetForQuestionAnswering as MPNetForQuestionAnswering,
     MPNetForSequenceClassification as MPNetForSequenceClassification,
     MPNetForTokenClassification as MPNetForTokenClassification,
@@ -88,6 +96,7 @@ from jaxbrewer.zoo.mpnet import (
 )
 from jaxbrewer.zoo.outputs import (
     BaseModelOutput as BaseModelOutput,
+    MaskedLMOutput as MaskedLMOutput,
     ModelOutput as ModelOutput,
     QuestionAnsweringModelOutput as QuestionAnsweringModelOutput,
     SentenceEncoderOutput as SentenceEncoderOutput,
@@ -96,6 +105,7 @@ from jaxbrewer.zoo.outputs import (
 )
 from jaxbrewer.zoo.roberta import (
     RobertaConfig as RobertaConfig,
+    RobertaForMaskedLM as RobertaForMaskedLM,
     RobertaForQuestionAnswering as RobertaForQuestionAnswering,
     RobertaForSequenceClassification as RobertaForSequenceClassification,
     RobertaForTokenClassification as RobertaForTokenClassification,
@@ -114,6 +124,7 @@ from jaxbrewer.zoo.students import (
 from jaxbrewer.zoo.transfer import init_from_layers as init_from_layers
 from jaxbrewer.zoo.xlm_roberta import (
     XLMRobertaConfig as XLMRobertaConfig,
+    XLMRobertaForMaskedLM as XLMRobertaForMaskedLM,
     XLMRobertaForQuestionAnswering as XLMRobertaForQuestionAnswering,
     XLMRobertaForSequenceClassification as XLMRobertaForSequenceClassification,
     XLMRobertaForTokenClassification as XLMRobertaForTokenClassification,

@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxbrewer.errors import suggest
+from jaxbrewer.zoo import heads
 
 _ENDS = ("start", "end")
 _TASKS = (
     "sequence-classification",
     "token-classification",
     "question-answering",
+    "masked-lm",
     "sentence-embedding",
 )
 
@@ -21,17 +23,19 @@ def adaptor(task: str | None = None) -> Callable[[Any, Any], dict[str, Any]]:
 
     * ``logits``: ``outputs.logits``; in question answering both ends' logits, as two.
     * ``logits_mask``: in token classification the batch's ``attention_mask``, so that padding does
-      not count.
+      not count; of masked words the positions whose label is not −100, where the batch has labels.
     * ``losses``: ``outputs.loss``, which a model returns where the batch has the labels.
     * ``labels``: the batch's ``labels``, or ``start_positions`` and ``end_positions``.
     * ``hidden``, ``attention``: ``outputs.hidden_states`` and ``outputs.attentions``, which a model
       returns with ``output_hidden_states=True`` and ``output_attentions=True``.
+    * ``query``, ``key``, ``value``: ``outputs.query`` and so on, which a model returns with
+      ``output_qkv=True``.
     * ``embedding``: ``outputs.embedding``, of a sentence encoder.
     * ``inputs_mask``: the batch's ``attention_mask``.
 
     Args:
         task: ``'sequence-classification'``, ``'token-classification'``, ``'question-answering'``,
-            ``'sentence-embedding'``, or None for an encoder without a head.
+            ``'masked-lm'``, ``'sentence-embedding'``, or None for an encoder without a head.
 
     Raises:
         ValueError: another task.
@@ -48,6 +52,7 @@ def adaptor(task: str | None = None) -> Callable[[Any, Any], dict[str, Any]]:
             "labels": batch.get("labels"),
             "hidden": getattr(outputs, "hidden_states", None),
             "attention": getattr(outputs, "attentions", None),
+            **{name: getattr(outputs, name, None) for name in ("query", "key", "value")},
             "embedding": getattr(outputs, "embedding", None),
             "inputs_mask": mask,
         }
@@ -55,6 +60,9 @@ def adaptor(task: str | None = None) -> Callable[[Any, Any], dict[str, Any]]:
             found["logits"] = [getattr(outputs, f"{end}_logits") for end in _ENDS]
             ends = [batch.get(f"{end}_positions") for end in _ENDS]
             found["labels"] = None if ends[0] is None else ends
+        if task == "masked-lm":
+            labels = batch.get("labels")
+            found["logits_mask"] = None if labels is None else labels != heads.IGNORE_INDEX
         return {key: value for key, value in found.items() if value is not None}
 
     return adapt

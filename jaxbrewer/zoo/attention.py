@@ -1,7 +1,8 @@
 """Scaled dot-product attention, written out or, where nobody looks inside, as one kernel."""
 
 import re
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,21 @@ from jaxbrewer.zoo.dropout import Dropout
 # What the reported scores of hidden keys are lowered by; small enough for float16 to hold.
 SCORE_PENALTY = 10000.0
 
-Reported = Literal["probabilities", "scores"] | None
+Weights = Literal["probabilities", "scores"] | None
 """What `attend` returns beside the context."""
+
+QKV: TypeAlias = tuple[Float[Array, "batch heads length each"], ...]
+"""The queries, keys and values of a layer, as its dense layers give them."""
+
+
+class Reported(NamedTuple):
+    """What a layer is asked to return beside its output: what `attend` does, and `QKV`."""
+
+    weights: Weights = None
+    qkv: bool = False
+
+
+NOTHING = Reported()
 
 
 def visible_keys(attention_mask: Num[Array, "..."] | None) -> Bool[Array, "..."] | None:
@@ -47,7 +61,7 @@ def attend(
     value: Float[Array, "batch length heads width"],
     visible: Bool[Array, "#batch 1 #length length"] | None,
     dropout: Dropout,
-    reported: Reported = None,
+    reported: Weights = None,
     *,
     scale: float | None = None,
     bias: Float[Array, "#batch heads length length"] | None = None,
@@ -78,6 +92,15 @@ def attend(
     if visible is not None:
         scores = jnp.where(visible, scores, scores - SCORE_PENALTY)
     return context, scores.astype(value.dtype)
+
+
+def if_asked(
+    reported: Reported, query_key_value: Sequence[Float[Array, "batch length heads each"]]
+) -> QKV | None:
+    """The queries, keys and values with heads before positions, where they are asked for."""
+    if not reported.qkv:
+        return None
+    return tuple(jnp.swapaxes(heads, 1, 2) for heads in query_key_value)
 
 
 def _plain(

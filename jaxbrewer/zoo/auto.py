@@ -1,5 +1,6 @@
 """The class for a folder or a config, by its ``model_type`` and the task."""
 
+import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -14,8 +15,11 @@ from jaxbrewer.zoo.bert import BertConfig
 from jaxbrewer.zoo.configuration import ModelConfig
 from jaxbrewer.zoo.folders import architectures_of, config_file
 from jaxbrewer.zoo.hf import PretrainedModel, existing_folder, model_class, tasks_of
+from jaxbrewer.zoo.masked_lm import MaskedLM, holds_masked_lm
 from jaxbrewer.zoo.sentence import SentenceEncoder
 from jaxbrewer.zoo.sentence_files import is_sentence_encoder
+
+logger = logging.getLogger(__name__)
 
 
 def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
@@ -60,11 +64,12 @@ def from_pretrained(folder: str | os.PathLike[str], task: str | None = None, **o
     """Reads a model from a folder in Hugging Face's format, in the class its config asks for.
 
     ``model_type`` in ``config.json`` gives the architecture. ``task`` is one of
-    ``'sequence-classification'``, ``'token-classification'`` and ``'question-answering'``;
-    ``None`` takes the class that ``architectures`` names there, or the encoder without a head where
-    it names none of ours; a folder of sentence-transformers, with ``modules.json``, becomes a
-    `SentenceEncoder`. ``options`` are those of `PretrainedModel.from_pretrained`, such as
-    ``new_head=True`` or ``num_labels=3``.
+    ``'sequence-classification'``, ``'token-classification'``, ``'question-answering'`` and
+    ``'masked-lm'``; ``None`` takes the class that ``architectures`` names there, or the encoder
+    without a head where it names none of ours, and where it names that of masked words but the
+    weights hold no such head: the name of pretraining often stays. A line in the log says so. A
+    folder of sentence-transformers, with ``modules.json``, becomes a `SentenceEncoder`. ``options``
+    are those of `PretrainedModel.from_pretrained`, such as ``new_head=True`` or ``num_labels=3``.
 
     Raises ``ValueError`` for a type or a task that is not known, with those that are, and as
     `PretrainedModel.from_pretrained` does.
@@ -82,6 +87,13 @@ def from_pretrained(folder: str | os.PathLike[str], task: str | None = None, **o
             cls = model_class(model_type, task)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    if task is None and issubclass(cls, MaskedLM) and not holds_masked_lm(cls, folder):
+        encoder = model_class(model_type)
+        logger.info(
+            "%s names %s, but the weights hold no head of it: read as %s, the encoder alone",
+            file, cls.architecture, encoder.architecture,
+        )  # fmt: skip
+        cls = encoder
     return cls.from_pretrained(folder, **options)
 
 

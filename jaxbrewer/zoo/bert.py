@@ -25,6 +25,7 @@ from jaxbrewer.zoo.configuration import (
 from jaxbrewer.zoo.dropout import Dropout
 from jaxbrewer.zoo.encoder import EncoderModel, PooledModel
 from jaxbrewer.zoo.hf import TensorNames
+from jaxbrewer.zoo.masked_lm import MaskedLM, masked_lm_names
 from jaxbrewer.zoo.outputs import BaseModelOutput
 from jaxbrewer.zoo.tasks import SequenceClassifier, SpanClassifier, TokenClassifier
 
@@ -43,8 +44,21 @@ BERT_MODULES = (
 # Position tables that old files carry, and the heads of the tasks.
 BERT_EXTRAS = (r"embeddings\.(position_ids|token_type_ids)",)
 BERT_HEADS = (r"pooler\..*", r"classifier\..*", r"qa_outputs\..*")
+# The head for masked words: its modules, and the bias beside the decoder's, which is the same.
+_DECODER = "cls.predictions.decoder"
+BERT_WORDS: dict[str, Any] = {
+    "head": masked_lm_names(
+        "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", _DECODER
+    ),
+    "aliases": ((r"cls\.predictions\.bias", f"{_DECODER}.bias"),),
+    "copies": ((f"{_DECODER}.bias", "cls.predictions.bias"),),
+}
 BERT_TENSORS = TensorNames(
-    prefix="bert", modules=BERT_MODULES, extras=(*BERT_EXTRAS, r"cls\..*"), heads=BERT_HEADS
+    prefix="bert",
+    modules=BERT_MODULES,
+    extras=(*BERT_EXTRAS, r"cls\..*"),
+    heads=BERT_HEADS,
+    **BERT_WORDS,
 )
 
 
@@ -117,5 +131,11 @@ class BertForTokenClassification(TokenClassifier):
 
 class BertForQuestionAnswering(SpanClassifier):
     """BERT, without a pooler, with scores of an answer's ends; see `SpanClassifier`."""
+
+    encoder_class: ClassVar[type[EncoderModel]] = BertModel
+
+
+class BertForMaskedLM(MaskedLM):
+    """BERT with a score of every word at every position; see `MaskedLM`."""
 
     encoder_class: ClassVar[type[EncoderModel]] = BertModel

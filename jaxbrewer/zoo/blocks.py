@@ -5,7 +5,7 @@ the softmax are computed in float32 or wider, whatever the ``dtype`` is.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NotRequired, TypeAlias, TypedDict, Unpack
+from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,25 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxbrewer.zoo.activations import ACTIVATIONS
-from jaxbrewer.zoo.attention import Reported, attend
+from jaxbrewer.zoo.attention import NOTHING, QKV, Reported, attend, if_asked
 from jaxbrewer.zoo.configuration import ModelConfig, StackConfig
 from jaxbrewer.zoo.dropout import Dropout
 from jaxbrewer.zoo.lookup import look_up
 
-Stacked: TypeAlias = tuple[
-    tuple[Float[Array, "batch length width"], ...],
-    tuple[Float[Array, "batch heads length length"] | None, ...],
+Attended: TypeAlias = tuple[
+    Float[Array, "batch length width"],
+    Float[Array, "batch heads length length"] | None,
+    QKV | None,
 ]
-"""What a stack of layers gives: its input and every layer's output, and their `Reported`."""
+"""What attention and a layer give: their output, and what is `Reported`."""
+
+
+class Stacked(NamedTuple):
+    """What a stack of layers gives: its input and every layer's output, and their `Reported`."""
+
+    hidden: tuple[Float[Array, "batch length width"], ...]
+    weights: tuple[Float[Array, "batch heads length length"] | None, ...]
+    qkv: tuple[QKV | None, ...]
 
 
 class Build(TypedDict):
@@ -205,24 +214,20 @@ class SelfAttention(nnx.Module):
         self,
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "batch 1 #length length"] | None = None,
-        reported: Reported = None,
+        reported: Reported = NOTHING,
         relative: Float[Array, "1 heads length length"] | None = None,
-    ) -> tuple[
-        Float[Array, "batch length width"], Float[Array, "batch heads length length"] | None
-    ]:
-        """The attended sequence, and what `attend` reports; ``relative`` is its bias."""
+    ) -> Attended:
+        """The attended sequence, and what is reported; ``relative`` is the bias of `attend`."""
         batch, length, width = hidden.shape
         split = (batch, length, self.num_heads, width // self.num_heads)
-        context, weights = attend(
-            self.query(hidden).reshape(split),
-            self.key(hidden).reshape(split),
-            self.value(hidden).reshape(split),
-            visible,
-            self.dropout,
-            reported,
-            bias=relative,
+        query, key, value = (
+            dense(hidden).reshape(split) for dense in (self.query, self.key, self.value)
         )
-        return self.output(context.reshape(hidden.shape)), weights
+        context, weights = attend(
+            query, key, value, visible, self.dropout, reported.weights, bias=relative
+        )
+        qkv = if_asked(reported, (query, key, value))
+        return self.output(context.reshape(hidden.shape)), weights, qkv
 
 
 class EncoderLayer(nnx.Module):
@@ -254,18 +259,16 @@ class EncoderLayer(nnx.Module):
         self,
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "batch 1 #length length"] | None = None,
-        reported: Reported = None,
+        reported: Reported = NOTHING,
         relative: Float[Array, "..."] | None = None,
-    ) -> tuple[
-        Float[Array, "batch length width"], Float[Array, "batch heads length length"] | None
-    ]:
-        """The layer's output, and what `attend` reports; ``relative`` is for its attention."""
-        attended, weights = self.attention(hidden, visible, reported, relative)
+    ) -> Attended:
+        """The layer's output, and what is reported; ``relative`` is for its attention."""
+        attended, weights, qkv = self.attention(hidden, visible, reported, relative)
         if self.drop_attended:
             attended = self.dropout(attended)
         hidden = self.attention_norm(attended + hidden)
         inner = ACTIVATIONS[self.hidden_act](self.intermediate(hidden))
-        return self.output_norm(self.dropout(self.output(inner)) + hidden), weights
+        return self.output_norm(self.dropout(self.output(inner)) + hidden), weights, qkv
 
 
 class Encoder(nnx.Module):
@@ -289,10 +292,10 @@ class Encoder(nnx.Module):
         self,
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "batch 1 #length length"] | None = None,
-        reported: Reported = None,
+        reported: Reported = NOTHING,
         relative: Float[Array, "..."] | None = None,
     ) -> Stacked:
-        """The input and every layer's output, and what `attend` reports of every layer.
+        """The input and every layer's output, and what is reported of every layer.
 
         ``relative`` goes to every layer's attention.
         """
@@ -317,12 +320,13 @@ def run_layers(
     With ``checkpoints`` the backward pass computes each again.
     """
     call = nnx.remat(call) if checkpoints else call
-    all_hidden, all_weights = [hidden], []
+    all_hidden, all_weights, all_qkv = [hidden], [], []
     for layer, given in zip(layers, inputs, strict=True):
-        hidden, weights = call(layer, hidden, *given)
+        hidden, weights, qkv = call(layer, hidden, *given)
         all_hidden.append(hidden)
         all_weights.append(weights)
-    return tuple(all_hidden), tuple(all_weights)
+        all_qkv.append(qkv)
+    return Stacked(tuple(all_hidden), tuple(all_weights), tuple(all_qkv))
 
 
 class Pooler(nnx.Module):

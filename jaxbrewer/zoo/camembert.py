@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from jaxbrewer.zoo.configuration import ModelConfig
 from jaxbrewer.zoo.encoder import EncoderModel
+from jaxbrewer.zoo.masked_lm import MaskedLM
 from jaxbrewer.zoo.roberta import RobertaConfig, RobertaModel
 from jaxbrewer.zoo.tasks import SequenceClassifier, SpanClassifier, TokenClassifier
 
@@ -48,3 +49,10 @@ class CamembertForQuestionAnswering(SpanClassifier):
     """CamemBERT with scores of an answer's ends; see `SpanClassifier`."""
 
     encoder_class: ClassVar[type[EncoderModel]] = CamembertModel
+
+
+class CamembertForMaskedLM(MaskedLM):
+    """CamemBERT with a score of every word at every position; see `MaskedLM`."""
+
+    encoder_class: ClassVar[type[EncoderModel]] = CamembertModel
+    head_activation: ClassVar[str | None] = "gelu"

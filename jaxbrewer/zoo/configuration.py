@@ -53,7 +53,7 @@ FIXED_VALUES: Mapping[str, tuple[Any, ...]] = {
 
 
 # Fields that are no keys of config files.
-_NOT_IN_FILES = ("score_activation", "source_folder")
+_NOT_IN_FILES = ("output_qkv", "score_activation", "source_folder")
 
 
 def activation_name(value: Any) -> str:
@@ -240,7 +240,7 @@ class ModelConfig:
         """The config under Hugging Face's keys, which `from_dict` and transformers read back."""
         values = dataclasses.asdict(self)
         for name in ("label_names", "num_labels", *_NOT_IN_FILES):
-            del values[name]
+            values.pop(name, None)
         if self.score_activation is not None:
             values["sentence_transformers"] = {"activation_fn": self.score_activation}
         for name in (
@@ -251,6 +251,8 @@ class ModelConfig:
         ):
             if not values.get(name):
                 values.pop(name, None)
+        if values.get("tie_word_embeddings"):
+            del values["tie_word_embeddings"]
         if self.return_dict:
             del values["return_dict"]
         if self.problem_type is None:
@@ -269,23 +271,31 @@ class ModelConfig:
 class TransformerConfig(ModelConfig, abc.ABC):
     """What the config of every model with attention has.
 
-    ``output_attention_scores`` is ours; see `jaxbrewer.zoo.attention.attend`.
+    ``output_attention_scores`` is ours; see `jaxbrewer.zoo.attention.attend`. So is ``output_qkv``,
+    which is in no file; see `jaxbrewer.zoo.encoder`.
     ``gradient_checkpointing`` saves memory for time: the backward pass keeps what goes into each
     layer and computes the rest again. The numbers stay, but no submodule of a layer can be matched
     by its path then.
+
+    ``tie_word_embeddings`` is of models of masked words: whether the table of the embeddings scores
+    the words, or a matrix of its own.
     """
 
     max_position_embeddings: int = 512
     output_attentions: bool = False
     output_attention_scores: bool = False
+    output_qkv: bool = False
     gradient_checkpointing: bool = False
+    tie_word_embeddings: bool = True
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         **ModelConfig._checks,
         "max_position_embeddings": checks.integer(1),
         "output_attentions": checks.boolean,
         "output_attention_scores": checks.boolean,
+        "output_qkv": checks.boolean,
         "gradient_checkpointing": checks.boolean,
+        "tie_word_embeddings": checks.boolean,
     }
 
     @property

@@ -18,6 +18,7 @@ from jaxbrewer.zoo.blocks import Build, linear, resolved
 from jaxbrewer.zoo.configuration import ModelConfig
 from jaxbrewer.zoo.deberta_v2 import (
     DEBERTA_EXTRAS,
+    DEBERTA_WORDS,
     DisentangledAttention,
     DisentangledConfig,
     DisentangledEncoder,
@@ -26,6 +27,7 @@ from jaxbrewer.zoo.deberta_v2 import (
 )
 from jaxbrewer.zoo.encoder import EncoderModel
 from jaxbrewer.zoo.hf import TensorNames
+from jaxbrewer.zoo.masked_lm import MaskedLM
 from jaxbrewer.zoo.tasks import SpanClassifier, TokenClassifier
 
 DEBERTA_TENSORS = TensorNames(
@@ -53,6 +55,7 @@ DEBERTA_TENSORS = TensorNames(
     ),
     extras=DEBERTA_EXTRAS,
     heads=BERT_HEADS,
+    **DEBERTA_WORDS,
 )
 
 
@@ -135,5 +138,11 @@ class DebertaForTokenClassification(TokenClassifier):
 
 class DebertaForQuestionAnswering(SpanClassifier):
     """DeBERTa with scores of an answer's ends; see `SpanClassifier`."""
+
+    encoder_class: ClassVar[type[EncoderModel]] = DebertaModel
+
+
+class DebertaForMaskedLM(MaskedLM):
+    """DeBERTa with a score of every word at every position; see `MaskedLM`."""
 
     encoder_class: ClassVar[type[EncoderModel]] = DebertaModel

@@ -24,9 +24,17 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from jaxbrewer.configurations import checks
 from jaxbrewer.zoo import heads
 from jaxbrewer.zoo.activations import ACTIVATIONS
-from jaxbrewer.zoo.attention import Reported, attend, visible_keys, visible_tokens
-from jaxbrewer.zoo.bert import BERT_EXTRAS, BERT_HEADS, BERT_MODULES
+from jaxbrewer.zoo.attention import (
+    NOTHING,
+    Reported,
+    attend,
+    if_asked,
+    visible_keys,
+    visible_tokens,
+)
+from jaxbrewer.zoo.bert import BERT_EXTRAS, BERT_HEADS, BERT_MODULES, BERT_WORDS
 from jaxbrewer.zoo.blocks import (
+    Attended,
     Build,
     Encoder,
     Stacked,
@@ -46,6 +54,7 @@ from jaxbrewer.zoo.configuration import (
 from jaxbrewer.zoo.dropout import Dropout
 from jaxbrewer.zoo.encoder import EncoderModel
 from jaxbrewer.zoo.hf import TensorNames
+from jaxbrewer.zoo.masked_lm import MaskedLM
 from jaxbrewer.zoo.outputs import BaseModelOutput
 from jaxbrewer.zoo.relative import distances, shifted
 from jaxbrewer.zoo.tasks import SequenceClassifier, SpanClassifier, TokenClassifier
@@ -58,6 +67,17 @@ DEBERTA_EXTRAS = (
     r"lm_predictions\..*",
     r"mask_predictions\..*",
 )
+# The head for masked words: BERT's, which published files call by the names of the paper's code.
+DEBERTA_WORDS: dict[str, Any] = BERT_WORDS | {
+    "aliases": (
+        *BERT_WORDS["aliases"],
+        (r"lm_predictions\.lm_head\.bias", "cls.predictions.decoder.bias"),
+        (
+            r"lm_predictions\.lm_head\.(dense|LayerNorm)\.(weight|bias)",
+            r"cls.predictions.transform.\1.\2",
+        ),
+    )
+}
 DEBERTA_V2_TENSORS = TensorNames(
     prefix="deberta",
     modules=(
@@ -75,6 +95,7 @@ DEBERTA_V2_TENSORS = TensorNames(
     ),
     extras=DEBERTA_EXTRAS,
     heads=BERT_HEADS,
+    **DEBERTA_WORDS,
 )
 
 
@@ -99,7 +120,8 @@ class DisentangledConfig(StackConfig):
     """
 
     bookkeeping_keys: ClassVar[Collection[str]] = BOOKKEEPING_KEYS | {
-        # Of the head for masked words; and what transformers does not read.
+        # Which of two spellings the head for masked words has in the file, both of which are read; and
+        # what transformers does not read.
         "legacy",
         "padding_idx",
     }
@@ -329,18 +351,20 @@ class DisentangledAttention(nnx.Module):
         self,
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "batch 1 #length length"] | None = None,
-        reported: Reported = None,
+        reported: Reported = NOTHING,
         relative: Float[Array, "rows width"] | None = None,
-    ) -> tuple[
-        Float[Array, "batch length width"], Float[Array, "batch heads length length"] | None
-    ]:
-        """The attended sequence, and what `attend` reports; ``relative`` is the table of distances."""
+    ) -> Attended:
+        """The attended sequence, and what is reported; ``relative`` is the table of distances.
+
+        Queries, keys and values are reported of what the tokens are, without the distances.
+        """
         query, key, value = self._content(hidden)
         bias = None if relative is None else self._bias(query, key, relative)
         context, weights = attend(
-            query, key, value, visible, self.dropout, reported, scale=self.scale, bias=bias
+            query, key, value, visible, self.dropout, reported.weights, scale=self.scale, bias=bias
         )
-        return self.output(context.reshape(hidden.shape)), weights
+        qkv = if_asked(reported, (query, key, value))
+        return self.output(context.reshape(hidden.shape)), weights, qkv
 
     def _bias(
         self,
@@ -423,9 +447,9 @@ class DisentangledEncoder(Encoder):
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "batch 1 #length length"] | None,
         is_token: Bool[Array, "batch length"] | None,
-        reported: Reported = None,
+        reported: Reported = NOTHING,
     ) -> Stacked:
-        """The input and every layer's output, and what `attend` reports of every layer."""
+        """The input and every layer's output, and what is reported of every layer."""
         relative = None if self.rel_embeddings is None else self.rel_embeddings.rows()
         if relative is not None and self.position_norm is not None:
             relative = self.position_norm(relative)
@@ -433,8 +457,8 @@ class DisentangledEncoder(Encoder):
         def call(
             layer: Any, hidden: Array, visible: Any, relative: Any, conv: Any, is_token: Any
         ) -> Any:
-            output, weights = layer(hidden, visible, reported, relative)
-            return (output if conv is None else conv(hidden, output, is_token)), weights
+            output, *reports = layer(hidden, visible, reported, relative)
+            return (output if conv is None else conv(hidden, output, is_token)), *reports
 
         inputs: list[tuple[Any, ...]] = [(visible, relative, None, None)] * len(self.layer)
         inputs[0] = (visible, relative, self.conv, is_token)
@@ -567,5 +591,11 @@ class DebertaV2ForTokenClassification(TokenClassifier):
 
 class DebertaV2ForQuestionAnswering(SpanClassifier):
     """DeBERTa v2 or v3 with scores of an answer's ends; see `SpanClassifier`."""
+
+    encoder_class: ClassVar[type[EncoderModel]] = DebertaV2Model
+
+
+class DebertaV2ForMaskedLM(MaskedLM):
+    """DeBERTa v2 or v3 with a score of every word at every position; see `MaskedLM`."""
 
     encoder_class: ClassVar[type[EncoderModel]] = DebertaV2Model

@@ -30,8 +30,10 @@ from jaxbrewer.zoo.configuration import (
 from jaxbrewer.zoo.dropout import Dropout
 from jaxbrewer.zoo.encoder import EncoderModel
 from jaxbrewer.zoo.hf import TensorNames
+from jaxbrewer.zoo.masked_lm import MaskedLM, masked_lm_names
 from jaxbrewer.zoo.outputs import (
     BaseModelOutput,
+    MaskedLMOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
@@ -53,6 +55,7 @@ DISTILBERT_TENSORS = TensorNames(
     ),
     extras=(*BERT_EXTRAS, r"vocab_(transform|layer_norm|projector)\..*"),
     heads=(r"pre_classifier\..*", r"classifier\..*", r"qa_outputs\..*"),
+    head=masked_lm_names("vocab_transform", "vocab_layer_norm", "vocab_projector"),
 )
 
 
@@ -163,6 +166,7 @@ class DistilBertModel(EncoderModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput:
         """Encodes a batch: ``last_hidden_state``."""
@@ -175,6 +179,7 @@ class DistilBertModel(EncoderModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
 
@@ -209,6 +214,7 @@ class DistilBertForSequenceClassification(SequenceClassifier):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput:
         """``logits``, and with ``labels`` the ``loss``: `heads.sequence_classification_loss`."""
@@ -222,6 +228,7 @@ class DistilBertForSequenceClassification(SequenceClassifier):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
 
@@ -248,6 +255,7 @@ class DistilBertForTokenClassification(TokenClassifier):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> TokenClassifierOutput:
         """``logits``, and with ``labels`` the ``loss``: `heads.token_classification_loss`."""
@@ -261,6 +269,7 @@ class DistilBertForTokenClassification(TokenClassifier):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
 
@@ -293,6 +302,7 @@ class DistilBertForQuestionAnswering(SpanClassifier):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> QuestionAnsweringModelOutput:
         """``start_logits``, ``end_logits``; given both positions ``loss``: `heads.span_loss`."""
@@ -307,11 +317,47 @@ class DistilBertForQuestionAnswering(SpanClassifier):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
 
     def _scores(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch length 2"]:
         return super()._scores(self.dropout(hidden))
+
+
+class DistilBertForMaskedLM(MaskedLM):
+    """DistilBERT with a score of every word at every position; see `MaskedLM`."""
+
+    encoder_class: ClassVar[type[EncoderModel]] = DistilBertModel
+
+    def __call__(  # type: ignore[override]
+        self,
+        input_ids: Int[Array, "batch length"] | None = None,
+        attention_mask: Num[Array, "..."] | None = None,
+        inputs_embeds: Float[Array, "batch length width"] | None = None,
+        labels: Int[Array, "batch length"] | None = None,
+        position_ids: Int[Array, "#batch length"] | None = None,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MaskedLMOutput:
+        """``logits``, and with ``labels`` the ``loss``: `heads.token_classification_loss`."""
+        return super().__call__(
+            input_ids,
+            attention_mask,
+            None,
+            position_ids,
+            inputs_embeds,
+            labels,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
+            return_dict=return_dict,
+        )
 
 
 def sinusoids(positions: int, width: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """ELECTRA: BERT whose embeddings may be narrower than its layers, and without a pooler.
 
 Clark et al., 2020, https://arxiv.org/abs/2003.10555. These are the classes for the discriminator;
-the generator has the same shape. Where ``embedding_size`` is not ``hidden_size`` a dense layer
+`ElectraForMaskedLM` is the
+generator. Where ``embedding_size`` is not ``hidden_size`` a dense layer
 brings the embeddings to the layers' width, and its output is the first of the hidden states. What
 goes in and comes out: `jaxbrewer.zoo.encoder` and `jaxbrewer.zoo.tasks`.
 """
@@ -25,6 +26,7 @@ from jaxbrewer.zoo.configuration import (
 )
 from jaxbrewer.zoo.encoder import EncoderModel
 from jaxbrewer.zoo.hf import TensorNames
+from jaxbrewer.zoo.masked_lm import MaskedLM, masked_lm_names
 from jaxbrewer.zoo.tasks import SequenceClassifier, SpanClassifier, TokenClassifier
 
 ELECTRA_TENSORS = TensorNames(
@@ -37,6 +39,9 @@ ELECTRA_TENSORS = TensorNames(
         r"generator_lm_head\..*",
     ),
     heads=BERT_HEADS,
+    head=masked_lm_names(
+        "generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head"
+    ),
 )
 
 
@@ -110,3 +115,10 @@ class ElectraForQuestionAnswering(SpanClassifier):
     """ELECTRA with scores of an answer's ends; see `SpanClassifier`."""
 
     encoder_class: ClassVar[type[EncoderModel]] = ElectraModel
+
+
+class ElectraForMaskedLM(MaskedLM):
+    """ELECTRA with a score of every word at every position; see `MaskedLM`."""
+
+    encoder_class: ClassVar[type[EncoderModel]] = ElectraModel
+    head_activation: ClassVar[str | None] = "gelu"

@@ -9,9 +9,12 @@ Arguments keep transformers' names and order, so that a tuple batch may be given
 - ``position_ids``: integers ``(batch, length)`` or ``(1, length)``; the default counts from 0,
   in RoBERTa from past the padding id;
 - ``inputs_embeds``: ``(batch, length, width)`` in place of ``input_ids``;
-- ``output_hidden_states``, ``output_attentions``, ``output_attention_scores``, ``return_dict``:
+- ``output_hidden_states``, ``output_attentions``, ``output_attention_scores``, ``output_qkv``,
+  ``return_dict``:
   ``None`` leaves it to the config. Scores take the place of probabilities in ``attentions``, and
   asking for them is asking for ``attentions``; `jaxbrewer.zoo.attention.attend` says what they are.
+  ``output_qkv`` asks for ``query``, ``key`` and ``value``, as the dense layers of each layer's
+  attention give them: before a rotation (ModernBERT), without what distances add (DeBERTa, MPNet).
   ``return_dict=False`` returns a plain tuple of what is present.
 
 ``model.train()`` turns dropout on, ``model.eval()`` off; a model is built in train mode.
@@ -24,7 +27,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Num
 
-from jaxbrewer.zoo.attention import Reported, visible_keys
+from jaxbrewer.zoo.attention import Reported, Weights, visible_keys
 from jaxbrewer.zoo.blocks import Build, Embeddings, Encoder, Pooler, Stacked, Table
 from jaxbrewer.zoo.configuration import ModelConfig, TransformerConfig
 from jaxbrewer.zoo.hf import PretrainedModel
@@ -120,6 +123,7 @@ class EncoderModel(PretrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput:
         """Encodes a batch: ``last_hidden_state``, and ``pooler_output`` where there is a pooler."""
@@ -132,6 +136,7 @@ class EncoderModel(PretrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
         )
         return as_asked(output, self.config, return_dict)
 
@@ -146,6 +151,7 @@ class EncoderModel(PretrainedModel):
         output_hidden_states: bool | None,
         output_attentions: bool | None,
         output_attention_scores: bool | None,
+        output_qkv: bool | None,
     ) -> BaseModelOutput:
         """What a call computes, with the arguments in the same order in every model."""
         config = self.config
@@ -163,17 +169,24 @@ class EncoderModel(PretrainedModel):
                 f"attention_mask is {list(mask.shape)}, expected {list(embedded.shape[:2])} as the "
                 "inputs are: pad both to one length"
             )
-        reported: Reported = "probabilities" if attentions else None
-        reported = "scores" if scores else reported
-        all_hidden, all_weights = self._run(embedded, mask, positions, reported)
-        hidden = all_hidden[-1]
+        weights: Weights = "probabilities" if attentions else None
+        reported = Reported("scores" if scores else weights, either(output_qkv, config.output_qkv))
+        stacked = self._run(embedded, mask, positions, reported)
+        hidden = stacked.hidden[-1]
+        by_layer = cast(Any, stacked.qkv if reported.qkv else ())
+        query, key, value = zip(*by_layer, strict=True) if by_layer else (None, None, None)
         return BaseModelOutput(
             last_hidden_state=hidden,
             pooler_output=None if self.pooler is None else self.pooler(hidden),
             hidden_states=(
-                all_hidden if either(output_hidden_states, config.output_hidden_states) else None
+                stacked.hidden
+                if either(output_hidden_states, config.output_hidden_states)
+                else None
             ),
-            attentions=cast(Any, all_weights) if attentions else None,
+            attentions=cast(Any, stacked.weights) if attentions else None,
+            query=query,
+            key=key,
+            value=value,
         )
 
     def _words(

@@ -98,6 +98,10 @@ class TensorNames:
     ``extras`` are patterns of tensors, without the prefix, that a
     file may hold and no model here needs; ``heads`` those of task heads and poolers, which are
     passed over by a model that has no use for them.
+
+    ``head`` pairs whole names beside the encoder, where ours are not Hugging Face's. ``aliases`` pairs
+    another name of a head's tensor with the one that counts where a file has both; ``copies`` pairs
+    a name with a second one that it is written under, too.
     """
 
     prefix: str
@@ -105,10 +109,21 @@ class TensorNames:
     extras: tuple[str, ...]
     heads: tuple[str, ...]
     tensors: tuple[tuple[str, str], ...] = ()
+    head: tuple[tuple[str, str], ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
 
     def theirs(self, module: str, leaf: str) -> str:
         """Hugging Face's name of a tensor of the encoder."""
         return _renamed(f"{_renamed(module, self.modules)}.{leaf}", self.tensors)
+
+    def of_head(self, ours: str) -> str:
+        """Hugging Face's name of a tensor beside the encoder."""
+        return _renamed(ours, self.head)
+
+    def alias(self, name: str) -> str:
+        """The name that counts of a head's tensor in a file."""
+        return _renamed(name, self.aliases)
 
     def is_extra(self, name: str) -> bool:
         """Whether a tensor is known to be of no use to any model."""
@@ -171,6 +186,12 @@ class PretrainedModel(nnx.Module):
         An id outside its table cannot raise under ``jit`` and would give NaN; check it before.
         """
         return self.config.id_limits
+
+    def check_stored(self, found: Mapping[str, Stored], folder: Path) -> None:
+        """Refuses what a file holds besides this model's tensors, where the two contradict.
+
+        Raises ``WeightsMismatchError`` that says how. ``found`` is by Hugging Face's names.
+        """
 
     @classmethod
     def from_pretrained(
@@ -261,7 +282,8 @@ def export_weights(model: PretrainedModel) -> dict[str, np.ndarray]:
     for name, leaf in _expected_tensors(model).items():
         value = np.asarray(jax.device_get(values[leaf.path][...]))
         tensors[name] = np.ascontiguousarray(value.T if leaf.transposed else value)
-    return tensors
+    copies = dict(model.tensor_names.copies)
+    return tensors | {copies[name]: tensors[name].copy() for name in copies if name in tensors}
 
 
 def load_weights(
@@ -276,6 +298,8 @@ def load_weights(
     Raises ``ValueError`` that names file and tensor for numbers that are not finite, too.
     """
     wanted, found = _match(model, stored, folder, new_head)
+    if not new_head:
+        model.check_stored(found, folder)
     values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     for name, leaf in wanted.items():
         array = found[name].read(values[leaf.path][...].dtype)
@@ -353,7 +377,7 @@ def _expected_tensors(model: PretrainedModel) -> dict[str, _Leaf]:
         elif ours.startswith(prefix):
             theirs = prefix + names.theirs(ours.removeprefix(prefix), kind)
         else:
-            theirs = f"{ours}.{kind}"
+            theirs = names.of_head(f"{ours}.{kind}")
         shape = tuple(variable.shape)
         is_kernel = leaf == "kernel"
         expected[theirs] = _Leaf(path, shape[::-1] if is_kernel else shape, is_kernel)
@@ -382,6 +406,11 @@ def _canonical(
         if name in found:
             problems.append(f"twice in the file: {found[name].name} and {original}")
         found[name] = tensor
+    for name in list(found):
+        counts = model.tensor_names.alias(name)
+        if counts != name and counts in expected:
+            tensor = found.pop(name)
+            found.setdefault(counts, tensor)
     return found, problems
 
 

@@ -30,8 +30,15 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxbrewer.configurations import checks
 from jaxbrewer.zoo.activations import ACTIVATIONS
-from jaxbrewer.zoo.attention import Reported, attend, visible_keys, visible_tokens
-from jaxbrewer.zoo.blocks import Build, Stacked, Table, layer_norm, linear, run_layers
+from jaxbrewer.zoo.attention import (
+    NOTHING,
+    Reported,
+    attend,
+    if_asked,
+    visible_keys,
+    visible_tokens,
+)
+from jaxbrewer.zoo.blocks import Attended, Build, Stacked, Table, layer_norm, linear, run_layers
 from jaxbrewer.zoo.configuration import (
     BOOKKEEPING_KEYS,
     FIXED_VALUES,
@@ -43,9 +50,11 @@ from jaxbrewer.zoo.configuration import (
 from jaxbrewer.zoo.dropout import Dropout
 from jaxbrewer.zoo.encoder import EncoderModel
 from jaxbrewer.zoo.hf import TensorNames
+from jaxbrewer.zoo.masked_lm import Words, masked_lm_names
 from jaxbrewer.zoo.outputs import BaseModelOutput
 from jaxbrewer.zoo.tasks import TaskModel, check_span_labels
 from jaxbrewer.zoo.untyped import (
+    UntypedMaskedLM,
     UntypedModel,
     UntypedSequenceClassifier,
     UntypedSpanClassifier,
@@ -70,6 +79,7 @@ MODERNBERT_TENSORS = TensorNames(
     ),
     extras=(r"decoder\..*",),
     heads=(r"head\..*", r"classifier\..*"),
+    head=masked_lm_names("head.dense", "head.norm", "decoder"),
 )
 
 
@@ -97,7 +107,6 @@ class ModernBertConfig(TransformerConfig):
     model_type: ClassVar[str] = "modernbert"
     bookkeeping_keys: ClassVar[Collection[str]] = BOOKKEEPING_KEYS | {
         # Of how it is computed elsewhere, of pretraining, and what transformers does not read.
-        "decoder_bias",
         "deterministic_flash_attn",
         "layer_norm_eps",
         "reference_compile",
@@ -136,6 +145,7 @@ class ModernBertConfig(TransformerConfig):
     classifier_dropout: float = 0.0
     classifier_bias: bool = False
     classifier_activation: str = "gelu"
+    decoder_bias: bool = True
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         **TransformerConfig._checks,
@@ -161,6 +171,7 @@ class ModernBertConfig(TransformerConfig):
         "classifier_dropout": checks.rate,
         "classifier_bias": checks.boolean,
         "classifier_activation": activation_name,
+        "decoder_bias": checks.boolean,
     }
 
     def __post_init__(self):
@@ -342,17 +353,19 @@ class ModernBertAttention(nnx.Module):
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "#batch 1 #length length"] | None,
         turns: Float[Array, "2 #batch length 1 half"],
-        reported: Reported = None,
-    ) -> tuple[
-        Float[Array, "batch length width"], Float[Array, "batch heads length length"] | None
-    ]:
-        """The attended sequence, and what `attend` reports; ``turns`` are from `rotations`."""
+        reported: Reported = NOTHING,
+    ) -> Attended:
+        """The attended sequence, and what is reported; ``turns`` are from `rotations`.
+
+        Queries and keys are reported as they are before they are turned.
+        """
         heads = self.qkv(hidden).reshape(*hidden.shape[:2], 3, self.num_heads, -1)
         query, key, value = heads[:, :, 0], heads[:, :, 1], heads[:, :, 2]
         context, weights = attend(
-            turned(query, turns), turned(key, turns), value, visible, self.dropout, reported
+            turned(query, turns), turned(key, turns), value, visible, self.dropout, reported.weights
         )
-        return self.dropout(self.output(context.reshape(hidden.shape))), weights
+        qkv = if_asked(reported, (query, key, value))
+        return self.dropout(self.output(context.reshape(hidden.shape))), weights, qkv
 
 
 class ModernBertLayer(nnx.Module):
@@ -378,18 +391,16 @@ class ModernBertLayer(nnx.Module):
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "#batch 1 #length length"] | None,
         turns: Float[Array, "2 #batch length 1 half"],
-        reported: Reported = None,
-    ) -> tuple[
-        Float[Array, "batch length width"], Float[Array, "batch heads length length"] | None
-    ]:
-        """The layer's output, and what `attend` reports."""
+        reported: Reported = NOTHING,
+    ) -> Attended:
+        """The layer's output, and what is reported."""
         normed = hidden if self.attention_norm is None else self.attention_norm(hidden)
-        attended, weights = self.attention(normed, visible, turns, reported)
+        attended, weights, qkv = self.attention(normed, visible, turns, reported)
         hidden = hidden + attended
         inner = self.intermediate(self.intermediate_norm(hidden))
         inner, gate = jnp.split(inner, 2, axis=-1)
         gated = ACTIVATIONS[self.hidden_act](inner) * gate
-        return hidden + self.output(self.dropout(gated)), weights
+        return hidden + self.output(self.dropout(gated)), weights, qkv
 
 
 class ModernBertEncoder(nnx.Module):
@@ -408,9 +419,9 @@ class ModernBertEncoder(nnx.Module):
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "batch 1 #length length"] | None,
         positions: Int[Array, "#batch length"],
-        reported: Reported = None,
+        reported: Reported = NOTHING,
     ) -> Stacked:
-        """The input, every layer's output, the last one's normed, and what `attend` reports."""
+        """The input, every layer's output, the last one's normed, and what is reported."""
         config = self.config
         near = near_keys(visible, hidden.shape[1], config.local_attention // 2)
         keys = {GLOBAL: visible, LOCAL: near}
@@ -427,10 +438,11 @@ class ModernBertEncoder(nnx.Module):
             return layer(hidden, visible, turns, reported)
 
         inputs = [(keys[kind], turns[kind]) for kind in config.kinds]
-        all_hidden, all_weights = run_layers(
+        stacked = run_layers(
             self.layer, hidden, inputs, call, checkpoints=config.gradient_checkpointing
         )
-        return (*all_hidden[:-1], self.final_norm(all_hidden[-1])), all_weights
+        *before, last = stacked.hidden
+        return stacked._replace(hidden=(*before, self.final_norm(last)))
 
 
 def near_keys(
@@ -578,6 +590,22 @@ class ModernBertForQuestionAnswering(_Classifier, UntypedSpanClassifier):
 
     def _scores(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch length 2"]:
         return self._classified(hidden)
+
+
+class ModernBertForMaskedLM(UntypedMaskedLM):
+    """ModernBERT with a score of every word at every position; see `MaskedLM`.
+
+    The scores are of all positions, whatever ``sparse_prediction`` says in the file: that leaves
+    out, in training, what has no label. ``decoder_bias=False`` leaves the words' bias out.
+    """
+
+    encoder_class: ClassVar[type[EncoderModel]] = ModernBertModel
+
+    def _new_transform(self, config: Any, **build: Unpack[Build]) -> nnx.Module:
+        return ModernBertPredictionHead(config, **build)
+
+    def _new_words(self, config: Any, **build: Unpack[Build]) -> Words:
+        return Words(config, use_bias=config.decoder_bias, **build)
 
 
 def mean_of_tokens(

@@ -16,15 +16,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxbrewer.zoo.attention import Reported
+from jaxbrewer.zoo.attention import NOTHING, Reported
 from jaxbrewer.zoo.bert import BERT_EXTRAS, BERT_HEADS
 from jaxbrewer.zoo.blocks import Build, Encoder, Stacked, resolved
 from jaxbrewer.zoo.configuration import FIXED_VALUES, ModelConfig, StackConfig
 from jaxbrewer.zoo.encoder import EncoderModel, PooledModel
 from jaxbrewer.zoo.hf import TensorNames
 from jaxbrewer.zoo.relative import distances, shifted
-from jaxbrewer.zoo.roberta import positions_past_padding
+from jaxbrewer.zoo.roberta import ROBERTA_WORDS, positions_past_padding
 from jaxbrewer.zoo.untyped import (
+    UntypedMaskedLM,
     UntypedModel,
     UntypedSequenceClassifier,
     UntypedSpanClassifier,
@@ -51,6 +52,7 @@ MPNET_TENSORS = TensorNames(
     tensors=((r"encoder\.relative\.bias", r"encoder.relative_attention_bias.weight"),),
     extras=(*BERT_EXTRAS, r"lm_head\..*"),
     heads=BERT_HEADS,
+    **ROBERTA_WORDS,
 )
 
 
@@ -109,9 +111,9 @@ class MPNetEncoder(Encoder):
         self,
         hidden: Float[Array, "batch length width"],
         visible: Bool[Array, "batch 1 #length length"] | None = None,
-        reported: Reported = None,
+        reported: Reported = NOTHING,
     ) -> Stacked:
-        """The input and every layer's output, and what `attend` reports of every layer."""
+        """The input and every layer's output, and what is reported of every layer."""
         return super().__call__(hidden, visible, reported, self.relative(hidden.shape[1]))
 
 
@@ -156,6 +158,13 @@ class MPNetForQuestionAnswering(UntypedSpanClassifier):
     """MPNet with scores of an answer's ends; see `SpanClassifier`."""
 
     encoder_class: ClassVar[type[EncoderModel]] = MPNetModel
+
+
+class MPNetForMaskedLM(UntypedMaskedLM):
+    """MPNet with a score of every word at every position; see `MaskedLM`."""
+
+    encoder_class: ClassVar[type[EncoderModel]] = MPNetModel
+    head_activation: ClassVar[str | None] = "gelu"
 
 
 def distance_buckets(distance: np.ndarray) -> np.ndarray:

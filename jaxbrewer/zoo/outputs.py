@@ -2,17 +2,25 @@
 
 Shapes, in every class: ``loss`` is a scalar; ``hidden_states`` holds the embedding output and then
 each layer's output, ``(batch, length, width)`` each; ``attentions`` holds one
-``(batch, heads, length, length)`` for each layer. A field that was not asked for is ``None``.
+``(batch, heads, length, length)`` for each layer; ``query``, ``key`` and ``value`` hold one
+``(batch, heads, length, width of a head)`` for each layer. A field that was not asked for is ``None``.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 from jaxtyping import Array, Float
 
+Heads: TypeAlias = tuple[Float[Array, "batch heads length each"], ...] | None
 _Output = TypeVar("_Output", bound=type["ModelOutput"])
+# Fields that a model returns only when asked, and the argument that asks for them.
+_ASKED_BY = {
+    "hidden_states": "output_hidden_states",
+    "attentions": "output_attentions",
+    **dict.fromkeys(("query", "key", "value"), "output_qkv"),
+}
 
 
 def register_output(cls: _Output) -> _Output:
@@ -63,7 +71,7 @@ class ModelOutput:
         if not isinstance(key, str):
             return self.to_tuple()[key]
         if key not in self:
-            hint = f"; pass output_{key}=True" if key in ("hidden_states", "attentions") else ""
+            hint = f"; pass {_ASKED_BY[key]}=True" if key in _ASKED_BY else ""
             raise KeyError(f"no {key!r} in this output, which has {self.keys()}{hint}")
         return getattr(self, key)
 
@@ -86,6 +94,13 @@ class BaseModelOutput(ModelOutput):
     pooler_output: Float[Array, "batch width"] | None = None
     hidden_states: tuple[Float[Array, "batch length width"], ...] | None = None
     attentions: tuple[Float[Array, "batch heads length length"], ...] | None = None
+    query: Heads = None
+    key: Heads = None
+    value: Heads = None
+
+    def of_layers(self) -> dict[str, Any]:
+        """The fields that hold one array a layer, as every other output has them."""
+        return {name: getattr(self, name) for name in _ASKED_BY}
 
 
 @register_output
@@ -97,6 +112,9 @@ class SentenceEncoderOutput(ModelOutput):
     last_hidden_state: Float[Array, "batch length width"] | None = None
     hidden_states: tuple[Float[Array, "batch length width"], ...] | None = None
     attentions: tuple[Float[Array, "batch heads length length"], ...] | None = None
+    query: Heads = None
+    key: Heads = None
+    value: Heads = None
 
 
 @register_output
@@ -108,6 +126,9 @@ class SequenceClassifierOutput(ModelOutput):
     logits: Float[Array, "batch labels"] | None = None
     hidden_states: tuple[Float[Array, "batch length width"], ...] | None = None
     attentions: tuple[Float[Array, "batch heads length length"], ...] | None = None
+    query: Heads = None
+    key: Heads = None
+    value: Heads = None
 
 
 @register_output
@@ -119,6 +140,23 @@ class TokenClassifierOutput(ModelOutput):
     logits: Float[Array, "batch length labels"] | None = None
     hidden_states: tuple[Float[Array, "batch length width"], ...] | None = None
     attentions: tuple[Float[Array, "batch heads length length"], ...] | None = None
+    query: Heads = None
+    key: Heads = None
+    value: Heads = None
+
+
+@register_output
+@dataclasses.dataclass(frozen=True)
+class MaskedLMOutput(ModelOutput):
+    """What a model of masked words returns."""
+
+    loss: Float[Array, ""] | None = None
+    logits: Float[Array, "batch length words"] | None = None
+    hidden_states: tuple[Float[Array, "batch length width"], ...] | None = None
+    attentions: tuple[Float[Array, "batch heads length length"], ...] | None = None
+    query: Heads = None
+    key: Heads = None
+    value: Heads = None
 
 
 @register_output
@@ -131,3 +169,6 @@ class QuestionAnsweringModelOutput(ModelOutput):
     end_logits: Float[Array, "batch length"] | None = None
     hidden_states: tuple[Float[Array, "batch length width"], ...] | None = None
     attentions: tuple[Float[Array, "batch heads length length"], ...] | None = None
+    query: Heads = None
+    key: Heads = None
+    value: Heads = None

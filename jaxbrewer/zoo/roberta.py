@@ -8,7 +8,7 @@ the table is zero at first and gets no gradient. What goes in and comes out:
 
 import dataclasses
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -17,10 +17,21 @@ from jaxbrewer.zoo.bert import BERT_EXTRAS, BERT_HEADS, BERT_MODULES
 from jaxbrewer.zoo.configuration import EncoderConfig, ModelConfig
 from jaxbrewer.zoo.encoder import EncoderModel, PooledModel
 from jaxbrewer.zoo.hf import TensorNames
+from jaxbrewer.zoo.masked_lm import MaskedLM, masked_lm_names
 from jaxbrewer.zoo.tasks import SequenceClassifier, SpanClassifier, TokenClassifier
 
+# The head for masked words: its modules, and the bias beside the decoder's, which is the same.
+ROBERTA_WORDS: dict[str, Any] = {
+    "head": masked_lm_names("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
+    "aliases": ((r"lm_head\.bias", "lm_head.decoder.bias"),),
+    "copies": (("lm_head.decoder.bias", "lm_head.bias"),),
+}
 ROBERTA_TENSORS = TensorNames(
-    prefix="roberta", modules=BERT_MODULES, extras=(*BERT_EXTRAS, r"lm_head\..*"), heads=BERT_HEADS
+    prefix="roberta",
+    modules=BERT_MODULES,
+    extras=(*BERT_EXTRAS, r"lm_head\..*"),
+    heads=BERT_HEADS,
+    **ROBERTA_WORDS,
 )
 
 
@@ -100,3 +111,10 @@ class RobertaForQuestionAnswering(SpanClassifier):
     """RoBERTa with scores of an answer's ends; see `SpanClassifier`."""
 
     encoder_class: ClassVar[type[EncoderModel]] = RobertaModel
+
+
+class RobertaForMaskedLM(MaskedLM):
+    """RoBERTa with a score of every word at every position; see `MaskedLM`."""
+
+    encoder_class: ClassVar[type[EncoderModel]] = RobertaModel
+    head_activation: ClassVar[str | None] = "gelu"

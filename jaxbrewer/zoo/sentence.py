@@ -165,6 +165,7 @@ class SentenceEncoder(PretrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> SentenceEncoderOutput:
         """``embedding``, ``(batch, width)``, and what the encoder gives.
@@ -181,6 +182,7 @@ class SentenceEncoder(PretrainedModel):
             "output_hidden_states": output_hidden_states,
             "output_attentions": output_attentions,
             "output_attention_scores": output_attention_scores,
+            "output_qkv": output_qkv,
         }
         given = {name: value for name, value in given.items() if value is not None}
         encoded = self.encoder(**given, return_dict=True)
@@ -189,9 +191,8 @@ class SentenceEncoder(PretrainedModel):
             embedding = dense(embedding)
         if self.sentence.normalize:
             embedding = normalized(embedding)
-        output = SentenceEncoderOutput(
-            embedding, encoded.last_hidden_state, encoded.hidden_states, encoded.attentions
-        )
+        last = encoded.last_hidden_state
+        output = SentenceEncoderOutput(embedding, last, **encoded.of_layers())
         return as_asked(output, self.config, return_dict)
 
     @classmethod
@@ -218,7 +219,8 @@ class SentenceEncoder(PretrainedModel):
         if not (folder / MODULES).is_file():
             raise ValueError(
                 f"{folder} has no {MODULES}: for an encoder alone, say how it is pooled: "
-                f"SentenceEncoder(from_pretrained({str(folder)!r}), SentenceConfig(pooling='mean'))"
+                f"SentenceEncoder(from_pretrained({str(folder)!r}).base_model, "
+                "SentenceConfig(pooling='mean'))"
             )
         there = read_sentence_folder(folder)
         build = Build(dtype=dtype, param_dtype=param_dtype, rngs=rngs or nnx.Rngs(0))

@@ -1,4 +1,4 @@
-"""The three tasks, whatever the encoder: classes of sequences, of tokens, and answer spans.
+"""Tasks with labels, whatever the encoder: classes of sequences, of tokens, and answer spans.
 
 Arguments and shapes are those of `jaxbrewer.zoo.encoder`; with the labels of the task comes its
 loss. A model holds its encoder under Hugging Face's name of it, such as ``bert``.
@@ -82,6 +82,7 @@ class SequenceClassifier(TaskModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput:
         """``logits``, and with ``labels`` the ``loss``: `heads.sequence_classification_loss`."""
@@ -94,13 +95,14 @@ class SequenceClassifier(TaskModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
         )
         mask = None if attention_mask is None else jnp.asarray(attention_mask)
         logits = self._logits(encoded, mask)
         loss = None
         if labels is not None:
             loss = self._loss(logits, jnp.asarray(labels))
-        output = SequenceClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+        output = SequenceClassifierOutput(loss, logits, **encoded.of_layers())
         return as_asked(output, self.config, return_dict)
 
     def _logits(
@@ -147,6 +149,7 @@ class TokenClassifier(TaskModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> TokenClassifierOutput:
         """``logits``, and with ``labels`` the ``loss``: `heads.token_classification_loss`."""
@@ -159,12 +162,13 @@ class TokenClassifier(TaskModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
         )
         logits = self._logits(encoded.last_hidden_state)
         loss = None
         if labels is not None:
             loss = heads.token_classification_loss(logits, jnp.asarray(labels))
-        output = TokenClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+        output = TokenClassifierOutput(loss, logits, **encoded.of_layers())
         return as_asked(output, self.config, return_dict)
 
     def _logits(
@@ -216,6 +220,7 @@ class SpanClassifier(TaskModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> QuestionAnsweringModelOutput:
         """``start_logits``, ``end_logits``; given both positions ``loss``: `heads.span_loss`."""
@@ -228,6 +233,7 @@ class SpanClassifier(TaskModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
         )
         scores = self._scores(encoded.last_hidden_state)
         start, end = scores[..., 0], scores[..., 1]
@@ -235,9 +241,7 @@ class SpanClassifier(TaskModel):
         if start_positions is not None and end_positions is not None:
             positions = jnp.asarray(start_positions), jnp.asarray(end_positions)
             loss = heads.span_loss(start, end, *positions)
-        output = QuestionAnsweringModelOutput(
-            loss, start, end, encoded.hidden_states, encoded.attentions
-        )
+        output = QuestionAnsweringModelOutput(loss, start, end, **encoded.of_layers())
         return as_asked(output, self.config, return_dict)
 
     def _scores(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch length 2"]:

@@ -7,8 +7,10 @@ The arguments are those of `jaxbrewer.zoo.encoder` and `jaxbrewer.zoo.tasks` but
 from jaxtyping import Array, Float, Int, Num
 
 from jaxbrewer.zoo.encoder import EncoderModel
+from jaxbrewer.zoo.masked_lm import MaskedLM
 from jaxbrewer.zoo.outputs import (
     BaseModelOutput,
+    MaskedLMOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
@@ -29,6 +31,7 @@ class UntypedModel(EncoderModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput:
         """Encodes a batch: ``last_hidden_state``, and ``pooler_output`` where there is a pooler."""
@@ -41,6 +44,7 @@ class UntypedModel(EncoderModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
 
@@ -59,6 +63,7 @@ class UntypedSequenceClassifier(SequenceClassifier):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput:
         """``logits``, and with ``labels`` the ``loss``: `heads.sequence_classification_loss`."""
@@ -72,6 +77,7 @@ class UntypedSequenceClassifier(SequenceClassifier):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
 
@@ -90,6 +96,7 @@ class UntypedTokenClassifier(TokenClassifier):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> TokenClassifierOutput:
         """``logits``, and with ``labels`` the ``loss``: `heads.token_classification_loss`."""
@@ -103,6 +110,40 @@ class UntypedTokenClassifier(TokenClassifier):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
+            return_dict=return_dict,
+        )
+
+
+class UntypedMaskedLM(MaskedLM):
+    """Scores of words without token types; see `MaskedLM`."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        input_ids: Int[Array, "batch length"] | None = None,
+        attention_mask: Num[Array, "..."] | None = None,
+        position_ids: Int[Array, "#batch length"] | None = None,
+        inputs_embeds: Float[Array, "batch length width"] | None = None,
+        labels: Int[Array, "batch length"] | None = None,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MaskedLMOutput:
+        """``logits``, and with ``labels`` the ``loss``: `heads.token_classification_loss`."""
+        return super().__call__(
+            input_ids,
+            attention_mask,
+            None,
+            position_ids,
+            inputs_embeds,
+            labels,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )
 
@@ -122,6 +163,7 @@ class UntypedSpanClassifier(SpanClassifier):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_attention_scores: bool | None = None,
+        output_qkv: bool | None = None,
         return_dict: bool | None = None,
     ) -> QuestionAnsweringModelOutput:
         """``start_logits``, ``end_logits``; given both positions ``loss``: `heads.span_loss`."""
@@ -136,5 +178,6 @@ class UntypedSpanClassifier(SpanClassifier):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_attention_scores=output_attention_scores,
+            output_qkv=output_qkv,
             return_dict=return_dict,
         )

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from jaxbrewer.zoo.configuration import ModelConfig
 from jaxbrewer.zoo.encoder import EncoderModel
+from jaxbrewer.zoo.masked_lm import MaskedLM
 from jaxbrewer.zoo.roberta import RobertaConfig, RobertaModel
 from jaxbrewer.zoo.tasks import SequenceClassifier, SpanClassifier, TokenClassifier
 
@@ -48,3 +49,10 @@ class XLMRobertaForQuestionAnswering(SpanClassifier):
     """XLM-R with scores of an answer's ends; see `SpanClassifier`."""
 
     encoder_class: ClassVar[type[EncoderModel]] = XLMRobertaModel
+
+
+class XLMRobertaForMaskedLM(MaskedLM):
+    """XLM-RoBERTa with a score of every word at every position; see `MaskedLM`."""
+
+    encoder_class: ClassVar[type[EncoderModel]] = XLMRobertaModel
+    head_activation: ClassVar[str | None] = "gelu"

@@ -156,6 +156,18 @@ def test_every_head_is_told_by_its_tensors(run, bert, kind):
 
 
 @pytest.mark.torch
+def test_the_head_for_masked_words_is_ported_where_it_is_asked_for(run, bert):
+    import torch
+
+    model = torch_model("ForMaskedLM", 2)
+    code, printed = port_weights(run, model.state_dict(), "--task", "masked-lm")
+    count = sum(tensor.numel() for tensor in model.parameters())
+    assert code == 0 and f"{count:,} parameters" in printed
+    ours = zoo.from_pretrained("new")(ids()).logits
+    np.testing.assert_allclose(ours, model(torch.tensor(ids()))[0].detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.torch
 def test_old_names_prefixes_and_half_precision_are_understood(run, bert):
     import torch
 
@@ -360,6 +372,7 @@ def quick(monkeypatch):
         ([], "'attention_mask', 'input_ids', 'labels', 'token_type_ids'"),
         (["--task", "question-answering"], "'end_positions', 'input_ids', 'start_positions'"),
         (["--task", "token-classification", "--num-labels", "5"], "'labels'"),
+        (["--task", "masked-lm"], "'labels'"),
         (["--task", "none"], "['attention_mask', 'input_ids', 'token_type_ids']"),
         (["--num-labels", "1"], "'labels'"),
     ],

@@ -25,12 +25,21 @@ def attention(rng, length, heads=2):
     return rng.uniform(0, 3, (BATCH, heads, length, length)).astype(np.float32)
 
 
+def by_head(rng, length, heads=2, width=3):
+    """Queries, keys or values of a layer."""
+    return rng.normal(size=(BATCH, heads, length, width)).astype(np.float32)
+
+
 def two_layers(rng, length, width=4):
     return [states(rng, length, width) for _ in range(2)]
 
 
 def padded_states(x, junk):
     return np.pad(x, ((0, 0), (0, PADDING), (0, 0)), constant_values=junk)
+
+
+def padded_heads(x, junk):
+    return np.pad(x, ((0, 0), (0, 0), (0, PADDING), (0, 0)), constant_values=junk)
 
 
 def padded_attention(x, junk):
@@ -80,6 +89,7 @@ CASES = [
     Case("att_mse_sum_loss", attention, padded_attention),
     Case("att_ce_loss", attention, padded_attention, zero_at_equal=False),
     Case("att_ce_mean_loss", attention, padded_attention, zero_at_equal=False),
+    Case("relation_loss", by_head, padded_heads),
     Case("hid_mse_loss"),
     Case("cos_loss"),
     Case("l2_loss"),
@@ -281,6 +291,26 @@ def test_known_values():
     assert_close(losses.mmd_loss([S[None], S[None]], [wide, wide], jnp.ones((1, 1))), 11.5**2)
 
 
+def test_a_number_of_relation_heads_is_whole():
+    with pytest.raises(ValueError, match=r"2\.5 relation heads.*heads=15\)"):
+        losses.relation_loss(A, A, heads=2.5)
+
+
+def test_relation_heads_are_cut_anew():
+    """Two heads of six numbers and four of three, side by side, are one layer of twelve."""
+    rng = np.random.default_rng(0)
+    T = rng.normal(size=(2, 5, 12)).astype(np.float32)
+    S = rng.normal(size=(2, 5, 8)).astype(np.float32)
+
+    def heads(x, count):
+        return x.reshape(2, 5, count, -1).swapaxes(1, 2)
+
+    expected = losses.relation_loss(S, T, heads=4)
+    assert_close(losses.relation_loss(heads(S, 2), heads(T, 4)), expected)
+    assert_close(losses.relation_loss(heads(S, 8), heads(T, 2), heads=4), expected)
+    assert abs(losses.relation_loss(heads(S, 2), heads(T, 2)) - expected) > 1e-3
+
+
 # --- Dtypes and compiles --------------------------------------------------------------------------
 
 
@@ -373,6 +403,10 @@ ERRORS = [
     ("att_ce_mean_loss", (MASK, MASK), ["(2, 5)", "or (batch, length, length)"]),
     ("mmd_loss", ([MASK, MASK], [X, X]), ["(2, 5)", "(batch, length, width)"]),
     ("kd_ce_loss", (1.0, X), ["logits_S is a scalar"]),
+    ("relation_loss", (A, A[:, :, :4]), ["length, got 5 and 4"]),
+    ("relation_loss", (A, MASK), ["vectors_T has shape (2, 5)", "(batch, heads, length, width of"]),
+    ("relation_loss", (A, X), ["without heads", "heads=…"]),
+    ("relation_loss", (X, A), ["3 relation heads", "4 numbers", "teacher's 15", "heads=1"]),
     # Lists and arrays
     ("hid_mse_loss", ([X, X], X), ["state_S is a list of 2", "single layers"]),
     ("att_ce_loss", (A, (A, A)), ["attention_T is a list of 2", "single layers"]),
@@ -389,6 +423,7 @@ ERRORS = [
     ("att_ce_mean_loss", (A, A, [MASK]), ["mask is a list of 1", "(2, 5)"]),
     ("att_ce_loss", (A[..., :4], A[..., :4], MASK), ["(2, 3, 5, 4)", "cross-attention"]),
     ("mmd_loss", ([X, X], [X, X], MASK[:1]), ["mask", "(1, 5)", "(2, 5)"]),
+    ("relation_loss", (A, A, EXTENDED), ["(2, 1, 1, 5)", "(2, 5)", "not a broadcast"]),
     ("kd_ce_loss", (X, X, 1, MASK[0]), ["mask", "(5,)", "(2, 5)"]),
     ("kd_ce_loss", (X, X, MASK[:, 0]), ["temperature", "(2,)", "(2, 5)"]),
     ("kd_mse_loss", (X, X, MASK[..., None]), ["temperature", "(2, 5, 1)", "(2, 5)"]),

@@ -100,6 +100,8 @@ SLIPS = {
     "Logits": "logits",
     "logit_mask": "logits_mask",
     "inputs_masks": "inputs_mask",
+    "queries": "query",
+    "values": "value",
 }
 
 
@@ -124,7 +126,7 @@ def test_features_of_ones_own(monkeypatch):
     with pytest.raises(AdaptorError, match="'values' must be a list"):
         freeze({"values": H}, "S")
     with pytest.raises(AdaptorError, match="did you mean 'values'"):
-        freeze({"value": H}, "S")
+        freeze({"vallues": H}, "S")
     assert adaptors.adaptor_keys()[-1] == "values"
 
 

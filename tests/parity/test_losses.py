@@ -204,6 +204,33 @@ def test_binary_kd_loss(temperature, masked, x64):
         np.testing.assert_allclose(found, x.grad.numpy(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("heads", [None, 2, 12])
+def test_relation_loss(heads, masked, x64):
+    """TextBrewer has none: value and gradients against torch's formula, example by example."""
+    rng = np.random.default_rng(masked)
+    S, T = rng.normal(0, 1.5, (3, 6, 5, 2)), rng.normal(0, 1.5, (3, 4, 5, 6))
+    lengths = [5, 3, 0] if masked else [5, 5, 5]
+    mask = np.arange(5) < np.array(lengths)[:, None] if masked else None
+    ours = jax.value_and_grad(lambda S, T: losses.relation_loss(S, T, mask, heads=heads), (0, 1))(
+        S, T
+    )
+    theirs = [torch.tensor(x, requires_grad=True) for x in (S, T)]
+    total, count = 0, heads or 4
+    for example, length in enumerate(filter(None, lengths)):
+        log = []
+        for side in theirs:
+            cut = side[example, :, :length].transpose(0, 1).reshape(length, count, -1)
+            scores = cut.transpose(0, 1) @ cut.permute(1, 2, 0) / cut.shape[-1] ** 0.5
+            log.append(torch.log_softmax(scores, -1))
+        total += torch.nn.functional.kl_div(*log, reduction="sum", log_target=True)
+    wanted = total / (count * sum(lengths))
+    wanted.backward()
+    np.testing.assert_allclose(ours[0], wanted.item(), rtol=1e-9)
+    for found, x in zip(ours[1], theirs, strict=True):
+        np.testing.assert_allclose(found, x.grad.numpy(), rtol=1e-9, atol=1e-14)
+
+
 @pytest.mark.parametrize(("name", "form"), MATCHES)
 def test_one_position_of_one_example(name, form, x64):
     mask = None if name == "pkd_loss" else np.ones((1, 1), np.int64)

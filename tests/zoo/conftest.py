@@ -41,7 +41,10 @@ FAMILIES = {
 }
 # Those without token types.
 WITHOUT_TYPES = ("DistilBert", "MPNet", "ModernBert")
-TASKS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+TASKS = (
+    "Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
+    "ForMaskedLM",
+)  # fmt: skip
 
 
 def family_of(name):
@@ -98,6 +101,9 @@ def nothing_narrowed(name):
         probs = torch.softmax(query @ key.transpose(2, 3) * scaling + mask, -1)
         return (probs @ value).transpose(1, 2).contiguous(), probs
 
+    def of_words(self, logits, labels, vocab_size, **_):
+        return torch.nn.functional.cross_entropy(logits.view(-1, vocab_size), labels.view(-1))
+
     def normed(self, x):
         centred = x - x.mean(-1, keepdim=True)
         variance = centred.pow(2).mean(-1, keepdim=True)
@@ -108,6 +114,7 @@ def nothing_narrowed(name):
             "modernbert.modeling_modernbert.apply_rotary_pos_emb": turned,
             "modernbert.modeling_modernbert.eager_attention_forward": attended,
             "modernbert.modeling_modernbert.ModernBertRotaryEmbedding.forward": angles,
+            "modernbert.modeling_modernbert.ModernBertForMaskedLM.loss_function": of_words,
         },
         "Deberta": {"deberta.modeling_deberta.DebertaLayerNorm.forward": normed},
     }
@@ -140,6 +147,9 @@ def labels_for(name, batch, length, num_labels):
     if name.endswith("ForTokenClassification"):
         labels = rng.integers(0, num_labels, (batch, length))
         return {"labels": np.where(rng.random((batch, length)) < 0.3, -100, labels)}
+    if name.endswith("ForMaskedLM"):
+        words = rng.integers(0, 50, (batch, length))
+        return {"labels": np.where(rng.random((batch, length)) < 0.6, -100, words)}
     if name.endswith("ForQuestionAnswering"):
         # Below 0 and far past the end, which transformers clips, and one to be ignored.
         return {

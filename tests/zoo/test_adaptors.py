@@ -26,6 +26,8 @@ OF_SPANS = {"start_positions": np.zeros(3, np.int32), "end_positions": np.ones(3
         ("sequence-classification", {}, {"logits", "hidden"}),
         ("sequence-classification", OF_SEQUENCES, {"logits", "losses", "labels", "hidden"}),
         ("token-classification", OF_TOKENS, {"logits", "losses", "labels", "hidden"}),
+        ("masked-lm", {}, {"logits", "hidden"}),
+        ("masked-lm", OF_TOKENS, {"logits", "logits_mask", "losses", "labels", "hidden"}),
         ("question-answering", {}, {"logits", "hidden"}),
         ("question-answering", OF_SPANS, {"logits", "losses", "labels", "hidden"}),
     ],
@@ -41,6 +43,14 @@ def test_what_is_there_is_handed_on(task, labels, keys, masked):
     if task == "question-answering":
         assert [x.shape for x in found["logits"]] == [(3, 4)] * 2
         assert len(found.get("labels", (0, 0))) == 2
+
+
+def test_only_words_with_a_label_are_compared():
+    config = zoo.BertConfig(**SHAPE)
+    model = zoo.BertForMaskedLM(config, rngs=nnx.Rngs(0))
+    batch = {"input_ids": IDS, "labels": np.where(IDS % 3 == 0, IDS, -100)}
+    found = zoo.adaptor("masked-lm")(batch, model(**batch))
+    np.testing.assert_array_equal(found["logits_mask"], IDS % 3 == 0)
 
 
 def test_a_sentence_encoder_hands_on_its_embedding():

@@ -14,7 +14,7 @@ from jaxbrewer.models.half_products import wide_products
 from jaxbrewer.models.precision import Precision, at_level
 from jaxbrewer.models.wrap import as_model
 
-from .conftest import FAMILIES, close, make_batch, make_torch, to_torch
+from .conftest import FAMILIES, close, family_of, labels_for, make_batch, make_torch, to_torch
 
 NEW = ("Roberta", "XLMRoberta", "Camembert", "Electra", "DistilBert", "MPNet", "ModernBert",
        "DebertaV2", "Deberta")  # fmt: skip
@@ -162,12 +162,20 @@ def test_half_precision_computes_in_half_and_loses_in_float32(family):
         assert {leaf.dtype for leaf in jax.tree.leaves(value)} == {jnp.dtype(wanted)}, key
 
 
-@pytest.mark.parametrize("family", ["MPNet", "ModernBert", "DebertaV2", "Deberta"])
-def test_a_step_at_o2(family):
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"{family}ForSequenceClassification" for family in NEW[-4:]),
+        *(f"{family}ForMaskedLM" for family in ("Bert", "Electra", "ModernBert")),
+    ],
+)
+def test_a_step_at_o2(name):
     """In bfloat16, dropout on: products in half, norms and what comes out in float32."""
-    cls = getattr(zoo, f"{family}ForSequenceClassification")
+    family = family_of(name)
+    cls = getattr(zoo, name)
     model = as_model(cls(config_of(family, num_hidden_layers=1), rngs=nnx.Rngs(0)))
-    batch = make_batch(family=family) | {"labels": np.array([0, 1, 1])}
+    batch = make_batch(family=family)
+    batch |= labels_for(name, *batch["input_ids"].shape, 2)
     batch = {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
 
     def loss(params, handle):
@@ -213,8 +221,7 @@ def test_heads_of_pretraining_are_passed_over(family, tmp_path):
     theirs = make_torch(PRETRAINING[family])
     theirs.save_pretrained(tmp_path)
     options = {"add_pooling_layer": False} if family in (*ROBERTAS, "MPNet") else {}
-    ours = zoo.from_pretrained(tmp_path, **options)
-    assert type(ours).__name__ == f"{family}Model"
+    ours = getattr(zoo, f"{family}Model").from_pretrained(tmp_path, **options)
     batch = make_batch(family=family)
     wanted = theirs.base_model(**to_torch(batch)).last_hidden_state
     close(ours(**batch).last_hidden_state, wanted, 1e-5)

@@ -17,6 +17,7 @@ TASKS = {
     "sequence-classification": "ForSequenceClassification",
     "token-classification": "ForTokenClassification",
     "question-answering": "ForQuestionAnswering",
+    "masked-lm": "ForMaskedLM",
 }
 
 
