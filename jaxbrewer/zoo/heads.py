@@ -23,12 +23,13 @@ def cross_entropy(
     """The mean of ``-log softmax(logits)[label]`` over labels that are not ``ignore_index``."""
     log_probs = jax.nn.log_softmax(_at_least_float32(logits))
     kept = labels != ignore_index
-    index = jnp.where(kept, labels, 0)
-    index = jnp.where(
-        index < 0, logits.shape[-1], index
-    )  # a negative index would count from the end
-    picked = jnp.take_along_axis(log_probs, index[..., None], -1, mode="fill", fill_value=jnp.nan)
-    total = jnp.sum(jnp.where(kept, -picked[..., 0], 0))
+    index = jnp.where(kept, labels, 0)[..., None]
+    classes = jnp.arange(logits.shape[-1])
+    # Chosen, not looked up: the gradient of a look-up is added up in memory, class by class.
+    picked = jnp.sum(jnp.where(index == classes, log_probs, 0), axis=-1)
+    is_class = (index[..., 0] >= 0) & (index[..., 0] < logits.shape[-1])
+    picked = jnp.where(is_class, picked, jnp.nan)
+    total = jnp.sum(jnp.where(kept, -picked, 0))
     return total / jnp.maximum(jnp.sum(kept), 1)
 
 
