@@ -8,7 +8,7 @@ checkpoints and tables can speak of ``encoder.layer.0.attention.query.kernel``.
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -46,7 +46,8 @@ class Model(Protocol):
 
         A model whose submodules can be reached has a further argument ``capture=()``, paths of
         submodules; if there are some, the outputs are the pair ``(outputs, {path: what it
-        returned})``. It then has ``module_paths`` and ``path_of`` too; see `NNXModel`.
+        returned})``. It then has ``module_paths`` and ``path_of`` too; see `NNXModel`. One whose
+        parameters go by several names, or are of several types, has ``named_parameters``.
         """
         ...
 
@@ -57,6 +58,30 @@ class Model(Protocol):
     def signature(self) -> inspect.Signature:
         """The call signature that inputs must fit."""
         ...
+
+
+class Named(NamedTuple):
+    """A parameter by one of its names.
+
+    Attributes:
+        name: the name.
+        path: its parts.
+        value: the array; in an NNX model the variable that holds it.
+        leaf: its name among the model's parameters, which is another one where it is tied.
+    """
+
+    name: str
+    path: tuple
+    value: Any
+    leaf: str
+
+
+def leaf_names(tree: PyTree) -> list[str]:
+    """The dotted names of a tree's leaves, in their order."""
+    return [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
 
 
 def dotted(tree: Mapping) -> dict[str, Any]:

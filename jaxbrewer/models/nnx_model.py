@@ -2,14 +2,14 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from .handle import PyTree, native
+from .handle import Named, PyTree, native
 from .lookups import bound_tables
 
 
@@ -87,6 +87,17 @@ class NNXModel:
                 return ".".join(map(str, path))
         return None
 
+    def named_parameters(self) -> list[Named]:
+        """All parameters; those that are tied stand there by each of their names."""
+        found = []
+        for path, alias, variable in _variables(self.module):
+            for leaf_path in self._paths[0].values():
+                if leaf_path[: len(path)] == path:
+                    name = (*alias, *leaf_path[len(path) :])
+                    leaf = ".".join(map(str, leaf_path))
+                    found.append(Named(".".join(map(str, name)), name, variable, leaf))
+        return found
+
     def write(self, params: PyTree, state: PyTree) -> None:
         """See `Model.write`."""
         nnx.update(self.module, self._nested(0, params))
@@ -96,6 +107,32 @@ class NNXModel:
     def signature(self) -> inspect.Signature:
         """See `Model.signature`."""
         return inspect.signature(type(self.module).__call__.__get__(self.module))
+
+
+def _variables(module: nnx.Module) -> list[tuple[tuple, tuple, nnx.Variable]]:
+    """Every variable with its path, and with each path that leads to it: ``path, alias, variable``."""
+    paths = {id(x): p for p, x in nnx.iter_graph(module) if isinstance(x, nnx.Variable)}
+    found = [(p, p, x) for p, x in nnx.iter_graph(module) if isinstance(x, nnx.Variable)]
+    others = ((paths[id(x)], alias, x) for alias, x in _walk(module) if id(x) in paths)
+    return found + [entry for entry in others if entry[0] != entry[1]]
+
+
+def _walk(node: Any, path: tuple = (), above: tuple = ()) -> Iterator[tuple[tuple, nnx.Variable]]:
+    """The variables in a module or a container by every path; `above` are the nodes on the path."""
+    if isinstance(node, nnx.Variable):
+        yield path, node
+        return
+    children: dict[Any, Any] = {}
+    if isinstance(node, nnx.Module):
+        held = {k: x for k, x in vars(node).items() if isinstance(x, list | tuple | dict)}
+        children = {**held, **dict(nnx.iter_children(node))}
+    elif isinstance(node, Mapping):
+        children = dict(node)
+    elif isinstance(node, list | tuple):
+        children = dict(enumerate(node))
+    for name, child in children.items():
+        if not any(child is x for x in (*above, node)):
+            yield from _walk(child, (*path, name), (*above, node))
 
 
 def change_outputs(module: nnx.Module, change: Callable[[Any], Any]) -> None:

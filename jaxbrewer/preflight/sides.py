@@ -31,8 +31,6 @@ def inspect(
     name = model_name(side.role)
     args, kwargs = as_call(plain(batch), side.args)
     signature = side.model.signature()
-    if side.role in ("S", ""):
-        _check_trainable(side.model.params, name, found)
     if not _fits(signature, args, kwargs, name, found, (side.args, keywords)):
         return None
     _check_arguments(side, plain(batch), signature, keywords, found)
@@ -72,7 +70,7 @@ def _level_hint(side: Side, batch: Batch, train: bool) -> str:
     )
 
 
-def _check_trainable(params: Any, name: str, found: Findings) -> None:
+def check_trainable(params: Any, name: str, found: Findings) -> None:
     """Gradients need floating point, which a pytree of parameters may lack."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     wrong = [
@@ -80,8 +78,6 @@ def _check_trainable(params: Any, name: str, found: Findings) -> None:
         for path, leaf in leaves
         if not jax.numpy.issubdtype(dtype := jax.numpy.result_type(leaf), jax.numpy.floating)
     ]
-    if not leaves:
-        found.problems.append(f"{name} has no parameters to train")
     if wrong:
         shown = ", ".join(wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
         found.problems.append(
