@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxbrewer
+from jaxbrewer import zoo
 from jaxbrewer.data.batches import own
 from jaxbrewer.errors import CheckpointError, PreflightError
 from jaxbrewer.models.handle import leaf_names
@@ -367,3 +368,94 @@ def test_weights_that_are_frozen_and_not_finite_are_named(tmp_path):
         FloatingPointError, match=r"weights were not finite before: student/layers\.0"
     ):
         train(distiller, trainable="head")
+
+
+# ------------------------------------------------------------------------------------------ LoRA
+
+
+def with_lora(module, rank=2, seed=5):
+    """`nnx.LoRA` around every linear layer of a list, as `docs/any_model.md` shows it."""
+    rngs = nnx.Rngs(seed)
+    for i, base in enumerate(module.layers):
+        module.layers[i] = nnx.LoRA(
+            base.in_features, rank, base.out_features, base_module=base, rngs=rngs
+        )
+    return module
+
+
+def adapted(width=4, layers=2):
+    """An encoder with both kinds of LoRA layers."""
+    student = with_lora(nnx_job.Encoder(layers, width, seed=2))
+    student.head = nnx.LoRALinear(width, 3, lora_rank=2, rngs=nnx.Rngs(6))
+    return student
+
+
+LORA = {
+    *(f"layers.{i}.lora_{part}" for i in (0, 1) for part in "ab"),
+    "head.lora.lora_a",
+    "head.lora.lora_b",
+}
+
+
+def test_lora_trains_what_it_adds_alone(tmp_path):
+    """Frozen arrays keep their bits, and a run that was cut ends with those of the whole one."""
+    options = {"trainable": nnx.LoRAParam, "num_epochs": 2, "max_grad_norm": 1.0}
+    make = functools.partial(nnx_job.distiller, log=False)
+    whole = make(tmp_path / "whole", student=adapted())
+    assert train(whole, **options) == LORA
+    cut = tmp_path / "cut"
+    train(make(cut, student=adapted()), **options, callback=stop)
+    again = make(cut, student=adapted(), resume=True)
+    train(again, **options)
+    assert not changed(arrays(whole.model_S), arrays(again.model_S))
+
+
+def test_lora_has_moments_of_what_it_adds_alone_and_costs_less(tmp_path):
+    jax.config.update("jax_disable_most_optimizations", False)
+    batch = nnx_job.loader(1, size=16)[0]
+    config = jaxbrewer.TrainingConfig(output_dir=tmp_path, device="cpu")
+
+    def program(**options):
+        trainer = jaxbrewer.BasicTrainer(config, adapted(64), nnx_job.adaptor)
+        return program_of(trainer, batch, **options)
+
+    lora, whole = program(trainable=nnx.LoRAParam), program()
+    state, frozen = lora.parted(jax.eval_shape(lambda: lora.init(0)))
+    assert set(state.opt_state["student"][0].mu) == LORA
+    assert {*frozen} == {*whole.student.model.params} - LORA
+    flops = [compiled(one, batch).cost_analysis()["flops"] for one in (lora, whole)]
+    kernels = 2 * 2 * 16 * 5 * 64 * 64  # the gradients of two layers' kernels
+    assert flops[0] < flops[1] - 0.9 * kernels
+
+
+def test_lora_is_merged_into_a_model_of_the_zoo(tmp_path):
+    """As `docs/any_model.md` shows it: the model is of the zoo again, and gives the same numbers."""
+    config = zoo.BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=8,
+        num_labels=3,
+    )
+    student = zoo.BertForSequenceClassification(config, rngs=nnx.Rngs(0))
+    attentions = [layer.attention for layer in student.bert.encoder.layer]
+    rngs = nnx.Rngs(1)
+    for attention in attentions:
+        base = attention.query
+        attention.query = nnx.LoRA(
+            base.in_features, 2, base.out_features, base_module=base, rngs=rngs
+        )
+        attention.query.lora_b[...] += 0.1  # as training would
+    batch = nnx_job.loader(1)[0]
+    student.eval()
+    before = student(**batch).logits
+    for attention in attentions:
+        lora = attention.query
+        lora.base_module.kernel[...] += lora.lora_a[...] @ lora.lora_b[...]
+        attention.query = lora.base_module
+    np.testing.assert_allclose(student(**batch).logits, before, atol=1e-5)
+    student.save_pretrained(tmp_path / "folder")
+    read = zoo.BertForSequenceClassification.from_pretrained(tmp_path / "folder")
+    np.testing.assert_allclose(read(**batch).logits, before, atol=1e-5)
