@@ -16,7 +16,6 @@ what belongs to a module of which no parameter is trained; to a module without a
 around it.
 """
 
-import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -24,8 +23,8 @@ from typing import Any, TypeAlias
 import jax
 from flax import nnx
 
-from ..errors import explained, suggest
-from .handle import Model, Named, leaf_names
+from ..errors import explained
+from .handle import Model, Named, fits, leaf_names, near_paths
 from .linen_model import LinenModel
 
 Selection: TypeAlias = str | type[nnx.Variable] | Callable[[tuple, Any], Any] | Sequence[Any]
@@ -126,9 +125,9 @@ def _found(
 ) -> set[str]:
     """The leaves that one item of ``trainable`` finds."""
     said = f"trainable={_shown(item)}"
-    fits: Callable[[Named], bool]
+    is_meant: Callable[[Named], bool]
     if isinstance(item, str):
-        fits = lambda entry: _fits(item, entry.name)  # noqa: E731
+        is_meant = lambda entry: fits(item, entry.name)  # noqa: E731
     elif isinstance(item, type) and issubclass(item, nnx.Variable):
         if not _is_nnx(model):
             example = next((x.name for x in entries if "lora" in x.name.lower()), entries[0].name)
@@ -138,9 +137,9 @@ def _found(
                 f"trainable={example!r}, or a pattern of them"
             )
             return set()
-        fits = lambda entry: isinstance(entry.value, item)  # noqa: E731
+        is_meant = lambda entry: isinstance(entry.value, item)  # noqa: E731
     elif callable(item) and not isinstance(item, type):
-        fits = lambda entry: bool(item(entry.path, entry.value))  # noqa: E731
+        is_meant = lambda entry: bool(item(entry.path, entry.value))  # noqa: E731
     else:
         problems.append(
             f"{said} is a {type(item).__name__}; expected a path, a pattern, an NNX filter such as "
@@ -148,17 +147,13 @@ def _found(
         )
         return set()
     try:
-        found = {entry.leaf for entry in entries if fits(entry)}
+        found = {entry.leaf for entry in entries if is_meant(entry)}
     except Exception as error:  # noqa: BLE001  the user's function may raise anything
         problems.append(f"{said} failed: {explained(error)}. It is called as (path, parameter)")
         return set()
     if not found:
         problems.append(f"{said} finds no parameter of {name}; {_near(item, entries)}")
     return found
-
-
-def _fits(pattern: str, name: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
 
 
 def _shown(item: Any) -> str:
@@ -170,27 +165,11 @@ def _shown(item: Any) -> str:
 def _near(item: Any, entries: list[Named]) -> str:
     """What there is, for one that finds nothing."""
     if isinstance(item, str):
-        return _near_names(item, [entry.name for entry in entries])
+        return near_paths(item, [entry.name for entry in entries])
     kinds = dict.fromkeys(type(x.value).__name__ for x in entries)
     names = ", ".join(entry.name for entry in entries[:_SHOWN])
     more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
     return f"there are {names}{more}, of the types {', '.join(kinds)}"
-
-
-def _near_names(pattern: str, names: list[str]) -> str:
-    """The names nearest to a path or pattern: first those that go on where it begins well."""
-    parts = [name.split(".") for name in names]
-    wanted = pattern.split(".")
-    for length in range(len(wanted) - 1, 0, -1):
-        start = ".".join(wanted[:length])
-        below = [x[length] for x in parts if len(x) > length and _fits(start, ".".join(x[:length]))]
-        if below:
-            return f"below {start!r}: {suggest(wanted[length], dict.fromkeys(below))}"
-    paths = dict.fromkeys(".".join(x[:length]) for x in parts for length in range(1, len(x) + 1))
-    near = suggest(pattern, paths)
-    if near.startswith("did you mean"):
-        return near
-    return f"at the top there are {', '.join(dict.fromkeys(x[0] for x in parts))}"
 
 
 def _still(model: Model, entries: list[Named], trained: frozenset[str]) -> frozenset[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from ..data.batches import Batch, as_call, check_ids, plain, signature_of
-from ..errors import BatchError, Findings, explained, suggest
+from ..errors import AdaptorError, BatchError, Findings, explained, suggest
 from ..models.adaptors import Results, Side, adaptor_name, model_name
 from ..models.precision import HalfModel
 
@@ -42,11 +42,11 @@ def inspect(
 
     def run(params: Any, state: Any, inputs: Any) -> Results:
         outputs, captured, _ = side.forward(params, state, jax.random.key(0), inputs, train)
-        return _Adapted(side, inputs, outputs).results | captured
+        return _Adapted(side, inputs, outputs, captured).results | side.matched(captured)
 
     try:
         return jax.eval_shape(run, side.model.params, side.model.state, batch)
-    except _AdaptorError as error:
+    except (_AdaptorError, AdaptorError) as error:
         found.problems.append(str(error))
     except Exception as error:  # noqa: BLE001  the user's model may raise anything
         found.problems.append(
@@ -115,9 +115,9 @@ class _AdaptorError(Exception):
 class _Adapted:
     """Runs an adaptor and tells its failures from the model's."""
 
-    def __init__(self, side: Side, batch: Batch, outputs: Any):
+    def __init__(self, side: Side, batch: Batch, outputs: Any, captured: Any):
         try:
-            self.results = side.adapt(batch, outputs)
+            self.results = side.adapt(batch, outputs, captured)
         except ValueError as error:
             raise _AdaptorError(str(error)) from error
         except Exception as error:
