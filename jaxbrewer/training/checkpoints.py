@@ -255,16 +255,14 @@ class Checkpoints:
         """The step of the newest finished checkpoint."""
         return max(steps_in(self.folder), default=None)
 
-    def restore(
-        self, path: Path, like: TrainState, *, may_train_others: bool = False
-    ) -> TrainState:
+    def restore(self, path: Path, like: TrainState, *, trains_others: bool = False) -> TrainState:
         """Reads a state with the structure, shapes and placement of `like`.
 
         Args:
             path: the checkpoint.
             like: a state, whole.
-            may_train_others: whether it may have trained other parameters: those that it did not
-                train have the optimizer state of `like`.
+            trains_others: whether other parameters are trained than it was saved with; those that
+                were not have the optimizer state of `like`.
 
         Raises:
             CheckpointError: if the checkpoint is of another model, optimizer or config.
@@ -274,8 +272,7 @@ class Checkpoints:
         targets = _items(like)
         training = {k: v for k, v in targets["training"].items() if k not in _additions(like)}
         targets["training"] = training | _additions_there(path, like)
-        trained_others = may_train_others and _trained_others(path, like.opt_state)
-        if trained_others:
+        if trains_others:
             targets["training"]["opt_state"] = on_host(shapes_of(path)["training"]["opt_state"])
         for name, target in targets.items():
             check_fits(path, name, target, position, types=True)
@@ -292,7 +289,7 @@ class Checkpoints:
             model_state=model_state,
             opt_state=(
                 _carried_over(training["opt_state"], like.opt_state)
-                if trained_others
+                if trains_others
                 else training["opt_state"]
             ),
             key=training["key"],
@@ -358,12 +355,6 @@ def _additions_there(path: Path, state: TrainState) -> dict[str, Any]:
         for part, leaves in _additions(state).items()
     }
     return {part: leaves for part, leaves in found.items() if leaves}
-
-
-def _trained_others(path: Path, opt_state: Any) -> bool:
-    """Whether a checkpoint holds an optimizer state of other leaves."""
-    saved = shapes_of(path).get("training", {}).get("opt_state")
-    return saved is not None and _names(saved).keys() != _names(opt_state).keys()
 
 
 def _carried_over(saved: Any, like: Any) -> Any:

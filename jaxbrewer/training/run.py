@@ -263,8 +263,8 @@ def _loop(
     program = next(iter(ready.programs.values()))
     state = placement.start(program, job.config.seed)
     if resumed is not None:
-        may_train_others = not {"trainable", "any"}.isdisjoint(job.config.resume_changes)
-        state = checkpoints.restore(resumed.path, state, may_train_others=may_train_others)
+        trains_others = changes.trains_others(resumed.saved, ready.record)
+        state = checkpoints.restore(resumed.path, state, trains_others=trains_others)
         if setting.processes.rank == 0:
             logger.info("%s", resumed.said(setting.timeline.total_steps))
         tags = {tag for task in tasks.values() for tag in task.tags}

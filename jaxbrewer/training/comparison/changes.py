@@ -166,7 +166,8 @@ def compare(
         found.add("half_dtype", then["precision"], record["precision"])
     for name in ("train_mode", "max_grad_norm", "tau"):
         found.add(name, then[name], record[name])
-    _compare_trainable(then.get("trainable"), record.get("trainable"), found)
+    if trains_others(saved, record):
+        _tell_trainable(then.get("trainable"), record.get("trainable"), found)
     _compare_schedule(then["schedule"], rows, found)
     found.add("tasks", list(then["tasks"]), list(record["tasks"]))
     for name in _in_both(then["tasks"], record["tasks"]):
@@ -228,10 +229,13 @@ def _pairs(one: Any, other: Any) -> list[tuple[Any, Any]]:
     return pairs if all(isinstance(x, Mapping) for pair in pairs for x in pair) else []
 
 
-def _compare_trainable(was: Any, now: Any, found: Compared) -> None:
-    """Compares the names of what is trained; None: all."""
-    if was == now:
-        return
+def trains_others(saved: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether other parameters are trained than those of a checkpoint's JSON part."""
+    return (record_in(saved) or {}).get("trainable") != record.get("trainable")
+
+
+def _tell_trainable(was: Any, now: Any, found: Compared) -> None:
+    """Tells two lists of what is trained apart; None: all."""
     one, other = (_said_of_names(*pair) for pair in ((was, now), (now, was)))
     found.changes.append(Change("trainable", one, other))
 
