@@ -451,6 +451,10 @@ def test_lora_is_merged_into_a_model_of_the_zoo(tmp_path):
     batch = nnx_job.loader(1)[0]
     student.eval()
     before = student(**batch).logits
+    with pytest.raises(
+        ValueError, match=r"attention\.query\.lora_b, for which a Hugging Face folder"
+    ):
+        student.save_pretrained(tmp_path / "folder")
     for attention in attentions:
         lora = attention.query
         lora.base_module.kernel[...] += lora.lora_a[...] @ lora.lora_b[...]
