@@ -19,7 +19,7 @@ from .schema import Config, _thawed
 
 PARTS = (
     "batch", "class", "data", "loss", "max_grad_norm", "optimizer", "schedule", "student", "tasks", "tau",
-    "teacher", "train_mode",
+    "teacher", "train_mode", "trainable",
 )  # fmt: skip
 """What a job is made of beside its configs; see `training.comparison`."""
 

@@ -14,6 +14,7 @@ from ..configurations.configs import TrainingConfig
 from ..data.batches import Batch, own
 from ..errors import afterwards
 from ..models.adaptors import Adaptor, Results, check_adaptor
+from ..models.trainable import Selection
 from ..models.wrap import as_model
 from ..objective.loss import Loss, Project, Weights
 from ..objective.objectives import Objective, Overridden, base_loss
@@ -157,6 +158,8 @@ class Trainable:
         num_steps: int | None = None,
         callback: Callable[..., Any] | None = None,
         batch_postprocessor: Callable[[Any], Any] | None = None,
+        *,
+        trainable: Selection | None = None,
         **args: Any,
     ) -> None:
         """Trains the student; afterwards the object that was passed holds the trained weights.
@@ -179,6 +182,10 @@ class Trainable:
                 the weights of that step; may return a `CallbackResult`. What it does to the
                 weights is not kept.
             batch_postprocessor: applied to each batch.
+            trainable: which of the student's parameters are trained: paths, patterns
+                (``'encoder.layers.*.attention*'``), an NNX filter such as ``nnx.LoRAParam``, or a
+                sequence of these, see `models.trainable`; None: all. The others keep their bits.
+                Projections are trained in any case.
             **args: further keyword arguments for the models.
 
         Raises:
@@ -189,15 +196,23 @@ class Trainable:
         schedule = (scheduler_class, scheduler_args, scheduler)
         self._train(
             Request(optimizer, feeds, num_epochs, num_steps, *schedule, max_grad_norm, callback),
-            args,
+            {"trainable": trainable, **args},
         )
 
-    def check(self, batch: Any, optimizer: Optimizer | None = None, **args: Any) -> str:
+    def check(
+        self,
+        batch: Any,
+        optimizer: Optimizer | None = None,
+        *,
+        trainable: Selection | None = None,
+        **args: Any,
+    ) -> str:
         """Checks everything by shape, and tells what would be trained and at what cost.
 
         Args:
             batch: as the loader would give it.
             optimizer: as for `train`; without it, its state is left out of the memory.
+            trainable: as for `train`.
             **args: as for `train`.
 
         Returns:
@@ -208,12 +223,13 @@ class Trainable:
         Raises:
             PreflightError: all that is wrong.
         """
-        return self._report({"": own(batch)}, optimizer, args)
+        return self._report({"": own(batch)}, optimizer, {"trainable": trainable, **args})
 
-    def job(self, **args: Any) -> Job:
+    def job(self, *, trainable: Selection | None = None, **args: Any) -> Job:
         """All that is to be trained, as the engine takes it.
 
         Args:
+            trainable: as for `train`.
             **args: as for `train`.
         """
         objective = self._objective()
@@ -231,6 +247,7 @@ class Trainable:
             keywords=tuple(inspect.signature(type(self).train).parameters)[1:-1],
             open_writer=lambda: self.tb_writer,
             print_freq=self.print_freq,
+            trainable=trainable,
         )
 
     # Down to the engine, and back ---------------------------------------------------------------

@@ -12,6 +12,7 @@ from ..data.batches import own
 from ..models.adaptors import Adaptor, Side, check_adaptor
 from ..models.nnx_model import refuse_shared_variables
 from ..models.teachers import Teacher
+from ..models.trainable import Selection
 from ..models.wrap import as_model
 from ..objective.objectives import HardLabels, Objective, PlanObjective
 from ..objective.submodules import CustomMatch
@@ -298,6 +299,8 @@ class MultiTaskDistiller(GeneralDistiller):
         tau: float = 1,
         callback: Callable[..., Any] | None = None,
         batch_postprocessors: Mapping[str, Callable[[Any], Any]] | None = None,
+        *,
+        trainable: Selection | None = None,
         **args: Any,
     ) -> None:
         """Trains the student on all tasks; see `Trainable.train` for what is not told here.
@@ -317,6 +320,7 @@ class MultiTaskDistiller(GeneralDistiller):
             tau: see above.
             callback: see `Trainable.train`.
             batch_postprocessors: task → function applied to each of its batches.
+            trainable: see `Trainable.train`.
             **args: further keyword arguments for the models.
         """
         posts = batch_postprocessors or {}
@@ -337,11 +341,17 @@ class MultiTaskDistiller(GeneralDistiller):
         schedule = (scheduler_class, scheduler_args, scheduler)
         self._train(
             Request(optimizer, feeds, None, num_steps, *schedule, max_grad_norm, callback, tau),
-            args,
+            {"trainable": trainable, **args},
         )
 
     def check(
-        self, batch: Mapping[str, Any], optimizer: Optimizer | None = None, **args: Any
+        self,
+        batch: Mapping[str, Any],
+        optimizer: Optimizer | None = None,
+        *,
+        trainable: Selection | None = None,
+        **args: Any,
     ) -> str:
         """As `Trainable.check`, with a dict of batches by task."""
-        return self._report({t: own(b) for t, b in batch.items()}, optimizer, args)
+        batches = {task: own(one) for task, one in batch.items()}
+        return self._report(batches, optimizer, {"trainable": trainable, **args})

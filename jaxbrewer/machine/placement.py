@@ -41,7 +41,7 @@ class Placement(Protocol):
     devices: tuple[jax.Device, ...]
 
     def start(self, program: Program, seed: int) -> TrainState:
-        """The state before the first step, as checkpoints hold it."""
+        """The state before the first step, whole, as checkpoints hold it."""
         ...
 
     def enter(self, state: TrainState) -> TrainState:
@@ -65,7 +65,7 @@ class Placement(Protocol):
         ...
 
     def compile(self, program: Program) -> Callable:
-        """The step: ``(state, teacher_variables, batch, row) -> (state, metrics)``."""
+        """The step: ``(state, teacher_variables, batch, row, frozen) -> (state, metrics)``."""
         ...
 
     def examine(self, program: Program, term: str | None) -> Callable:
@@ -293,7 +293,7 @@ class Sharded(_Mesh):
 
     def compile(self, program: Program) -> Callable:
         """See `Placement.compile`."""
-        out = (self._state_shardings(program), self.whole)
+        out = (program.parted(self._state_shardings(program))[0], self.whole)
         options = compiler_options(self.devices)
         return jax.jit(program.step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
@@ -370,14 +370,16 @@ class Pmapped(_Mesh):
         """See `Placement.compile`."""
         mapped = replace(program, axis=AXIS)
 
-        def step(state: Any, teacher: Any, batch: Batch, row: jax.Array) -> tuple[Any, jax.Array]:
-            state, metrics = mapped.step(_with_keys(state), _with_keys(teacher), batch, row)
+        def step(
+            state: Any, teacher: Any, batch: Batch, row: jax.Array, frozen: Any
+        ) -> tuple[Any, jax.Array]:
+            state, metrics = mapped.step(_with_keys(state), _with_keys(teacher), batch, row, frozen)
             return _without_keys(state), metrics
 
         return jax.pmap(
             step,
             axis_name=AXIS,
-            in_axes=(0, 0, 0, None),
+            in_axes=(0, 0, 0, None, 0),
             out_axes=(0, None),
             donate_argnums=0,
             devices=list(self.devices),
@@ -387,13 +389,13 @@ class Pmapped(_Mesh):
         """See `Placement.examine`."""
         mapped = replace(program, axis=AXIS)
 
-        def look(state: Any, teacher: Any, batch: Batch, row: jax.Array) -> Any:
-            return mapped.examine(_with_keys(state), _with_keys(teacher), batch, row, term)
+        def look(state: Any, teacher: Any, batch: Batch, row: jax.Array, frozen: Any) -> Any:
+            return mapped.examine(_with_keys(state), _with_keys(teacher), batch, row, frozen, term)
 
         return jax.pmap(
             look,
             axis_name=AXIS,
-            in_axes=(0, 0, 0, None),
+            in_axes=(0, 0, 0, None, 0),
             out_axes=None,
             devices=list(self.devices),
         )

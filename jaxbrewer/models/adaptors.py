@@ -17,10 +17,17 @@ embedding   ``[batch, width]``, one array or a list: a sentence encoder's vector
 ========== ==========================================================================
 
 A name appended to `presets.FEATURES` is a further list of arrays, one a layer.
+
+An adaptor with a third parameter named ``captured`` is called with what the submodules returned and
+sowed in that forward pass, by path: ``captured["encoder.layers.1"]`` is what that submodule returned
+(of several calls the last), ``captured["encoder.layers.1.scores"]`` what it sowed by that name, as Flax
+keeps it: the tuple of all values.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from dataclasses import fields as fields_of
 from typing import Any
 
 import jax
@@ -29,11 +36,14 @@ import jax.numpy as jnp
 from .. import presets
 from ..data.batches import Batch, as_call, plain
 from ..errors import AdaptorError, suggest
-from .handle import Model
+from .handle import EVERYTHING, Model, near_paths
 
 Results = dict[str, Any]
-Adaptor = Callable[[Any, Any], Mapping[str, Any]]
+Adaptor = Callable[..., Mapping[str, Any]]
 
+_OUT_OF_REACH = (
+    ", or only within nnx.scan, nnx.remat or the like, from where the model must return it itself"
+)
 _LISTS = ("logits", "logits_mask", "losses", "labels")
 _SLIPS = {
     "loss": "losses",
@@ -51,6 +61,26 @@ _SLIPS = {
 }
 
 
+class Captured(dict[str, Any]):
+    """What was captured in a forward pass of a side's model, by path."""
+
+    def __init__(self, found: Mapping[str, Any], role: str):
+        super().__init__(found)
+        self._role = role
+
+    def __missing__(self, path: str) -> Any:
+        """Says what there is instead.
+
+        Raises:
+            AdaptorError: always.
+        """
+        near = near_paths(str(path), [*self])
+        raise AdaptorError(
+            f"{adaptor_name(self._role)}: nothing was captured at {path!r}; {near} (A submodule "
+            f"that is there, and not captured, is not called{_OUT_OF_REACH})"
+        )
+
+
 @dataclass(frozen=True)
 class Side:
     """A model with its adaptor: the teacher's side of a distillation, or the student's.
@@ -61,7 +91,8 @@ class Side:
         model: the model.
         adaptor: its adaptor.
         args: further keyword arguments for the model, from ``train(…, **args)``.
-        capture: paths of submodules whose outputs are wanted too, under ``'captured'``.
+        capture: what submodules return that is wanted too, under ``'captured'``: their paths, and
+            behind colons which item of it: ``'layers.1'``, ``'layers.1:1'``, ``'layers.1:x'``.
     """
 
     role: str
@@ -75,36 +106,125 @@ class Side:
     ) -> tuple[Results, Any]:
         """Runs the model on a batch; returns the adaptor's results and the model's new state."""
         outputs, captured, state = self.forward(params, state, key, batch, train)
-        return self.adapt(batch, outputs) | captured, state
+        return self.adapt(batch, outputs, captured) | self.matched(captured), state
 
     def forward(
         self, params: Any, state: Any, key: jax.Array, batch: Batch, train: bool
-    ) -> tuple[Any, Results, Any]:
-        """Runs the model alone; returns its outputs, what was captured, and its new state."""
+    ) -> tuple[Any, Captured | None, Any]:
+        """Runs the model alone; returns its outputs, what was captured of it, and its new state."""
         args, kwargs = as_call(plain(batch), self.args)
         inputs = params, state, key, args, kwargs, train
-        if not self.capture:
+        paths = [name.partition(":")[0] for name in self.capture]
+        if self.takes_captured:
+            self._check_reachable()
+            paths.append(EVERYTHING)
+        if not paths:
             outputs, state = self.model.apply(*inputs)
-            return outputs, {}, state
+            return outputs, None, state
         model: Any = self.model
-        (outputs, captured), state = model.apply(*inputs, capture=self.capture)
-        arrays = {path: self._array(path, captured.get(path)) for path in self.capture}
-        return outputs, {"captured": arrays}, state
+        (outputs, captured), state = model.apply(*inputs, capture=tuple(dict.fromkeys(paths)))
+        return outputs, Captured(captured, self.role), state
 
-    def adapt(self, batch: Batch, outputs: Any) -> Results:
-        """Runs and checks the adaptor alone: for outputs that were computed before."""
-        return freeze(self.adaptor(plain(batch), outputs), self.role)
+    @property
+    def takes_captured(self) -> bool:
+        """Whether the adaptor is given what was captured."""
+        try:
+            return "captured" in inspect.signature(self.adaptor).parameters
+        except ValueError:  # of a function written in C, which does not tell
+            return False
 
-    def _array(self, path: str, output: Any) -> Any:
-        """A submodule's output as one array: of a tuple, its first item."""
-        first = output[0] if isinstance(output, tuple | list) and output else output
-        if not _is_array(first):
+    def _check_reachable(self) -> None:
+        if not hasattr(self.model, "module_paths"):
             raise AdaptorError(
-                f"{model_name(self.role)}'s submodule {path!r} "
-                + ("is not called" if output is None else f"returns a {type(output).__name__}")
-                + "; custom_matches need one that returns an array, or a tuple that begins with one"
+                f"{adaptor_name(self.role)} takes 'captured', and of a {type(self.model).__name__} "
+                "nothing can be captured: let it return the feature, and read it from the outputs"
             )
+
+    def adapt(self, batch: Batch, outputs: Any, captured: Captured | None = None) -> Results:
+        """Runs and checks the adaptor alone; without `captured`, for outputs that were computed before."""
+        if not self.takes_captured:
+            return freeze(self.adaptor(plain(batch), outputs), self.role)
+        if captured is None:
+            raise AdaptorError(
+                f"{adaptor_name(self.role)} takes 'captured', which is not there beside outputs that "
+                "were computed before (teacher_cache): let the model return what it needs"
+            )
+        return freeze(self.adaptor(plain(batch), outputs, captured=captured), self.role)
+
+    def matched(self, captured: Captured | None) -> Results:
+        """The array that each name of `capture` stands for, under ``'captured'``; {} without any.
+
+        Raises:
+            AdaptorError: one, listing every name that stands for none.
+        """
+        if captured is None or not self.capture:
+            return {}
+        arrays, wrong = {}, []
+        for name in self.capture:
+            path, *items = name.split(":")
+            try:
+                if path not in captured:
+                    raise ValueError(f"is not called{_OUT_OF_REACH}")
+                arrays[name] = _array(path, captured[path], items)
+            except ValueError as error:
+                wrong.append(f"{model_name(self.role)}'s submodule {path!r} {error}")
+        if wrong:
+            raise AdaptorError("\n".join(wrong))
+        return {"captured": arrays}
+
+
+def _array(path: str, output: Any, items: Sequence[str]) -> Any:
+    """What a submodule returned as one array: by its items, or of a tuple the first item.
+
+    Raises:
+        ValueError: it is none, with the items that there are.
+    """
+    for i, item in enumerate(items):
+        there = _items(output)
+        if item not in there:
+            inside = "".join(f":{x}" for x in items[:i])
+            raise ValueError(f"has no item {item!r} in what it returns{inside}, {_outline(output)}")
+        output = there[item]
+    name = ":".join([path, *items])
+    first = output[0] if not items and isinstance(output, tuple | list) and output else output
+    if _is_array(first):
         return first
+    there = _items(output)
+    example = next((key for key, x in there.items() if _is_array(x)), next(iter(there), None))
+    hint = f"; name one of its items, such as '{name}:{example}'" if there else ""
+    inside = "".join(f":{x}" for x in items)
+    raise ValueError(
+        f"returns{inside} {_outline(output)}, and custom_matches need one array, or a tuple that "
+        f"begins with one{hint}"
+    )
+
+
+def _items(value: Any) -> dict[str, Any]:
+    """The items of a tuple by number, of a dict by key, of an object of fields by name."""
+    if isinstance(value, Mapping):
+        return {str(key): item for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        fields = getattr(value, "_fields", ())
+        numbered = {str(i): item for i, item in enumerate(value)}
+        return numbered | dict(zip(fields, value, strict=True)) if fields else numbered
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields_of(value)}
+    return {}
+
+
+def _outline(value: Any) -> str:
+    """A value by its kind and its items: ``a tuple of 0 (a dict), 1 (float32[4, 5])``."""
+    if _is_array(value):
+        return f"{value.dtype}{list(value.shape)}"
+    shown = [
+        f"{key} ({_outline(item) if _is_array(item) else _kind(item)})"
+        for key, item in _items(value).items()
+    ]
+    return f"{_kind(value)} of {', '.join(shown)}" if shown else _kind(value)
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def check_adaptor(adaptor: Any, name: str) -> None:

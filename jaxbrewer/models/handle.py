@@ -6,15 +6,21 @@ dotted name to an array (a `FunctionModel` keeps the pytree it was given), so th
 checkpoints and tables can speak of ``encoder.layer.0.attention.query.kernel``.
 """
 
+import fnmatch
 import inspect
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from ..errors import suggest
+
 PyTree = Any
+
+EVERYTHING = "**"
+"""See `Model.apply`."""
 
 
 @runtime_checkable
@@ -46,7 +52,10 @@ class Model(Protocol):
 
         A model whose submodules can be reached has a further argument ``capture=()``, paths of
         submodules; if there are some, the outputs are the pair ``(outputs, {path: what it
-        returned})``. It then has ``module_paths`` and ``path_of`` too; see `NNXModel`.
+        returned})``. `EVERYTHING` among them stands for all submodules, and for what they sow, by the
+        path of the submodule and the name: tuples of all values sown, as Flax has them. It then has
+        ``module_paths`` and ``path_of`` too; see `NNXModel`. One whose parameters go by several names,
+        or are of several types, has ``named_parameters``.
         """
         ...
 
@@ -57,6 +66,59 @@ class Model(Protocol):
     def signature(self) -> inspect.Signature:
         """The call signature that inputs must fit."""
         ...
+
+
+class Named(NamedTuple):
+    """A parameter by one of its names.
+
+    Attributes:
+        name: the name.
+        path: its parts.
+        value: the array; in an NNX model the variable that holds it.
+        leaf: its name among the model's parameters, which is another one where it is tied.
+    """
+
+    name: str
+    path: tuple
+    value: Any
+    leaf: str
+
+
+def leaf_names(tree: PyTree) -> list[str]:
+    """The dotted names of a tree's leaves, in their order."""
+    return [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether a dotted name, or what it lies below, fits a pattern of `fnmatch`."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+
+
+def near_paths(pattern: str, names: Sequence[str]) -> str:
+    """What there is near a dotted path or pattern that is none of the names, for an error.
+
+    First what goes on where it begins well, then what it looks like, then the beginnings.
+    """
+    parts = [name.split(".") for name in names]
+    wanted = pattern.split(".")
+    for length in range(len(wanted) - 1, 0, -1):
+        start = ".".join(wanted[:length])
+        below = [x[length] for x in parts if len(x) > length and fits(start, ".".join(x[:length]))]
+        if below:
+            return f"below {start!r}: {suggest(wanted[length], dict.fromkeys(below))}"
+    paths = dict.fromkeys(".".join(x[:length]) for x in parts for length in range(1, len(x) + 1))
+    near = suggest(pattern, paths)
+    if near.startswith("did you mean") or not names:
+        return near
+    return f"at the top there are {', '.join(dict.fromkeys(x[0] for x in parts))}"
+
+
+def holds_arrays(value: PyTree) -> bool:
+    """Whether something that a submodule returned is made of arrays alone."""
+    return all(hasattr(x, "shape") and hasattr(x, "dtype") for x in jax.tree.leaves(value))
 
 
 def dotted(tree: Mapping) -> dict[str, Any]:

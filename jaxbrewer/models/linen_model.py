@@ -8,7 +8,7 @@ import jax
 from flax import linen
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from .handle import PyTree, dotted, native
+from .handle import EVERYTHING, PyTree, dotted, holds_arrays, native
 from .lookups import intercept
 
 
@@ -64,6 +64,8 @@ class LinenModel:
         rest = dotted({k: v for k, v in self.variables.items() if k != "params"})
         # A tuple is what init sowed; it would grow with every step.
         self.state: PyTree = {k: v for k, v in rest.items() if not isinstance(v, tuple)}
+        sown = (name for name in rest if name not in self.state)
+        self._sown_at_init = tuple(dict.fromkeys(name.partition(".")[0] for name in sown))
 
     def _variables(self, params: PyTree, state: PyTree) -> dict:
         names = dotted_paths(self.variables)
@@ -83,11 +85,16 @@ class LinenModel:
         capture: Sequence[str] = (),
     ) -> tuple[Any, PyTree]:
         """See `Model.apply`; of a submodule that is called more than once, the last output."""
-        wanted = set(capture)
+        takes_all = EVERYTHING in capture
+        wanted: Any = {*capture}.__contains__ if capture else None
+        if takes_all:
+            wanted = bool  # all but the model itself, whose path is ''
         (outputs, captured), state = self._run(
-            wanted.__contains__ if wanted else None, params, state, key, args, kwargs, train
+            wanted, params, state, key, args, kwargs, train, sown=takes_all
         )
-        return ((outputs, captured) if wanted else outputs), state
+        if takes_all:
+            captured = {name: x for name, x in captured.items() if holds_arrays(x)}
+        return ((outputs, captured) if capture else outputs), state
 
     def _run(
         self,
@@ -98,8 +105,10 @@ class LinenModel:
         args: tuple,
         kwargs: dict,
         train: bool,
+        *,
+        sown: bool = False,
     ) -> tuple[tuple[Any, dict[str, Any]], PyTree]:
-        """Runs the module and keeps what the submodules return whose paths are wanted."""
+        """Runs the module and keeps what the submodules return whose paths are wanted, and what is sown."""
         variables = self._variables(params, state)
         if self.train_argument is not None:
             mode = train ^ (self.train_argument in self._INVERTED)
@@ -113,17 +122,24 @@ class LinenModel:
             options["capture_intermediates"] = lambda module, method: (
                 method == "__call__" and wanted(".".join(module.path))
             )
-            mutable = [*mutable, "intermediates"]
+            collections = self._sown_at_init if sown else ()
+            mutable = [*dict.fromkeys([*mutable, *collections, "intermediates"])]
         with linen.intercept_methods(intercept):
             outputs, changed = self.module.apply(
                 variables, *args, mutable=mutable, **options, **kwargs
             )
-        calls = flatten_dict(dict(changed).pop("intermediates", {}))
+        after = flatten_dict(dict(changed)) if wanted is not None else {}
         captured = {
-            ".".join(path[:-1]): value[-1]
-            for path, value in calls.items()
-            if path[-1] == "__call__"
+            ".".join(path[1:-1]): value[-1]
+            for path, value in after.items()
+            if path[0] == "intermediates" and path[-1] == "__call__"
         }
+        if sown:
+            captured |= {
+                ".".join(path[1:]): value
+                for path, value in after.items()
+                if path[-1] != "__call__" and ".".join(path) not in state
+            }
         new = dotted({k: v for k, v in changed.items() if k != "intermediates"})
         return (outputs, captured), (
             {name: new.get(name, leaf) for name, leaf in state.items()} if train else state

@@ -2,14 +2,15 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
+from flax.nnx.tracers import TraceState
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from .handle import PyTree, native
+from .handle import EVERYTHING, Named, PyTree, holds_arrays, native
 from .lookups import bound_tables
 
 
@@ -60,15 +61,20 @@ class NNXModel:
             self._nested(2, state["other"]),
         )
         bound_tables(module)
-        captured: dict[str, Any] = {}
+        captured = _Captured()
+        takes_all = EVERYTHING in capture
         if capture:
             for path, submodule in nnx.iter_modules(module):
                 name = ".".join(map(str, path))
-                if name in capture:
+                if name in capture or (takes_all and name):
                     change_outputs(submodule, functools.partial(_note, captured, name))
+                if takes_all:
+                    _keep_sown(submodule, captured, name)
         outputs = module(*args, **kwargs)
-        if capture:
-            outputs = outputs, captured
+        if takes_all:
+            outputs = outputs, {name: x for name, x in captured.items() if holds_arrays(x)}
+        elif capture:
+            outputs = outputs, dict(captured)
         if not (train and state["other"]):
             return outputs, state
         after: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
@@ -87,6 +93,17 @@ class NNXModel:
                 return ".".join(map(str, path))
         return None
 
+    def named_parameters(self) -> list[Named]:
+        """All parameters; those that are tied stand there by each of their names."""
+        found = []
+        for path, alias, variable in _variables(self.module):
+            for leaf_path in self._paths[0].values():
+                if leaf_path[: len(path)] == path:
+                    name = (*alias, *leaf_path[len(path) :])
+                    leaf = ".".join(map(str, leaf_path))
+                    found.append(Named(".".join(map(str, name)), name, variable, leaf))
+        return found
+
     def write(self, params: PyTree, state: PyTree) -> None:
         """See `Model.write`."""
         nnx.update(self.module, self._nested(0, params))
@@ -96,6 +113,32 @@ class NNXModel:
     def signature(self) -> inspect.Signature:
         """See `Model.signature`."""
         return inspect.signature(type(self.module).__call__.__get__(self.module))
+
+
+def _variables(module: nnx.Module) -> list[tuple[tuple, tuple, nnx.Variable]]:
+    """Every variable with its path, and with each path that leads to it: ``path, alias, variable``."""
+    paths = {id(x): p for p, x in nnx.iter_graph(module) if isinstance(x, nnx.Variable)}
+    found = [(p, p, x) for p, x in nnx.iter_graph(module) if isinstance(x, nnx.Variable)]
+    others = ((paths[id(x)], alias, x) for alias, x in _walk(module) if id(x) in paths)
+    return found + [entry for entry in others if entry[0] != entry[1]]
+
+
+def _walk(node: Any, path: tuple = (), above: tuple = ()) -> Iterator[tuple[tuple, nnx.Variable]]:
+    """The variables in a module or a container by every path; `above` are the nodes on the path."""
+    if isinstance(node, nnx.Variable):
+        yield path, node
+        return
+    children: dict[Any, Any] = {}
+    if isinstance(node, nnx.Module):
+        held = {k: x for k, x in vars(node).items() if isinstance(x, list | tuple | dict)}
+        children = {**held, **dict(nnx.iter_children(node))}
+    elif isinstance(node, Mapping):
+        children = dict(node)
+    elif isinstance(node, list | tuple):
+        children = dict(enumerate(node))
+    for name, child in children.items():
+        if not any(child is x for x in (*above, node)):
+            yield from _walk(child, (*path, name), (*above, node))
 
 
 def change_outputs(module: nnx.Module, change: Callable[[Any], Any]) -> None:
@@ -111,8 +154,44 @@ def change_outputs(module: nnx.Module, change: Callable[[Any], Any]) -> None:
     object.__setattr__(module, "__class__", type(base.__name__, (base,), {"__call__": changed}))
 
 
-def _note(captured: dict[str, Any], name: str, outputs: Any) -> Any:
-    captured[name] = outputs
+class _Captured(dict[str, Any]):
+    """What was captured in a call, without what JAX transforms within it: that is gone afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._begun = TraceState()
+
+    def keep(self, name: str, value: Any) -> None:
+        """Notes a value, if it is one of the call itself."""
+        if self._begun.is_valid():
+            self[name] = value
+
+
+def _keep_sown(module: nnx.Module, captured: _Captured, path: str) -> None:
+    """Lets a module sow into `captured`, in this object alone; Flax's own way depends on its version."""
+    base: Any = type(module)
+
+    def append(before: tuple, value: Any) -> tuple:
+        return (*before, value)
+
+    def sow(
+        self: Any,
+        variable_type: Any,
+        name: str,
+        value: Any,
+        reduce_fn: Callable[[Any, Any], Any] = append,
+        init_fn: Callable[[], Any] = tuple,
+        **how: Any,
+    ) -> bool:
+        where = f"{path}.{name}" if path else name
+        captured.keep(where, reduce_fn(captured.get(where, init_fn()), value))
+        return True
+
+    object.__setattr__(module, "__class__", type(base.__name__, (base,), {"sow": sow}))
+
+
+def _note(captured: _Captured, name: str, outputs: Any) -> Any:
+    captured.keep(name, outputs)
     return outputs
 
 

@@ -28,7 +28,7 @@ from flax import linen, nnx
 from ..configurations.configs import TrainingConfig
 from ..errors import PrecisionError
 from .half_products import Half, in_half, is_float, is_half, is_wide
-from .handle import Model
+from .handle import Model, leaf_names
 from .linen_model import LinenModel
 from .nnx_model import NNXModel, change_outputs
 
@@ -121,15 +121,24 @@ def _lacks(device: jax.Device) -> dict[str, str]:
     }
 
 
-def at_level(model: Model, precision: Precision, *, frozen: bool = False) -> Model:
+def at_level(
+    model: Model,
+    precision: Precision,
+    *,
+    frozen: bool = False,
+    trained: frozenset[str] | None = None,
+) -> Model:
     """Returns a model as it is at a level.
 
     Args:
         model: the model.
         precision: the level.
         frozen: it is not trained, so what the forward pass would round is stored rounded.
+        trained: the names of the parameters that are trained; None: all. The others stay as they are.
     """
-    return model if precision.level == "O0" else HalfModel(model, precision, frozen=frozen)
+    if precision.level == "O0":
+        return model
+    return HalfModel(model, precision, frozen=frozen, trained=trained)
 
 
 class HalfModel:
@@ -152,15 +161,26 @@ class HalfModel:
         model: the model; not changed, until `write`.
         precision: its level, O1 to O3.
         frozen: see `at_level`.
+        trained: the same.
 
     Attributes:
         params: what is trained: float32 at O1 and O2 (also where the model's own are half), half
-            at O3. Frozen at O2, those that the forward pass would round are half.
+            at O3. Frozen at O2, those that the forward pass would round are half. Those that are not
+            among the `trained` ones are the model's own, in the types they have; the forward pass
+            sees them in half all the same.
         state: the model's own, at every level.
     """
 
-    def __init__(self, model: Model, precision: Precision, *, frozen: bool = False):
+    def __init__(
+        self,
+        model: Model,
+        precision: Precision,
+        *,
+        frozen: bool = False,
+        trained: frozenset[str] | None = None,
+    ):
         self.model = model
+        self._is_whole = trained is None
         self.precision = precision
         self._runs: Any = model
         self._norms: Callable[[tuple], bool] = _is_norm_path
@@ -176,6 +196,11 @@ class HalfModel:
         else:
             rounds = precision.level == "O2"
             self.params = self._rounded(model.params) if rounds else model.params
+        if trained is not None:
+            names = zip(leaf_names(model.params), jax.tree.leaves(model.params), strict=True)
+            pairs = zip(names, jax.tree.leaves(self.params), strict=True)
+            kept = [mine if name in trained else own for (name, own), mine in pairs]
+            self.params = jax.tree.unflatten(jax.tree.structure(model.params), kept)
         self.state = model.state
 
     def __getattr__(self, name: str) -> Any:
@@ -203,6 +228,8 @@ class HalfModel:
         def run(params: Any, state: Any, key: jax.Array, arrays: list[Any]) -> Any:
             if self.precision.level == "O2":
                 params = self._rounded(params)
+            elif self.precision.level == "O3" and not self._is_whole:
+                params = self._halved(params)
             given = iter(arrays)
             inputs = [next(given) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
             if self.precision.level != "O1":

@@ -17,13 +17,16 @@ from .plan import Match
 class CustomMatch:
     """Draws what a submodule of the student returns towards what one of the teacher returns.
 
-    Of a submodule that returns a tuple, the first item is matched; of one that is called more than
-    once, the last output.
+    Of a submodule that returns a tuple, the first item is matched, or the one that stands behind a
+    colon: ``'decoder.layers.1:1'`` is the second item of what it returns (a decoder's layer may return
+    ``(cache, x)``), ``'decoder.layers.1:x'`` the value of that key of a dict. Of one that is called
+    more than once, it is the last output.
 
     Args:
         module_T: the teacher's submodule: its path (``'bert.encoder.layer.3.attention'``), a
             pattern (``'bert.encoder.layer.*.attention'``: ``*`` stands for one part of a path,
-            ``**`` for any number), or, in an NNX model, the module object itself.
+            ``**`` for any number), with or without an item (``'bert.encoder.layer.*:1'``); or, in an
+            NNX model, the module object itself.
         module_S: the student's. Patterns must find as many on both sides; they are matched in
             order.
         weight: of each of the losses in the total.
@@ -138,12 +141,13 @@ def _find(
             return []
         return [path]
     paths = sorted(handle.module_paths(args, kwargs), key=_natural)
-    pattern = _regex(module)
+    wanted, colon, items = module.partition(":")
+    pattern = _regex(wanted)
     hits = [path for path in paths if pattern.fullmatch(path)]
     if not hits:
-        near = suggest(module, paths) if len(paths) < 12 else _near(module, paths)
+        near = suggest(wanted, paths) if len(paths) < 12 else _near(wanted, paths)
         problems.append(f"{where}={module!r} finds no submodule; {near}")
-    return hits
+    return [f"{path}{colon}{items}" for path in hits]
 
 
 def _regex(pattern: str) -> re.Pattern:

@@ -12,6 +12,7 @@ from ..configurations.configs import TrainingConfig
 from ..models.adaptors import Side
 from ..models.handle import Model
 from ..models.teachers import Teacher
+from ..models.trainable import Selection
 from ..models.wrap import as_model
 from ..objective.objectives import Objective
 from ..objective.plan import make_projection
@@ -101,6 +102,7 @@ class Job:
         keywords: the keywords that ``train`` itself takes, to suggest for misspelt ones.
         open_writer: opens the tensorboard writer; returns None where nothing is logged.
         print_freq: log lines in an epoch.
+        trainable: which of the student's parameters are trained, see `models.trainable`; None: all.
     """
 
     config: TrainingConfig
@@ -115,6 +117,7 @@ class Job:
     keywords: tuple[str, ...] = ()
     open_writer: Callable[[], Any] = lambda: None
     print_freq: int = 20
+    trainable: Selection | None = None
 
     @property
     def name(self) -> str:

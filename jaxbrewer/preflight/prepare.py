@@ -21,8 +21,9 @@ from ..errors import (
     explained,
     warn,
 )
-from ..models.adaptors import Results
+from ..models.adaptors import Results, model_name
 from ..models.precision import Precision, at_level, resolve
+from ..models.trainable import Parting, part
 from ..objective.loss import full_weights, project_by_shape
 from ..objective.submodules import resolve_custom
 from ..step import optimizer as optimizers
@@ -30,6 +31,7 @@ from ..step.optimizer import Optimizer
 from ..step.program import Program
 from .doubts import counts_padding, doubt
 from .job import Job, Task
+from .sides import check_trainable
 from .sides import inspect as inspect_side
 
 
@@ -78,6 +80,7 @@ def prepare(
         mine = Findings()
         job, traced[name] = _trace(job, name, batch, precision, mine)
         found.extend(mine, f"task {name!r}: " if name else "")
+    _check_something_trains(job, traced, found)
     transformation = _optimizer(job, optimizer, max_grad_norm, accumulation, precision, found)
     _tell(found)
     programs = {
@@ -92,6 +95,7 @@ def prepare(
                 job.train_mode,
                 precision,
                 max_nonfinite_steps=job.config.max_nonfinite_steps,
+                parting=one.parting,
             ),
             one,
         )
@@ -99,6 +103,7 @@ def prepare(
     }
     for name, program in programs.items():
         _trace_step(program, batches[name])
+    _check_loss_is_of_what_trains(job, programs, batches)
     padded = {k for k, one in traced.items() if counts_padding(job.objective, one.results_S)}
     return Prepared(job, programs, frozenset(padded))
 
@@ -148,8 +153,44 @@ def _trace_step(program: Program, batch: Batch) -> None:
 
 def _step_by_shape(program: Program, batch: Batch) -> None:
     row = np.ones(3, jnp.result_type(float))
-    state = jax.eval_shape(lambda: program.init(0))
-    program.compiled.eval_shape(state, program.teacher.variables, batch, row)
+    state, frozen = program.parted(jax.eval_shape(lambda: program.init(0)))
+    program.compiled.eval_shape(state, program.teacher.variables, batch, row, frozen)
+
+
+def _check_loss_is_of_what_trains(
+    job: Job, programs: Mapping[str, Program], batches: Mapping[str, Batch]
+) -> None:
+    """Refuses a `trainable` of which no loss depends: it would be trained on nothing, in silence."""
+    partings = [p.parting for p in programs.values() if p.parting is not None]
+    trained = sorted({name for parting in partings for name in parting.trained})
+    if not trained or any(_depends_on_trained(p, batches[task]) for task, p in programs.items()):
+        return
+    raise PreflightError(
+        [
+            f"no loss depends on what trainable={job.trainable!r} finds: {', '.join(trained[:6])}. "
+            "Nothing of the student would be trained: name parameters below what is compared, or "
+            "compare what lies above them"
+        ]
+    )
+
+
+def _depends_on_trained(program: Program, batch: Batch) -> bool:
+    """Whether the loss depends on a trained parameter of the student, by its trace."""
+    state, frozen = program.parted(jax.eval_shape(lambda: program.init(0)))
+    row = jnp.ones(3)
+
+    def total(student: Any, state: Any, teacher: Any, batch: Batch, frozen: Any) -> Any:
+        params = program.whole({**state.params, "student": student}, frozen)
+        return program.loss(params, *program.inputs(state, teacher, batch, row))[0]
+
+    arguments = state.params["student"], state, program.teacher.variables, batch, frozen
+    jaxpr = jax.make_jaxpr(total)(*arguments).jaxpr
+    needed = {id(x) for x in jaxpr.outvars}
+    for equation in reversed(jaxpr.eqns):
+        if any(id(x) in needed for x in equation.outvars):
+            needed |= {id(x) for x in equation.invars}
+    count = len(jax.tree.leaves(state.params["student"]))
+    return any(id(x) in needed for x in jaxpr.invars[:count])
 
 
 def check_by_shape(program: Program, batch: Batch) -> None:
@@ -184,18 +225,20 @@ def check_by_shape(program: Program, batch: Batch) -> None:
 
 @dataclass(frozen=True)
 class _Traced:
-    """What tracing a task by shape gave: its sides at their level, and their results."""
+    """What tracing a task by shape gave: its sides at their level, their results, what is trained."""
 
     task: Task
     results_S: Any
     results_T: Any
+    parting: Parting | None
 
 
 def _trace(
     job: Job, name: str, batch: Batch, precision: Precision, found: Findings
 ) -> tuple[Job, _Traced]:
     """Traces every model of a task by shape, then checks the objective on what they gave."""
-    task = _at_level(job.tasks[name], precision)
+    parting = _parting(job, name, found)
+    task = _at_level(job.tasks[name], precision, parting)
     teacher_batch, student_batch, cache = sides(batch)
     results_S = inspect_side(task.student, student_batch, job.train_mode, found, job.keywords)
     results_T: Any = None
@@ -218,7 +261,30 @@ def _trace(
         projections = job.projections.models()
         job.objective.check(results_S, results_T, student_batch, projections, found)
         doubt(job.tasks[name], job.objective, results_S, batch, found)
-    return job, _Traced(task, results_S, results_T)
+    return job, _Traced(task, results_S, results_T, parting)
+
+
+def _parting(job: Job, name: str, found: Findings) -> Parting | None:
+    """Finds what is trained of a task's student."""
+    side = job.tasks[name].student
+    role = model_name(side.role)
+    parting = part(side.model, job.trainable, role, found.problems)
+    params = side.model.params
+    check_trainable(params if parting is None else parting.part(params)[0], role, found)
+    if not jax.tree.leaves(params):
+        found.problems.append(f"{role} has no parameters to train")
+    return parting
+
+
+def _check_something_trains(job: Job, traced: Mapping[str, _Traced], found: Findings) -> None:
+    """Refuses a job of which all is frozen."""
+    partings = [one.parting for one in traced.values()]
+    is_frozen = all(parting is not None and not parting.trained for parting in partings)
+    if is_frozen and not job.projections.models() and not found.problems:
+        found.problems.append(
+            f"trainable={job.trainable!r} leaves nothing of the student to train, and there is no "
+            "projection: name what is to be trained"
+        )
 
 
 def _run_exchanged(job: Job, task: Task, batch: Batch) -> bool:
@@ -232,8 +298,10 @@ def _run_exchanged(job: Job, task: Task, batch: Batch) -> bool:
     return not found.problems
 
 
-def _at_level(task: Task, precision: Precision) -> Task:
-    student = replace(task.student, model=at_level(task.student.model, precision))
+def _at_level(task: Task, precision: Precision, parting: Parting | None) -> Task:
+    trained = None if parting is None else parting.trained
+    model = at_level(task.student.model, precision, trained=trained)
+    student = replace(task.student, model=model)
     teacher_sides = tuple(
         replace(side, model=at_level(side.model, precision, frozen=True))
         for side in task.teacher.sides

@@ -19,6 +19,10 @@ def describe(program: Program, batch: Batch, *, with_optimizer: bool) -> str:
         lines.append(f"model_{side.role:6}{count:>13,} parameters{ratio}")
     name = "model_S" if program.teacher.sides else "model"
     lines.append(f"{name:12}{student:>13,} parameters")
+    if program.parting is not None:
+        trained = program.trained(program.variables[0])["student"]
+        arrays = f"{len(trained)} of {len(program.parting.names)} arrays"
+        lines.append(f"  trained   {_count(trained):>13,} parameters in {arrays}")
     for name, projection in program.projections.items():
         lines.append(f"proj {name:7}{_count(projection.params):>13,} parameters")
     if program.precision.level != "O0":
@@ -30,9 +34,10 @@ def describe(program: Program, batch: Batch, *, with_optimizer: bool) -> str:
 
 
 def _cost(program: Program, batch: Batch, with_optimizer: bool) -> list[str]:
-    state = jax.eval_shape(lambda: program.init(0))
+    state, frozen = program.parted(jax.eval_shape(lambda: program.init(0)))
     row = np.ones(3, np.float32)
-    compiled = program.compiled.lower(state, program.teacher.variables, batch, row).compile()
+    arguments = state, program.teacher.variables, batch, row, frozen
+    compiled = program.compiled.lower(*arguments).compile()
     lines = ["one step"]
     costs = compiled.cost_analysis()
     if costs and "flops" in costs:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from ..data.batches import Batch, as_call, check_ids, plain, signature_of
-from ..errors import BatchError, Findings, explained, suggest
+from ..errors import AdaptorError, BatchError, Findings, explained, suggest
 from ..models.adaptors import Results, Side, adaptor_name, model_name
 from ..models.precision import HalfModel
 
@@ -31,8 +31,6 @@ def inspect(
     name = model_name(side.role)
     args, kwargs = as_call(plain(batch), side.args)
     signature = side.model.signature()
-    if side.role in ("S", ""):
-        _check_trainable(side.model.params, name, found)
     if not _fits(signature, args, kwargs, name, found, (side.args, keywords)):
         return None
     _check_arguments(side, plain(batch), signature, keywords, found)
@@ -44,11 +42,11 @@ def inspect(
 
     def run(params: Any, state: Any, inputs: Any) -> Results:
         outputs, captured, _ = side.forward(params, state, jax.random.key(0), inputs, train)
-        return _Adapted(side, inputs, outputs).results | captured
+        return _Adapted(side, inputs, outputs, captured).results | side.matched(captured)
 
     try:
         return jax.eval_shape(run, side.model.params, side.model.state, batch)
-    except _AdaptorError as error:
+    except (_AdaptorError, AdaptorError) as error:
         found.problems.append(str(error))
     except Exception as error:  # noqa: BLE001  the user's model may raise anything
         found.problems.append(
@@ -72,7 +70,7 @@ def _level_hint(side: Side, batch: Batch, train: bool) -> str:
     )
 
 
-def _check_trainable(params: Any, name: str, found: Findings) -> None:
+def check_trainable(params: Any, name: str, found: Findings) -> None:
     """Gradients need floating point, which a pytree of parameters may lack."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     wrong = [
@@ -80,8 +78,6 @@ def _check_trainable(params: Any, name: str, found: Findings) -> None:
         for path, leaf in leaves
         if not jax.numpy.issubdtype(dtype := jax.numpy.result_type(leaf), jax.numpy.floating)
     ]
-    if not leaves:
-        found.problems.append(f"{name} has no parameters to train")
     if wrong:
         shown = ", ".join(wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
         found.problems.append(
@@ -119,9 +115,9 @@ class _AdaptorError(Exception):
 class _Adapted:
     """Runs an adaptor and tells its failures from the model's."""
 
-    def __init__(self, side: Side, batch: Batch, outputs: Any):
+    def __init__(self, side: Side, batch: Batch, outputs: Any, captured: Any):
         try:
-            self.results = side.adapt(batch, outputs)
+            self.results = side.adapt(batch, outputs, captured)
         except ValueError as error:
             raise _AdaptorError(str(error)) from error
         except Exception as error:

@@ -15,6 +15,7 @@ from ..models.adaptors import Results, Side
 from ..models.handle import Model
 from ..models.precision import FLOAT32, Precision
 from ..models.teachers import Teacher
+from ..models.trainable import Parting
 from ..objective.loss import Loss, Weights
 from ..objective.objectives import Objective
 from . import guard as guards
@@ -28,7 +29,8 @@ class TrainState:
     """All that changes in training.
 
     Attributes:
-        params: ``{'student': …, 'projections': {name: …}}``.
+        params: ``{'student': …, 'projections': {name: …}}``; in a step, without the student's frozen
+            leaves, see `Program.parted`.
         model_state: the same two keys: batch statistics and random keys.
         opt_state: the optimizer's, an open accumulation window included.
         key: the random key every step's key is folded from.
@@ -65,6 +67,7 @@ class Program:
         axis: the mapped axis over which devices average what each computed on its own rows; None
             where there is none, and the batch is seen whole.
         max_nonfinite_steps: see `guard.Guard.limit`.
+        parting: which of the student's parameters are trained; None: all.
     """
 
     student: Side
@@ -78,6 +81,7 @@ class Program:
     axis: str | None = None
     reads: frozenset[str] = frozenset()
     max_nonfinite_steps: int | None = 1
+    parting: Parting | None = None
 
     @property
     def variables(self) -> tuple[Any, Any]:
@@ -95,17 +99,41 @@ class Program:
     def init(self, seed: int, variables: Any = None) -> TrainState:
         """The state before the first step, in arrays of its own: nothing the user holds is donated.
 
-        `variables` are `Program.variables`, perhaps placed elsewhere.
+        It is whole, as checkpoints hold it; what a step takes, `parted` gives. `variables` are
+        `Program.variables`, perhaps placed elsewhere.
         """
         params, model_state = jax.tree.map(
             lambda x: jnp.array(x, copy=True), self.variables if variables is None else variables
         )
         key = jax.random.key(seed)
         scaling = loss_scale.start() if self.precision.is_scaled else ()
-        opt_state = self.optimizer.init(params)
+        opt_state = self.optimizer.init(self.trained(params))
         before = model_state if accumulates(opt_state) else ()
         guard = guards.start(self.max_nonfinite_steps, before)
         return TrainState(params, model_state, opt_state, key, jnp.int32(0), scaling, guard)
+
+    def trained(self, params: Any) -> Any:
+        """Parameters without the student's frozen leaves: what gradients and optimizer see."""
+        if self.parting is None:
+            return params
+        return {**params, "student": self.parting.part(params["student"])[0]}
+
+    def whole(self, params: Any, frozen: Any) -> Any:
+        """The way back: with the frozen leaves."""
+        if self.parting is None:
+            return params
+        return {**params, "student": self.parting.join(params["student"], frozen)}
+
+    def parted(self, state: TrainState) -> tuple[TrainState, Any]:
+        """A whole state → the one that a step takes, and the frozen leaves beside it."""
+        if self.parting is None:
+            return state, ()
+        _, frozen = self.parting.part(state.params["student"])
+        return replace(state, params=self.trained(state.params)), frozen
+
+    def joined(self, state: TrainState, frozen: Any) -> TrainState:
+        """The way back."""
+        return replace(state, params=self.whole(state.params, frozen))
 
     def loss(
         self,
@@ -135,7 +163,12 @@ class Program:
         return loss.total, (loss, {"student": student_state, "projections": projection_states})
 
     def step(
-        self, state: TrainState, teacher_variables: Any, batch: Batch, schedule: jax.Array
+        self,
+        state: TrainState,
+        teacher_variables: Any,
+        batch: Batch,
+        schedule: jax.Array,
+        frozen: Any = (),
     ) -> tuple[TrainState, jax.Array]:
         """One micro-batch.
 
@@ -144,6 +177,7 @@ class Program:
             teacher_variables: the teacher's arrays.
             batch: from `batches.own`.
             schedule: ``[3]``: weight of the KD loss, of the hard labels, learning-rate factor.
+            frozen: the student's frozen leaves, see `parted`; not donated.
 
         Returns:
             The state after the step, and the metrics ``[3 + terms]``: the total, the surplus of
@@ -152,13 +186,16 @@ class Program:
         """
         inputs = self.inputs(state, teacher_variables, batch, schedule)
         total, backward, (loss, model_state) = jax.vjp(
-            lambda params: self.loss(params, *inputs), state.params, has_aux=True
+            lambda params: self.loss(self.whole(params, frozen), *inputs),
+            state.params,
+            has_aux=True,
         )
         scale = state.scaling.scale if self.precision.is_scaled else 1.0
         (grads,) = backward(jnp.asarray(scale, total.dtype))
         metrics = jnp.stack([jnp.asarray(x, total.dtype) for x in self.values(loss)])
         if self.axis is not None:
             grads, model_state, metrics = average(self.axis, grads, model_state, metrics)
+        model_state = self.steady(state.model_state, model_state)
         finite = guards.is_finite((metrics[0], grads))
         finite &= guards.stays_finite(state.model_state, model_state)
         if self.axis is not None:
@@ -188,6 +225,12 @@ class Program:
         last: Sequence[Any] = (scale, new.scaling.skipped) if self.precision.is_scaled else ()
         verdict, *last = (jnp.asarray(x, total.dtype)[None] for x in (verdict, *last))
         return new, jnp.concatenate([metrics[:2], verdict, metrics[2:], *last])
+
+    def steady(self, old: Any, new: Any) -> Any:
+        """The model state after a step, that of frozen submodules as it was."""
+        if self.parting is None:
+            return new
+        return {**new, "student": self.parting.steady(old["student"], new["student"])}
 
     def inputs(
         self, state: TrainState, teacher_variables: Any, batch: Batch, schedule: jax.Array
@@ -221,6 +264,7 @@ class Program:
         teacher_variables: Any,
         batch: Batch,
         schedule: jax.Array,
+        frozen: Any = (),
         term: str | None = None,
     ) -> dict[str, dict[str, jax.Array]]:
         """What is finite in a step from a state that has stopped: kind → name → whether it is.
@@ -234,7 +278,8 @@ class Program:
         )
 
         def value(params: Any) -> tuple[Any, Any]:
-            inputs = params, model_state, key, student_batch, results_T, weights
+            whole = self.whole(params, frozen)
+            inputs = whole, model_state, key, student_batch, results_T, weights
             total, (loss, new) = self.loss(*inputs)
             return (total if term is None else loss.terms[term]), new
 
@@ -244,7 +289,7 @@ class Program:
         updates, _ = self.optimizer.update(grads, state.opt_state, state.params, factor=schedule[2])
         params = optax.apply_updates(state.params, updates)
         found = {
-            "weights": by_name(guards.is_finite, state.params),
+            "weights": by_name(guards.is_finite, self.whole(state.params, frozen)),
             "teacher": by_name(guards.is_finite, results_T),
             "gradient": by_name(guards.is_finite, grads),
             "update": by_name(guards.stays_finite, state.params, params),

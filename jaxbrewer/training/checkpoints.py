@@ -36,7 +36,7 @@ from .backend import POSITION, Writer, read_items, shapes_of
 from .digests import digests
 from .folders import FINISHED, Folder, is_finished, scores_in, step_folders, steps_in
 from .position import FORMAT, read_position, sealed
-from .stored import check_digests, check_fits
+from .stored import check_digests, check_fits, on_host
 
 logger = logging.getLogger(__name__)
 
@@ -255,8 +255,14 @@ class Checkpoints:
         """The step of the newest finished checkpoint."""
         return max(steps_in(self.folder), default=None)
 
-    def restore(self, path: Path, like: TrainState) -> TrainState:
+    def restore(self, path: Path, like: TrainState, *, trains_others: bool = False) -> TrainState:
         """Reads a state with the structure, shapes and placement of `like`.
+
+        Args:
+            path: the checkpoint.
+            like: a state, whole.
+            trains_others: whether other parameters are trained than it was saved with; those that
+                were not have the optimizer state of `like`.
 
         Raises:
             CheckpointError: if the checkpoint is of another model, optimizer or config.
@@ -266,6 +272,8 @@ class Checkpoints:
         targets = _items(like)
         training = {k: v for k, v in targets["training"].items() if k not in _additions(like)}
         targets["training"] = training | _additions_there(path, like)
+        if trains_others:
+            targets["training"]["opt_state"] = on_host(shapes_of(path)["training"]["opt_state"])
         for name, target in targets.items():
             check_fits(path, name, target, position, types=True)
         read = read_items(path, **targets)
@@ -279,7 +287,11 @@ class Checkpoints:
             like,
             params={"student": student["params"], "projections": projections["params"]},
             model_state=model_state,
-            opt_state=training["opt_state"],
+            opt_state=(
+                _carried_over(training["opt_state"], like.opt_state)
+                if trains_others
+                else training["opt_state"]
+            ),
             key=training["key"],
             micro_step=training["micro_step"],
             scaling=training.get("scaling", ()),
@@ -343,6 +355,22 @@ def _additions_there(path: Path, state: TrainState) -> dict[str, Any]:
         for part, leaves in _additions(state).items()
     }
     return {part: leaves for part, leaves in found.items() if leaves}
+
+
+def _carried_over(saved: Any, like: Any) -> Any:
+    """The optimizer state `like`, with the leaves that were saved for it."""
+    there = _names(saved)
+
+    def placed(leaf: jax.Array, saved: Any) -> jax.Array:
+        host = np.asarray(saved).astype(leaf.dtype)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: host[index])
+
+    found = {
+        name: placed(leaf, there[name])
+        for name, leaf in _names(like).items()
+        if name in there and there[name].shape == leaf.shape
+    }
+    return _with_names(like, found)
 
 
 def _names(tree: Any) -> dict[str, Any]:

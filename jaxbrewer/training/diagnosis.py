@@ -31,7 +31,7 @@ def culprits(
     Args:
         examine: see `loop.CompiledTask`.
         names: the terms of the loss.
-        arguments: of the step: state, teacher, batch, row.
+        arguments: of the step: state, teacher, batch, row, frozen leaves.
         total: the loss.
     """
     with lookups.noted() as notes:

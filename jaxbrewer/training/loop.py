@@ -63,7 +63,8 @@ class CompiledTask:
     """What differs between tasks; a run of one task has one, named ''.
 
     Attributes:
-        step: the compiled step: ``(state, teacher_variables, batch, row) -> (state, metrics)``.
+        step: the compiled step: ``(state, teacher_variables, batch, row, frozen) -> (state,
+            metrics)``.
         teacher_variables: the teacher's arrays, placed.
         tags: tensorboard names of the metrics: the total first, then the terms.
         names: the terms of the loss.
@@ -115,6 +116,8 @@ class Loop:
         about: optimizer steps done → what is written into a checkpoint beside the position.
         batches_per_epoch: for the progress bar, where it is known.
         placement: where arrays lie; `state` is as the step takes it.
+        frozen: the student's frozen leaves, as the step takes them.
+        leave: `state` → the state as checkpoints hold it.
         processes: this process and the others.
         is_asked: whether this process has been asked to stop; of several, batches tell it.
         print_freq: log lines in an epoch, or between two checkpoints of a run by steps.
@@ -132,6 +135,8 @@ class Loop:
     about: Callable[[int], Mapping[str, Any]]
     batches_per_epoch: int | None
     placement: Placement
+    frozen: Any
+    leave: Callable[[TrainState], TrainState]
     processes: Processes
     is_asked: Callable[[], bool] = lambda: False
     print_freq: int = 20
@@ -202,7 +207,7 @@ class Loop:
     def _micro_step(self, event: Micro) -> None:
         task, batch = self.tasks[event.task], self.placement.batch(event.inputs)
         row = self.rows[min(self.position.global_step, len(self.rows) - 1)]
-        self.state, metrics = task.step(self.state, task.teacher_variables, batch, row)
+        self.state, metrics = task.step(self.state, task.teacher_variables, batch, row, self.frozen)
         if self.placement.devices[0].platform != "cpu":  # there they are on the host already
             metrics.copy_to_host_async()
         self._pending.append(Begun(event, self.position, self._opens, row, metrics))
@@ -253,7 +258,7 @@ class Loop:
         self._look(0)
         self._check_weights()
         self._say("Saving at global step %d, epoch %d", step, epoch + 1)
-        saved = self.placement.leave(self.state)
+        saved = self.leave(self.state)
         save = partial(self.checkpoints.save, step, saved, self._described(self._here()))
         with afterwards("writing the checkpoint", save):
             self.metrics.mark(step, self.position.micro_step)
@@ -350,7 +355,7 @@ class Loop:
 
         def look() -> None:
             batch = self.placement.batch(begun.event.inputs)
-            arguments = self.state, task.teacher_variables, batch, begun.row
+            arguments = self.state, task.teacher_variables, batch, begun.row, self.frozen
             found = in_batch(begun.event.inputs)
             found += culprits(task.examine, task.names, arguments, total=values[0])
             everywhere = self.processes.objects(found)  # each sees its own part of the batch
@@ -373,7 +378,7 @@ class Loop:
         if self.processes.numbers(is_new)[0, 0]:  # as the first process sees the disk
             change = partial(rewound, micro_step=opens.micro_step)
             self.state = _in_place(change, self.state)
-            self.checkpoints.save(step, self.placement.leave(self.state), self._described(opens))
+            self.checkpoints.save(step, self.leave(self.state), self._described(opens))
             self.checkpoints.wait()
 
     def _print_every(self) -> int:

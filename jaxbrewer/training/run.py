@@ -183,7 +183,7 @@ def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> 
                 loop.run(events, bound_memory)
         finally:
             progress.note(steps=loop.position.global_step)
-        progress.note(variables=_copies(setting.placement, loop.state))
+        progress.note(variables=_copies(setting.placement, loop.leave(loop.state)))
 
 
 def _setting(progress: _Progress, request: Request) -> _Setting:
@@ -260,16 +260,19 @@ def _loop(
         name: _compiled(program, placement, ready.teachers.get(name, ()))
         for name, program in ready.programs.items()
     }
-    state = placement.start(next(iter(ready.programs.values())), job.config.seed)
+    program = next(iter(ready.programs.values()))
+    state = placement.start(program, job.config.seed)
     if resumed is not None:
-        state = checkpoints.restore(resumed.path, state)
+        trains_others = changes.trains_others(resumed.saved, ready.record)
+        state = checkpoints.restore(resumed.path, state, trains_others=trains_others)
         if setting.processes.rank == 0:
             logger.info("%s", resumed.said(setting.timeline.total_steps))
         tags = {tag for task in tasks.values() for tag in task.tags}
         metrics.go_on(resumed.path.name, ready.start.micro_step, tags)
+    state, frozen = program.parted(placement.enter(state))
     return Loop(
         tasks=tasks,
-        state=placement.enter(state),
+        state=state,
         rows=ready.rows,
         timeline=setting.timeline,
         checkpoints=checkpoints,
@@ -279,6 +282,8 @@ def _loop(
         about=lambda step: {**job.about, "job": with_schedule(ready.record, ready.rows, step)},
         batches_per_epoch=next(iter(setting.request.feeds.values())).length,
         placement=placement,
+        frozen=frozen,
+        leave=lambda state: placement.leave(program.joined(state, frozen)),
         processes=setting.processes,
         is_asked=is_asked,
         print_freq=job.print_freq,
@@ -389,8 +394,7 @@ def _compiled(program: Program, placement: Placement, teacher: Any) -> CompiledT
 
 
 def _copies(placement: Placement, state: TrainState) -> Any:
-    """The trained arrays of a state as the step has it, for `Outcome.variables`."""
-    state = placement.leave(state)
+    """The arrays of a state as checkpoints hold it, for `Outcome.variables`."""
     return placement.local((state.params, state.model_state))
 
 

@@ -77,12 +77,12 @@ def check_digests(path: Path, position: Mapping[str, Any], items: Mapping[str, A
 
 def _as_saved(path: Path, name: str) -> Any:
     """Reads an item onto the CPU, every array in the type it was saved in."""
-    target = _on_host(shapes_of(path)[name])
+    target = on_host(shapes_of(path)[name])
     with jax.enable_x64(True):
         return read_items(path, **{name: target})[name]
 
 
-def _on_host(tree: Any) -> Any:
+def on_host(tree: Any) -> Any:
     """A target to read onto the CPU."""
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     return jax.tree.map(

@@ -277,6 +277,7 @@ class PretrainedModel(nnx.Module):
 
 def export_weights(model: PretrainedModel) -> dict[str, np.ndarray]:
     """The model's parameters as numpy arrays, under Hugging Face's names and in its layout."""
+    _check_leaves(model)
     values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     tensors = {}
     for name, leaf in _expected_tensors(model).items():
@@ -358,6 +359,19 @@ def _match(
             f"{folder} does not fit {type(model).__name__}:\n  " + "\n  ".join([*problems, *advice])
         )
     return wanted, found
+
+
+def _check_leaves(model: PretrainedModel) -> None:
+    """Refuses a model with parameters that Hugging Face's folders have no place for."""
+    paths = (path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    others = [".".join(map(str, path)) for path in paths if str(path[-1]) not in _LEAF_NAMES]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise ValueError(
+            f"{type(model).__name__} holds {', '.join(others[:3])}{more}, for which a Hugging Face "
+            "folder has no place. Put back the layers that it was made with: what LoRA has trained is "
+            "merged into their kernels first, as docs/any_model.md shows it"
+        )
 
 
 def _encoder_prefix(model: PretrainedModel) -> str:

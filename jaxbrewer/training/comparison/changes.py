@@ -166,6 +166,8 @@ def compare(
         found.add("half_dtype", then["precision"], record["precision"])
     for name in ("train_mode", "max_grad_norm", "tau"):
         found.add(name, then[name], record[name])
+    if trains_others(saved, record):
+        _tell_trainable(then.get("trainable"), record.get("trainable"), found)
     _compare_schedule(then["schedule"], rows, found)
     found.add("tasks", list(then["tasks"]), list(record["tasks"]))
     for name in _in_both(then["tasks"], record["tasks"]):
@@ -225,6 +227,27 @@ def _pairs(one: Any, other: Any) -> list[tuple[Any, Any]]:
         return []
     pairs = list(zip(one, other, strict=True))
     return pairs if all(isinstance(x, Mapping) for pair in pairs for x in pair) else []
+
+
+def trains_others(saved: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether other parameters are trained than those of a checkpoint's JSON part."""
+    return (record_in(saved) or {}).get("trainable") != record.get("trainable")
+
+
+def _tell_trainable(was: Any, now: Any, found: Compared) -> None:
+    """Tells two lists of what is trained apart; None: all."""
+    one, other = (_said_of_names(*pair) for pair in ((was, now), (now, was)))
+    found.changes.append(Change("trainable", one, other))
+
+
+def _said_of_names(names: Sequence[str] | None, others: Sequence[str] | None) -> str:
+    """How many parameters are trained, and the first of those that are not among the others."""
+    if names is None:
+        return "all parameters"
+    apart = [name for name in names if name not in (others or ())]
+    more = f" and {len(apart) - _SHOWN} more" if len(apart) > _SHOWN else ""
+    listed = f", among them {', '.join(apart[:_SHOWN])}{more}" if apart else ""
+    return f"{len(names)} parameters{listed}"
 
 
 # -------------------------------------------------------------------------------------- schedule
@@ -326,7 +349,7 @@ def _compare_functions(
             found.unknown.append(f"the functions of models and loss{where} (the inputs are others)")
             continue
         parts = ["teacher", "student", "loss"]
-        if "train_mode" in changed:
+        if changed & {"train_mode", "trainable"}:
             parts.remove("student")
         if changed & {*_OF_LOSS}:
             parts.remove("loss")
@@ -336,6 +359,8 @@ def _compare_functions(
         compare(parts, was, now, where, found)
     if any(c.name == "intermediate_matches" and c.place[-5:] in ("", ".proj") for c in before):
         found.unknown.append("the function of the optimizer (its config has changed)")
+    elif "trainable" in changed:
+        found.unknown.append("the functions of student and optimizer (trainable has changed)")
     else:
         compare(["optimizer"], then, record, "", found)
 

@@ -59,13 +59,17 @@ def _teacher(program: Program, batch: Batch) -> tuple[dict[str, Any], Any]:
 
 def _student(program: Program, state: Any, batch: Batch) -> tuple[dict[str, Any], Any]:
     """The student with its adaptor, forwards and back."""
+    parting = program.parting
 
     def run(params: Any, state: Any, key: Any, batch: Batch, pull: Any) -> dict[str, Any]:
-        def forward(params: Any) -> Any:
+        trained, frozen = (params, {}) if parting is None else parting.part(params)
+
+        def forward(trained: Any) -> Any:
+            params = trained if parting is None else parting.join(trained, frozen)
             results, new = program.student(params, state, key, batch, program.train)
             return _floats(results)[0], (results, new)
 
-        floats, back, (results, new) = jax.vjp(forward, params, has_aux=True)
+        floats, back, (results, new) = jax.vjp(forward, trained, has_aux=True)
         pulls = [jnp.broadcast_to(pull.astype(x.dtype), x.shape) for x in floats]
         return {"results": results, "state": new, "gradient": back(pulls)}
 

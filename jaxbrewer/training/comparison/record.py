@@ -6,6 +6,7 @@ precision      the level that models and optimizer ran at, in words
 train_mode     whether the student trained in train mode
 max_grad_norm  0 where nothing is clipped
 tau            of the order of several tasks
+trainable      the names of the student's parameters that are trained; not there where all are
 optimizer      the trace of its start and of an update, without clipping and accumulation
 tasks          task → its `batch` by shape and the `rows` of all processes; its `plan` in words; the
                teacher's `weights`; the traces of `teacher`, `student` and `loss`
@@ -71,7 +72,7 @@ def make_record(ahead: Ahead, saved: Mapping[str, Any] | None = None) -> dict[st
     """
     job, programs = ahead.prepared.job, ahead.prepared.programs
     program = next(iter(programs.values()))
-    params = program.variables[0]
+    params = program.trained(program.variables[0])
     optimizer = optimizers.build(ahead.request.optimizer, job.projections.groups())
     update = parts.trace_optimizer(optimizer, params)
     then = (saved or {}).get("tasks", {})
@@ -84,6 +85,7 @@ def make_record(ahead: Ahead, saved: Mapping[str, Any] | None = None) -> dict[st
         "optimizer": update,
         "probes": {"optimizer": _probe(update, lambda: parts.probe_optimizer(optimizer, params))},
         "tasks": {name: _task(p, name, ahead, then.get(name)) for name, p in programs.items()},
+        **({} if program.parting is None else {"trainable": sorted(program.parting.trained)}),
     }
 
 
