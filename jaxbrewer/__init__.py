@@ -1,6 +1,6 @@
 """Knowledge distillation for NLP on JAX, with TextBrewer's configs and numbers."""
 
-from . import data, data_utils, presets, schedulers, testing, utils, zoo
+from . import data, data_utils, evaluation, presets, schedulers, testing, utils, zoo
 from .configurations.configs import DistillationConfig, IntermediateMatch, TrainingConfig
 from .distillers.classes import (
     BasicDistiller,
@@ -70,6 +70,7 @@ __all__ = [
     "load_student",
     "data",
     "data_utils",
+    "evaluation",
     "presets",
     "register_new",
     "schedulers",

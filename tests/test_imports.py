@@ -30,6 +30,7 @@ FLOORS = [
     ["step"],
     ["preflight"],
     ["machine"],
+    ["evaluation"],
     ["training"],
     # the facade
     ["distillers"],
@@ -40,7 +41,7 @@ FLOORS = [
     ["__init__", "__main__"],
 ]
 ROOMS = [room for floor in FLOORS for room in floor]
-ENGINE = ["models", "objective", "step", "preflight", "machine", "training"]
+ENGINE = ["models", "objective", "step", "preflight", "machine", "evaluation", "training"]
 MOST_ROOMS = 25
 
 # Libraries that only some files may know.

@@ -13,6 +13,7 @@ from .. import training
 from ..configurations.configs import TrainingConfig
 from ..data.batches import Batch, own
 from ..errors import afterwards
+from ..evaluation.evaluator import Forward
 from ..models.adaptors import Adaptor, Results, check_adaptor
 from ..models.trainable import Selection
 from ..models.wrap import as_model
@@ -82,6 +83,7 @@ class Trainable:
         self.local_rank = train_config.local_rank
         self._in_context = False
         self._tb_writer: Any = None
+        self._forwards: dict[str, Forward] = {}
 
     _student_name: ClassVar[str] = "model_S"
 
@@ -224,6 +226,42 @@ class Trainable:
             PreflightError: all that is wrong.
         """
         return self._report({"": own(batch)}, optimizer, {"trainable": trainable, **args})
+
+    def evaluate(self, dataloader: Any, metrics: Any, **args: Any) -> dict[str, float]:
+        """Computes metrics of the student as it is now, in evaluation mode; in a callback too.
+
+        Args:
+            dataloader: batches as for `train`; with several tasks a dict of loaders by task.
+            metrics: a list such as ``[Accuracy()]``, see `jaxbrewer.evaluation`; with several tasks
+                a dict of lists by task, or one list for all.
+            **args: as for `train`.
+
+        Returns:
+            Name → number; with several tasks the names are ``task/name``.
+
+        What was compiled for a shape serves later evaluations. Training is not touched.
+
+        Raises:
+            ValueError: no batch, a metric that misses something, or a task that there is not.
+        """
+        tasks = self._tasks(args)
+        if list(tasks) == [""]:
+            return self._evaluate("", tasks[""], dataloader, metrics)
+        if not isinstance(dataloader, Mapping) or not dataloader.keys() <= tasks.keys():
+            raise ValueError(
+                f"evaluate needs a dict of loaders by task, of the tasks {', '.join(tasks)}; it was "
+                f"given {list(dataloader) if isinstance(dataloader, Mapping) else dataloader!r}"
+            )
+        found: dict[str, float] = {}
+        for name, loader in dataloader.items():
+            mine = metrics.get(name) if isinstance(metrics, Mapping) else metrics
+            scores = self._evaluate(name, tasks[name], loader, mine)
+            found |= {f"{name}/{metric}": value for metric, value in scores.items()}
+        return found
+
+    def _evaluate(self, name: str, task: Task, loader: Any, metrics: Any) -> dict[str, float]:
+        forward = self._forwards.setdefault(name, Forward())
+        return forward.evaluate(task.student, task.teacher, loader, metrics)
 
     def job(self, *, trainable: Selection | None = None, **args: Any) -> Job:
         """All that is to be trained, as the engine takes it.
