@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from jaxbrewer import __version__
-from jaxbrewer.commands import UNUSABLE, CommandError, checking, inspecting, say, weights
+from jaxbrewer.commands import UNUSABLE, CommandError, checking, exporting, inspecting, say, weights
 from jaxbrewer.commands.port import documents
 from jaxbrewer.commands.port.verdicts import Run
 from jaxbrewer.commands.zoo_models import TASKS
@@ -44,6 +44,12 @@ AdamW."""
 _INSPECT = """\
 Shows what a folder holds. A model's folder: its config and parameters. A checkpoint gs{step}, or an
 output_dir with several: step, epoch, scores, parameters; it is read whole, to see that it can be."""
+
+
+_EXPORT = """\
+Writes a model's folder (Hugging Face's or sentence-transformers', as save_pretrained and export_hf leave
+it) as one file of serialized StableHLO, with its weights, for any batch and any length. It is run by
+JAX alone: jax.export.deserialize. JAX reads such a file for six months after the release that wrote it."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
     _add_weights(add)
     _add_check(add)
     _add_inspect(add)
+    _add_export(add)
     return whole
 
 
@@ -166,6 +173,24 @@ def _add_inspect(add: Callable[..., Any]) -> None:
     )
     command.add_argument(
         "--max-level", type=_level, default=4, metavar="N", help="levels of the table; default 4"
+    )
+
+
+def _add_export(add: Callable[..., Any]) -> None:
+    command = add("export", "write a model as a file that JAX alone runs", _EXPORT, _run_export)
+    command.add_argument("folder", metavar="DIR", help="a model's folder")
+    command.add_argument("--to", required=True, choices=("stablehlo",), help="the format")
+    command.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    command.add_argument("--task", choices=TASKS, help="the head; by the config if left out")
+    command.add_argument(
+        "--length", type=_count, metavar="N", help="of all sequences; any if left out"
+    )
+    command.add_argument(
+        "--platforms",
+        nargs="+",
+        default=["cpu", "cuda", "tpu"],
+        metavar="NAME",
+        help="cpu cuda tpu rocm",
     )
 
 
@@ -233,6 +258,16 @@ def _run_check(options: argparse.Namespace) -> int:
 
 def _run_inspect(options: argparse.Namespace) -> int:
     return inspecting.inspect_folder(options.folder, options.max_level)
+
+
+def _run_export(options: argparse.Namespace) -> int:
+    return exporting.export(
+        options.folder,
+        options.out,
+        task=options.task,
+        length=options.length,
+        platforms=options.platforms,
+    )
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ from jaxbrewer.zoo.sentence_files import (
     DenseConfig as DenseConfig,
     SentenceConfig as SentenceConfig,
 )
+from jaxbrewer.zoo.stablehlo import export_stablehlo as export_stablehlo
 from jaxbrewer.zoo.students import (
     BASES as BASES,
     STUDENTS as STUDENTS,

@@ -488,7 +488,8 @@ class DisentangledModel(EncoderModel):
     def _new_encoder(self, **build: Unpack[Build]) -> nnx.Module:
         return self.stack_class(self.config, **build)
 
-    def _longest(self) -> int | None:
+    def longest(self) -> int | None:
+        """How long a sequence may be, None where there is no end."""
         return self.config.positions or None
 
     def _given_positions(self, position_ids: Int[Array, "#batch length"]) -> Array:

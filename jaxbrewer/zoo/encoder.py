@@ -196,7 +196,7 @@ class EncoderModel(PretrainedModel):
     ) -> Float[Array, "batch length width"]:
         """The words' embeddings, after checking what shapes can tell."""
         words = embedded_words(self.embeddings.word_embeddings, input_ids, inputs_embeds)
-        length, longest = words.shape[1], self._longest()
+        length, longest = words.shape[1], self.longest()
         if longest is not None and length > longest:
             raise ValueError(
                 f"a sequence of {length} is longer than the {longest} positions there are "
@@ -230,7 +230,7 @@ class EncoderModel(PretrainedModel):
         """The position of padding, where it has one of its own."""
         return None
 
-    def _longest(self) -> int | None:
+    def longest(self) -> int | None:
         """How long a sequence may be, None where there is no end."""
         return self.config.max_position_embeddings
 

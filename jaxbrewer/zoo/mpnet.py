@@ -133,7 +133,8 @@ class MPNetModel(UntypedModel, PooledModel):
     def _position_pad_id(self) -> int:
         return _PADDING
 
-    def _longest(self) -> int:
+    def longest(self) -> int:
+        """How long a sequence may be."""
         return self.config.max_position_embeddings - _PADDING - 1
 
     def _positions(

@@ -86,7 +86,8 @@ class RobertaModel(PooledModel):
     def _position_pad_id(self) -> int:
         return self.config.pad_token_id or 0
 
-    def _longest(self) -> int:
+    def longest(self) -> int:
+        """How long a sequence may be."""
         return self.config.max_position_embeddings - self._position_pad_id() - 1
 
     def _positions(
