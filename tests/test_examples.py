@@ -1,6 +1,7 @@
 """The examples: the quickstart's data is the same in each run, and its shapes fit together."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -108,6 +109,61 @@ def test_the_columns_of_a_file_are_found(sentence_encoder, tmp_path):
     file.write_text("one line\n\nanother\n")
     assert sentence_encoder.columns(file) == [["one line", "another"]]
     assert sentence_encoder.sentences_of([file, file], 1) == ["one line"]
+
+
+@pytest.fixture
+def reranker(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "reranker"))
+    yield importlib.import_module("distil")
+    sys.modules.pop("distil", None)
+
+
+def test_a_cross_encoder_is_distilled_from_folders_and_groups(
+    reranker, tmp_path, monkeypatch, capsys
+):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    monkeypatch.chdir(tmp_path)
+    words = ["the", "dog", "sleeps", "under", "a", "table", "and", "plays", "guitar", "on", "stage"]
+    tokenizer = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", *words])}, "[UNK]")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    config = zoo.BertConfig(
+        vocab_size=16,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        num_labels=1,
+    )
+    teacher = zoo.BertForSequenceClassification(config, rngs=nnx.Rngs(0))
+    teacher.save_pretrained("teacher")
+    zoo.SentenceEncoder(zoo.BertModel(config, rngs=nnx.Rngs(1))).save_pretrained("student")
+    for folder in ("teacher", "student"):
+        tokenizer.save(f"{folder}/tokenizer.json")
+    rng = np.random.default_rng(0)
+    groups = [
+        [" ".join(rng.choice(words, rng.integers(2, 7))) for _ in range(4)] for _ in range(16)
+    ]
+    lines = [
+        json.dumps({"query": query, "positive": positive, "negatives": negatives})
+        for query, positive, *negatives in groups[:8]
+    ]
+    Path("train.jsonl").write_text("\n".join(lines) + "\n\n")
+    Path("held.tsv").write_text("\n".join(map("\t".join, groups[8:])) + "\nshort\tgroup\n")
+    command = (
+        "teacher student --groups train.jsonl --held-out held.tsv --negatives 2 --batch-size 4 "
+        "--max-length 16 --query-length 8"
+    )
+    found = reranker.main(command.split())
+    assert 0 <= found["before"] <= 1 and 0 <= found["after"] <= 1
+    printed = capsys.readouterr().out
+    assert "8 groups, 2 steps" in printed and "best of 3, in 8 held-out groups" in printed
+    assert type(zoo.from_pretrained("runs/reranker/student")) is zoo.SentenceEncoder
+    assert Path("runs/reranker/student/tokenizer.json").is_file()
+    with pytest.raises(SystemExit, match="no group has a positive and 3 negatives"):
+        reranker.groups_of(["held.tsv"], 3, 9)
 
 
 @pytest.fixture

@@ -244,19 +244,23 @@ def check_ids(
     else:
         named = dict(zip(signature.parameters, as_call(batch, {})[0], strict=False))
     for name, limit in limits.items():
-        ids = _on_host(named.get(name))
-        if ids is None or not ids.size:
-            continue
-        if ids.dtype.kind == "b":
-            raise BatchError(
-                f"{name} is {_describe(ids)}, but {role} looks whole numbers up by it; is it a mask?"
-            )
-        if ids.dtype.kind in "iu" and not _all_below(ids, limit):
-            low, high = int(ids.min()), int(ids.max())
-            raise BatchError(
-                f"{name} holds {low if low < 0 else high}, but {role} knows ids 0 to {limit - 1}. "
-                "Is the batch tokenised with this model's vocabulary? Padding must be a real id too"
-            )
+        for part in jax.tree.leaves(named.get(name)):  # one array, or a tuple of them
+            _check_ids(name, _on_host(part), limit, role)
+
+
+def _check_ids(name: str, ids: np.ndarray | None, limit: int, role: str) -> None:
+    if ids is None or not ids.size:
+        return
+    if ids.dtype.kind == "b":
+        raise BatchError(
+            f"{name} is {_describe(ids)}, but {role} looks whole numbers up by it; is it a mask?"
+        )
+    if ids.dtype.kind in "iu" and not _all_below(ids, limit):
+        low, high = int(ids.min()), int(ids.max())
+        raise BatchError(
+            f"{name} holds {low if low < 0 else high}, but {role} knows ids 0 to {limit - 1}. "
+            "Is the batch tokenised with this model's vocabulary? Padding must be a real id too"
+        )
 
 
 def _all_below(ids: np.ndarray, limit: int) -> bool:

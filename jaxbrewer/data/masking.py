@@ -45,12 +45,19 @@ def mask_words(
 
     Raises:
         ValueError: an argument that cannot be meant.
-        BatchError: when iterated: a batch without ``input_ids``, or with labels already.
+        BatchError: when iterated: a batch without ``input_ids``, with labels already, or with an
+            ``attention_mask`` of another shape.
     """
     counts = {"mask_id": mask_id, "vocab_size": vocab_size, "seed": seed, "rank": rank}
     for name, value in counts.items():
-        if not isinstance(value, int | np.integer) or value < 0:
+        if not _is_whole(value) or value < 0:
             raise ValueError(f"{name}={value!r}: expected a whole number of 0 or more")
+    if not isinstance(special_ids, Collection) or not all(map(_is_whole, special_ids)):
+        raise ValueError(
+            f"special_ids={special_ids!r}: expected whole numbers, such as tokenizer.all_special_ids"
+        )
+    if isinstance(probability, bool) or not isinstance(probability, int | float | np.floating):
+        raise ValueError(f"probability={probability!r}: expected a number above 0, up to 1")
     if not 0 < probability <= 1:
         raise ValueError(f"probability={probability!r}: expected a number above 0, up to 1")
     outside = sorted(number for number in {mask_id, *special_ids} if not 0 <= number < vocab_size)
@@ -122,13 +129,17 @@ class MaskedWords:
         rng = np.random.default_rng((seed, epoch, index, rank + 1))
         asked = (rng.random(ids.shape) < self._probability) & ~np.isin(ids, self._special)
         if batch.get("attention_mask") is not None:
-            asked &= np.asarray(batch["attention_mask"]) != 0
+            asked &= _mask_of(batch, ids.shape, index)
         how = rng.random(ids.shape)
         others = self._words[rng.integers(0, len(self._words), ids.shape)]
         changed = np.where(how < _MASKED, self._mask_id, others)
         changed = np.where(asked & (how < 1 - _KEPT), changed, ids).astype(ids.dtype)
         labels = np.where(asked, ids, _NO_LABEL).astype(np.int32)
         return {**batch, "input_ids": changed, "labels": labels}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _ids_of(batch: Any, index: int) -> np.ndarray:
@@ -149,3 +160,14 @@ def _ids_of(batch: Any, index: int) -> np.ndarray:
             "[batch, length]"
         )
     return ids
+
+
+def _mask_of(batch: Any, shape: tuple[int, ...], index: int) -> np.ndarray:
+    """Where a batch's words are, and no padding."""
+    mask = np.asarray(batch["attention_mask"])
+    if mask.shape != shape:
+        raise BatchError(
+            f"batch {index}: 'attention_mask' is {list(mask.shape)}, and 'input_ids' {list(shape)}: "
+            "expected the same shape"
+        )
+    return mask != 0

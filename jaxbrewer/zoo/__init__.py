@@ -103,6 +103,11 @@ from jaxbrewer.zoo.outputs import (
     SequenceClassifierOutput as SequenceClassifierOutput,
     TokenClassifierOutput as TokenClassifierOutput,
 )
+from jaxbrewer.zoo.rankers import (
+    BiEncoder as BiEncoder,
+    CrossEncoder as CrossEncoder,
+    RankingOutput as RankingOutput,
+)
 from jaxbrewer.zoo.roberta import (
     RobertaConfig as RobertaConfig,
     RobertaForMaskedLM as RobertaForMaskedLM,

@@ -13,6 +13,7 @@ _TASKS = (
     "question-answering",
     "masked-lm",
     "sentence-embedding",
+    "ranking",
 )
 
 
@@ -31,11 +32,12 @@ def adaptor(task: str | None = None) -> Callable[[Any, Any], dict[str, Any]]:
     * ``query``, ``key``, ``value``: ``outputs.query`` and so on, which a model returns with
       ``output_qkv=True``.
     * ``embedding``: ``outputs.embedding``, of a sentence encoder.
-    * ``inputs_mask``: the batch's ``attention_mask``.
+    * ``inputs_mask``: the batch's ``attention_mask``; not in ranking, where each text has its own.
 
     Args:
         task: ``'sequence-classification'``, ``'token-classification'``, ``'question-answering'``,
-            ``'masked-lm'``, ``'sentence-embedding'``, or None for an encoder without a head.
+            ``'masked-lm'``, ``'sentence-embedding'``, ``'ranking'`` (scores of candidates, of a
+            `CrossEncoder` or a `BiEncoder`), or None for an encoder without a head.
 
     Raises:
         ValueError: another task.
@@ -44,7 +46,7 @@ def adaptor(task: str | None = None) -> Callable[[Any, Any], dict[str, Any]]:
         raise ValueError(f"no adaptor here is for the task {task!r}: {suggest(task, _TASKS)}")
 
     def adapt(batch: Mapping[str, Any], outputs: Any) -> dict[str, Any]:
-        mask = batch.get("attention_mask")
+        mask = None if task == "ranking" else batch.get("attention_mask")
         found = {
             "logits": getattr(outputs, "logits", None),
             "logits_mask": mask if task == "token-classification" else None,

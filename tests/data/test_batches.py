@@ -352,6 +352,7 @@ LIMITS = {"input_ids": 10, "token_type_ids": 2}
     [
         ({"input_ids": np.array([[0, 10]])}, "input_ids holds 10, but model_T knows ids 0 to 9"),
         ({"input_ids": np.array([[0, -1]])}, "input_ids holds -1"),
+        ({"input_ids": (np.array([[9]]), np.array([[12]]))}, "input_ids holds 12"),
         ({"input_ids": np.array([[3]]), "token_type_ids": np.array([2])}, "token_type_ids holds 2"),
         ((np.array([10]),), "input_ids holds 10"),
         ((np.array([1]), np.array([-100])), "token_type_ids holds -100"),

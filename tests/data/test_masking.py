@@ -113,6 +113,11 @@ def test_the_loaders_order_and_generators_are_reached():
         ({"seed": -1}, "seed=-1: expected a whole number of 0 or more"),
         ({"rank": -1}, "rank=-1"),
         ({"mask_id": None}, "mask_id=None: expected a whole number"),
+        ({"mask_id": True}, "mask_id=True: expected a whole number"),
+        ({"special_ids": ["[PAD]"]}, r"special_ids=\['\[PAD\]'\]: expected whole numbers, such as"),
+        ({"special_ids": 3}, "special_ids=3: expected whole numbers"),
+        ({"probability": "0.1"}, "probability='0.1': expected a number"),
+        ({"probability": True}, "probability=True: expected a number"),
     ],
 )
 def test_arguments_that_cannot_be_meant(options, message):
@@ -128,6 +133,10 @@ def test_arguments_that_cannot_be_meant(options, message):
         ({"input_ids": np.ones((2, 3), int), "labels": np.ones(2)}, "has 'labels' already"),
         ({"input_ids": np.ones((2, 3))}, r"float64\[2, 3\], expected integers"),
         ({"input_ids": np.ones(3, int)}, r"int64\[3\], expected integers of shape"),
+        (
+            {"input_ids": np.ones((2, 3), int), "attention_mask": np.ones(3)},
+            r"'attention_mask' is \[3\], and 'input_ids' \[2, 3\]",
+        ),
     ],
 )
 def test_batches_that_cannot_be_masked(batch, message):
