@@ -329,6 +329,15 @@ def test_projections_alone_may_be_trained_and_nothing_may_not(tmp_path):
     assert not (tmp_path / "b" / "out").exists()
 
 
+def test_a_mask_of_all_parameters_is_refused(tmp_path):
+    mask = jax.tree.map(lambda x: x.ndim > 1, fn_job.encoder(2).params)
+    optimizer = functools.partial(ADAM, mask=mask)
+    with pytest.raises(PreflightError, match="make them by a function, as mask="):
+        train(fn_job.distiller(tmp_path), optimizer=optimizer, trainable="head")
+    optimizer = functools.partial(ADAM, mask=jaxbrewer.decay_mask)
+    assert train(fn_job.distiller(tmp_path), optimizer=optimizer, trainable="head") == {"head"}
+
+
 def test_what_no_loss_depends_on_is_refused(tmp_path):
     """A head where hidden states are matched: nothing would be trained."""
     keys = {
