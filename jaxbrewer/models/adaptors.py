@@ -77,7 +77,8 @@ class Captured(dict[str, Any]):
         near = near_paths(str(path), [*self])
         raise AdaptorError(
             f"{adaptor_name(self._role)}: nothing was captured at {path!r}; {near} (A submodule "
-            f"that is there, and not captured, is not called{_OUT_OF_REACH})"
+            f"that is there, and not captured, returns what is no array, number or text, is "
+            f"not called{_OUT_OF_REACH})"
         )
 
 
@@ -133,6 +134,19 @@ class Side:
         except ValueError:  # of a function written in C, which does not tell
             return False
 
+    def _check_parameters(self) -> None:
+        try:
+            signature = inspect.signature(self.adaptor)
+        except ValueError:  # of a function written in C, which does not tell
+            return
+        try:
+            signature.bind(None, None, **({"captured": None} if self.takes_captured else {}))
+        except TypeError as error:
+            raise AdaptorError(
+                f"{adaptor_name(self.role)} takes {signature}: {error}. It is called as (batch, "
+                "outputs), and with captured=… where it has a third parameter of that name"
+            ) from error
+
     def _check_reachable(self) -> None:
         if not hasattr(self.model, "module_paths"):
             raise AdaptorError(
@@ -142,6 +156,7 @@ class Side:
 
     def adapt(self, batch: Batch, outputs: Any, captured: Captured | None = None) -> Results:
         """Runs and checks the adaptor alone; without `captured`, for outputs that were computed before."""
+        self._check_parameters()
         if not self.takes_captured:
             return freeze(self.adaptor(plain(batch), outputs), self.role)
         if captured is None:

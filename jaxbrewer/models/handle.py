@@ -116,9 +116,13 @@ def near_paths(pattern: str, names: Sequence[str]) -> str:
     return f"at the top there are {', '.join(dict.fromkeys(x[0] for x in parts))}"
 
 
-def holds_arrays(value: PyTree) -> bool:
-    """Whether something that a submodule returned is made of arrays alone."""
-    return all(hasattr(x, "shape") and hasattr(x, "dtype") for x in jax.tree.leaves(value))
+def holds_plain_values(value: PyTree) -> bool:
+    """Whether something that a submodule returned is made of arrays, numbers and text alone."""
+
+    def is_plain(x: Any) -> bool:
+        return isinstance(x, int | float | complex | str | bytes) or hasattr(x, "dtype")
+
+    return all(map(is_plain, jax.tree.leaves(value)))
 
 
 def dotted(tree: Mapping) -> dict[str, Any]:

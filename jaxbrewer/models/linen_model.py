@@ -8,7 +8,7 @@ import jax
 from flax import linen
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from .handle import EVERYTHING, PyTree, dotted, holds_arrays, native
+from .handle import EVERYTHING, PyTree, dotted, holds_plain_values, native
 from .lookups import intercept
 
 
@@ -93,7 +93,7 @@ class LinenModel:
             wanted, params, state, key, args, kwargs, train, sown=takes_all
         )
         if takes_all:
-            captured = {name: x for name, x in captured.items() if holds_arrays(x)}
+            captured = {name: x for name, x in captured.items() if holds_plain_values(x)}
         return ((outputs, captured) if capture else outputs), state
 
     def _run(

@@ -10,7 +10,7 @@ from flax import nnx
 from flax.nnx.tracers import TraceState
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from .handle import EVERYTHING, Named, PyTree, holds_arrays, native
+from .handle import EVERYTHING, Named, PyTree, holds_plain_values, native
 from .lookups import bound_tables
 
 
@@ -72,7 +72,7 @@ class NNXModel:
                     _keep_sown(submodule, captured, name)
         outputs = module(*args, **kwargs)
         if takes_all:
-            outputs = outputs, {name: x for name, x in captured.items() if holds_arrays(x)}
+            outputs = outputs, {name: x for name, x in captured.items() if holds_plain_values(x)}
         elif capture:
             outputs = outputs, dict(captured)
         if not (train and state["other"]):

@@ -8,7 +8,7 @@ said by
   below what it fits too;
 - in an NNX model a type of variable, such as ``nnx.LoRAParam``, or another filter of NNX;
 - in any model a function ``(path, parameter) -> bool``, the path being the name's parts;
-- a sequence of these: whatever one of them finds is trained.
+- a sequence of these, in which there may be others: whatever one of them finds is trained.
 
 An array that is tied goes by all its names: it is trained if one of them is found, and frozen only if
 none is. What a frozen submodule keeps beside its parameters (batch statistics) stands still: that is
@@ -16,7 +16,7 @@ what belongs to a module of which no parameter is trained; to a module without a
 around it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -113,11 +113,11 @@ def _is_nnx(model: Model) -> bool:
     return hasattr(model, "named_parameters")
 
 
-def _items(trainable: Any) -> Iterable[Any]:
-    is_several = isinstance(trainable, Sequence | set | frozenset) and not isinstance(
-        trainable, str
-    )
-    return trainable if is_several else [trainable]
+def _items(trainable: Any) -> list[Any]:
+    """What is in a sequence, and in the sequences in it."""
+    if isinstance(trainable, str | bytes) or not isinstance(trainable, Sequence | Set):
+        return [trainable]
+    return [item for several in trainable for item in _items(several)]
 
 
 def _found(

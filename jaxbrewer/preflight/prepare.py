@@ -143,12 +143,18 @@ def _trace_step(program: Program, batch: Batch) -> None:
     except PrecisionError as error:
         raise PreflightError([str(error)]) from error
     except Exception as error:
-        raise PreflightError(
-            [
-                f"the train step cannot be built: {type(error).__name__}: {error}. Does the optimizer "
-                "need arguments of its own in update (value=…, as line searches do)? Those have none here"
-            ]
-        ) from error
+        doubt = (
+            "Does the optimizer need arguments of its own in update (value=…, as line searches do)? "
+            "Those have none here"
+        )
+        if program.parting is not None:
+            doubt += (
+                ". Or has it a mask or labels for all parameters? With trainable= it gets a dictionary "
+                "from dotted name to array of what is trained: make them by a function, as "
+                "mask=jaxbrewer.decay_mask does"
+            )
+        said = f"{type(error).__name__}: {error}"
+        raise PreflightError([f"the train step cannot be built: {said}. {doubt}"]) from error
 
 
 def _step_by_shape(program: Program, batch: Batch) -> None:

@@ -225,6 +225,64 @@ def test_paths_that_were_not_captured_are_told_with_those_that_were(tmp_path):
     )
 
 
+class Counted(nnx.Module):
+    """Returns a cache with a number and text in it beside its hidden states, or a function."""
+
+    def __init__(self, extra):
+        rngs = nnx.Rngs(0)
+        self.extra = extra
+        self.embed = nnx.Embed(nnx_decoder.VOCABULARY, 4, rngs=rngs)
+        self.head = nnx.Linear(4, 12, rngs=rngs)
+        self.layer = _Counting(extra, rngs)
+
+    def __call__(self, input_ids):
+        _, x = self.layer(self.embed(input_ids))
+        return {"logits": self.head(x)}
+
+
+class _Counting(nnx.Module):
+    def __init__(self, extra, rngs):
+        self.extra, self.inner = extra, nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return {"length": x.shape[1], "extra": self.extra}, self.inner(x)
+
+
+@pytest.mark.parametrize("level", [{}, {"fp16": True}])
+def test_a_submodule_may_return_numbers_and_text_beside_arrays(level, tmp_path):
+    seen = []
+
+    def adaptor(batch, outputs, captured):
+        cache, x = captured["layer"]
+        seen.append(cache)
+        return {"logits": outputs["logits"], "hidden": [x]}
+
+    run(make(tmp_path, Counted("text"), adaptors=(reads("decoder.embed"), adaptor), **level))
+    assert all(cache == {"length": nnx_decoder.LENGTH, "extra": "text"} for cache in seen)
+
+
+def test_a_submodule_that_returns_anything_else_is_not_captured(tmp_path):
+    adaptors = (reads("decoder.embed"), reads("layer"))
+    with pytest.raises(PreflightError, match="returns what is no array, number or text"):
+        run(make(tmp_path, Counted(len), adaptors=adaptors))
+
+
+ODD = {
+    "another name": (lambda batch, outputs, capture: {}, "missing a required argument: 'capture'"),
+    "the second": (lambda batch, captured: {}, "multiple values for argument 'captured'"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_adaptors_of_other_parameters_are_told_how_they_are_called(kind, tmp_path):
+    adaptor, message = ODD[kind]
+    adaptors = (reads("decoder.embed"), adaptor)
+    with pytest.raises(PreflightError) as caught:
+        run(make(tmp_path, WithCache(Decoder(2, 4)), adaptors=adaptors))
+    assert message in str(caught.value)
+    assert "It is called as (batch, outputs), and with captured=…" in str(caught.value)
+
+
 class Checkpointed(nnx.Module):
     """Its first layer runs within a transformation."""
 

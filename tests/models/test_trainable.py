@@ -46,6 +46,7 @@ FOUND = {
     "a tied array by its other name": ("head", ["embed.embedding"]),
     "a shared variable by its other name": ("layers.0.kernel", ["first"]),
     "one of two names is enough": ("layers.0.*", ["first", "layers.0.bias", *LORA[:2]]),
+    "several in several": ([["norm.bias"], [("*.lora_b",)]], ["norm.bias", LORA[1], LORA[3]]),
     "nothing": ([], []),
 }
 
