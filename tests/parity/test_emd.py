@@ -101,7 +101,7 @@ def test_mistakes_are_named(tmp_path):
         make(tmp_path, EMD | {"layer_num_S": 1, "loss": "hiden_mse", "feature": "x", "weight": "1"})
     assert caught.value.problems == (
         "layer_num_S is 1: expected the number of layers plus one, for the embeddings' output",
-        "feature is 'x': choose from 'hidden', 'attention', 'embedding'",
+        "feature is 'x': choose from 'hidden', 'attention', 'embedding', 'query', 'key', 'value'",
         "loss is 'hiden_mse': did you mean 'hidden_mse'?",
         "weight is '1': expected a number",
     )
