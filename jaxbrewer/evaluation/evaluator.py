@@ -107,7 +107,8 @@ class Forward:
     ) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Each batch with its results; the next one computes while the last is looked at."""
         variables = (student.model.params, student.model.state), teacher.variables
-        structure = jax.tree.map(lambda x: (x.shape, x.dtype), variables)
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), variables)
+        structure = shapes, *map(_program, (student, *teacher.sides))
         if structure != self._structure:
             self._structure = structure
             self._compiled = jax.jit(functools.partial(_results, student, teacher))
@@ -119,6 +120,11 @@ class Forward:
                 yield _on_host(*waiting.pop(0))
         for batch, results in waiting:
             yield _on_host(batch, results)
+
+
+def _program(side: Side) -> tuple[Any, ...]:
+    """What a compiled side depends on, beside the shapes of its arrays."""
+    return getattr(side.model, "graph", side.model), side.adaptor, dict(side.args)
 
 
 def _results(student: Side, teacher: Teacher, mine: Any, theirs: Any, batch: Batch) -> Any:

@@ -40,6 +40,11 @@ class NNXModel:
         self.state: PyTree = {"rngs": rng_state, "other": other}
         self.id_limits: Mapping[str, int] = getattr(module, "id_limits", {})
 
+    @property
+    def graph(self) -> Any:
+        """What the module is in evaluation, beside its arrays; equal for equal modules."""
+        return self._eval_graph
+
     def _nested(self, part: int, flat: Mapping[str, Any]) -> dict:
         return unflatten_dict({self._paths[part][name]: leaf for name, leaf in flat.items()})
 

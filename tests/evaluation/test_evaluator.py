@@ -56,6 +56,42 @@ def test_a_model_of_another_structure_is_compiled_anew():
     assert got == {"accuracy": pytest.approx(accuracy_by_hand(model, uneven()))}
 
 
+class Loss:
+    """The loss that the model computes."""
+
+    def update(self, batch, results):
+        self.loss = float(results["losses"])
+
+    def compute(self):
+        return {"loss": self.loss}
+
+
+def test_what_is_not_a_shape_is_not_taken_from_before(tmp_path):
+    """Other arguments, another adaptor, another function of a module, another teacher."""
+    trained, batches = distiller(tmp_path), nnx_job.loader(1)
+    plain = trained.evaluate(batches, [Loss()])["loss"]
+    louder = trained.evaluate(batches, [Loss()], noise=2.0)["loss"]
+    assert louder == pytest.approx(plain + 2)
+    assert trained.evaluate(batches, [Loss()])["loss"] == plain
+    trained.adaptor_S = lambda *given: nnx_job.adaptor(*given) | {"losses": given[1]["loss"] * 3}
+    assert trained.evaluate(batches, [Loss()])["loss"] == pytest.approx(3 * plain)
+
+    model = nnx_job.Encoder(1, 8)
+    evaluate = Evaluator(model, nnx_job.adaptor)
+    before = evaluate(batches, [Loss()])
+    model.layers[0].use_bias, model.layers[0].promote_dtype = (
+        True,
+        lambda args, dtype: [2 * x for x in args],
+    )
+    assert evaluate(batches, [Loss()]) != before
+
+    distances = []
+    for seed in (5, 6):
+        trained.model_T = nnx_job.Encoder(2, 8, seed=seed)
+        distances.append(trained.evaluate(uneven(), [Divergence()])["kl"])
+    assert distances[0] != distances[1]
+
+
 def test_metrics_stay_as_they_are():
     metric, model = Accuracy(), nnx_job.Encoder(1, 8)
     evaluate = Evaluator(model, nnx_job.adaptor)
