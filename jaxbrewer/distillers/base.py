@@ -1,6 +1,7 @@
 """What every trainer and distiller shares: ``train``, ``check``, and the ``with`` block."""
 
 import contextlib
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ from ..objective.loss import Loss, Project, Weights
 from ..objective.objectives import Objective, Overridden, base_loss
 from ..preflight.job import Job, Projections, Task
 from ..step.optimizer import Optimizer
-from ..training.request import Feed, Request
+from ..training.request import Evaluation, Feed, Request
 from ..training.run import Outcome
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Trainable:
         projs: the projections' modules, one for each intermediate match, None where it has none.
         projs_group: their optimizer options, likewise.
         best_checkpoint: the folder of the best-scored checkpoint, see `loop.CallbackResult`.
+        evaluations: step → name → number: what `train` has evaluated, before a resume too.
         print_freq: log lines in an epoch.
         rank: this process; 0 is the one that logs.
     """
@@ -78,6 +80,7 @@ class Trainable:
         self.projs: list[nnx.Module | None] = []
         self.projs_group: list[Mapping[str, Any] | None] = []
         self.best_checkpoint: Path | None = None
+        self.evaluations: dict[int, dict[str, float]] = {}
         self.print_freq = 20
         self.rank = 0
         self.local_rank = train_config.local_rank
@@ -162,6 +165,10 @@ class Trainable:
         batch_postprocessor: Callable[[Any], Any] | None = None,
         *,
         trainable: Selection | None = None,
+        eval_loader: Any = None,
+        metrics: Any = None,
+        best_metric: str | None = None,
+        eval_steps: int | None = None,
         **args: Any,
     ) -> None:
         """Trains the student; afterwards the object that was passed holds the trained weights.
@@ -188,6 +195,14 @@ class Trainable:
                 (``'encoder.layers.*.attention*'``), an NNX filter such as ``nnx.LoRAParam``, or a
                 sequence of these, see `models.trainable`; None: all. The others keep their bits.
                 Projections are trained in any case.
+            eval_loader: batches to evaluate on at each checkpoint, before the callback; it is iterated
+                anew each time. Every process gets all of it.
+            metrics: what is computed on it, see `evaluate`. The numbers are logged as
+                ``eval/accuracy``, told in a line, and kept in `evaluations`.
+            best_metric: the one that is the checkpoint's score, as a `CallbackResult` may give it:
+                ``'accuracy'``; ``'-kl'`` where lower is better. A callback's own score counts
+                before it.
+            eval_steps: evaluates after every so many optimizer steps as well.
             **args: further keyword arguments for the models.
 
         Raises:
@@ -196,10 +211,18 @@ class Trainable:
         """
         feeds = {"": Feed.of(dataloader, batch_postprocessor)}
         schedule = (scheduler_class, scheduler_args, scheduler)
-        self._train(
-            Request(optimizer, feeds, num_epochs, num_steps, *schedule, max_grad_norm, callback),
-            {"trainable": trainable, **args},
+        evaluation = self._evaluation(eval_loader, metrics, best_metric, eval_steps, args)
+        request = Request(
+            optimizer,
+            feeds,
+            num_epochs,
+            num_steps,
+            *schedule,
+            max_grad_norm,
+            callback,
+            evaluation=evaluation,
         )
+        self._train(request, {"trainable": trainable, **args})
 
     def check(
         self,
@@ -244,9 +267,13 @@ class Trainable:
         Raises:
             ValueError: no batch, a metric that misses something, or a task that there is not.
         """
+        return self._over_tasks(Forward.evaluate, dataloader, metrics, args)
+
+    def _over_tasks(self, how: Any, dataloader: Any, metrics: Any, args: Mapping[str, Any]) -> Any:
+        """Calls a method of `Forward` for the task, or for each of several."""
         tasks = self._tasks(args)
         if list(tasks) == [""]:
-            return self._evaluate("", tasks[""], dataloader, metrics)
+            return self._call(how, "", tasks[""], dataloader, metrics)
         if not isinstance(dataloader, Mapping) or not dataloader.keys() <= tasks.keys():
             raise ValueError(
                 f"evaluate needs a dict of loaders by task, of the tasks {', '.join(tasks)}; it was "
@@ -255,13 +282,27 @@ class Trainable:
         found: dict[str, float] = {}
         for name, loader in dataloader.items():
             mine = metrics.get(name) if isinstance(metrics, Mapping) else metrics
-            scores = self._evaluate(name, tasks[name], loader, mine)
+            scores = self._call(how, name, tasks[name], loader, mine)
+            if scores is None:
+                return None
             found |= {f"{name}/{metric}": value for metric, value in scores.items()}
         return found
 
-    def _evaluate(self, name: str, task: Task, loader: Any, metrics: Any) -> dict[str, float]:
+    def _call(self, how: Any, name: str, task: Task, loader: Any, metrics: Any) -> Any:
         forward = self._forwards.setdefault(name, Forward())
-        return forward.evaluate(task.student, task.teacher, loader, metrics)
+        return how(forward, task.student, task.teacher, loader, metrics)
+
+    def _evaluation(
+        self, loader: Any, metrics: Any, best: Any, steps: Any, args: Mapping[str, Any]
+    ) -> Evaluation | None:
+        """What `train` is asked to evaluate; None: nothing."""
+        if all(x is None for x in (loader, metrics, best, steps)):
+            return None
+        compute, rehearse = (
+            functools.partial(self._over_tasks, how, loader, metrics, args)
+            for how in (Forward.evaluate, Forward.rehearse)
+        )
+        return Evaluation(loader, metrics, best, steps, compute, rehearse)
 
     def job(self, *, trainable: Selection | None = None, **args: Any) -> Job:
         """All that is to be trained, as the engine takes it.
@@ -304,6 +345,8 @@ class Trainable:
         self.projs_group[:] = outcome.job.projections.options
         if outcome.error is None or outcome.best_checkpoint is not None:
             self.best_checkpoint = outcome.best_checkpoint
+        if outcome.error is None or outcome.evaluations:
+            self.evaluations = {step: dict(found) for step, found in outcome.evaluations.items()}
         outcome.write()
         return self.model_S
 
