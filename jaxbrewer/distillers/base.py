@@ -269,28 +269,59 @@ class Trainable:
         """
         return self._over_tasks(Forward.evaluate, dataloader, metrics, args)
 
+    def predict(self, dataloader: Any, **args: Any) -> dict[str, Any]:
+        """What adaptor_S returns of every example, by the student as it is now, in evaluation mode.
+
+        Args:
+            dataloader: batches as for `train`; with several tasks a dict of loaders by task. One of
+                `bucket_by_length` gives predictions in the order of its examples, shuffled or not;
+                another one in its own order.
+            **args: as for `train`.
+
+        Returns:
+            Name (``logits``, ``embedding``, …) → numpy array ``[examples, …]``, with several tasks by
+            task. Where batches are padded to different lengths, what is by position is a list with
+            an array ``[length, …]`` for each example, of what ``logits_mask``, or else
+            ``inputs_mask`` or the batch's ``attention_mask`` keeps. Losses that are not by example
+            and features of layers are left out.
+
+        Raises:
+            ValueError: no batch, lengths without a mask, or a loader that leaves examples out.
+        """
+        found = {
+            name: self._forward(name).predict(task.student, loader)
+            for name, (task, loader) in self._with_loaders(dataloader, args).items()
+        }
+        return found[""] if list(found) == [""] else found
+
     def _over_tasks(self, how: Any, dataloader: Any, metrics: Any, args: Mapping[str, Any]) -> Any:
-        """Calls a method of `Forward` for the task, or for each of several."""
-        tasks = self._tasks(args)
-        if list(tasks) == [""]:
-            return self._call(how, "", tasks[""], dataloader, metrics)
-        if not isinstance(dataloader, Mapping) or not dataloader.keys() <= tasks.keys():
-            raise ValueError(
-                f"evaluate needs a dict of loaders by task, of the tasks {', '.join(tasks)}; it was "
-                f"given {list(dataloader) if isinstance(dataloader, Mapping) else dataloader!r}"
-            )
+        """Calls a method of `Forward` for each task that has a loader."""
         found: dict[str, float] = {}
-        for name, loader in dataloader.items():
-            mine = metrics.get(name) if isinstance(metrics, Mapping) else metrics
-            scores = self._call(how, name, tasks[name], loader, mine)
+        for name, (task, loader) in self._with_loaders(dataloader, args).items():
+            mine = metrics.get(name) if name and isinstance(metrics, Mapping) else metrics
+            scores = how(self._forward(name), task.student, task.teacher, loader, mine)
             if scores is None:
                 return None
-            found |= {f"{name}/{metric}": value for metric, value in scores.items()}
+            prefix = f"{name}/" if name else ""
+            found |= {prefix + metric: value for metric, value in scores.items()}
         return found
 
-    def _call(self, how: Any, name: str, task: Task, loader: Any, metrics: Any) -> Any:
-        forward = self._forwards.setdefault(name, Forward())
-        return how(forward, task.student, task.teacher, loader, metrics)
+    def _with_loaders(
+        self, dataloader: Any, args: Mapping[str, Any]
+    ) -> dict[str, tuple[Task, Any]]:
+        """Task → the task, and its loader."""
+        tasks = self._tasks(args)
+        if list(tasks) == [""]:
+            return {"": (tasks[""], dataloader)}
+        if not isinstance(dataloader, Mapping) or not dataloader.keys() <= tasks.keys():
+            raise ValueError(
+                f"expected a dict of loaders by task, of the tasks {', '.join(tasks)}; it was "
+                f"given {list(dataloader) if isinstance(dataloader, Mapping) else dataloader!r}"
+            )
+        return {name: (tasks[name], loader) for name, loader in dataloader.items()}
+
+    def _forward(self, name: str) -> Forward:
+        return self._forwards.setdefault(name, Forward())
 
     def _evaluation(
         self, loader: Any, metrics: Any, best: Any, steps: Any, args: Mapping[str, Any]

@@ -13,6 +13,7 @@ from ..models.adaptors import Adaptor, Side, check_adaptor
 from ..models.teachers import Teacher
 from ..models.wrap import as_model
 from .metrics import Metric
+from .predictions import gathered, order_of
 
 # What leaves the device; lists of layers do not.
 GIVEN = ("logits", "logits_mask", "losses", "labels", "inputs_mask", "embedding")
@@ -62,6 +63,11 @@ class Evaluator:
         side = Side("", as_model(self._model), self._adaptor, self._args)
         return self._forward.evaluate(side, self._teacher, loader, metrics)
 
+    def predict(self, loader: Iterable[Any]) -> dict[str, Any]:
+        """What the adaptor returns of every example; see `Forward.predict`."""
+        side = Side("", as_model(self._model), self._adaptor, self._args)
+        return self._forward.predict(side, loader)
+
 
 class Forward:
     """Two sides forwards, compiled anew only where a shape or the model's structure is new."""
@@ -98,6 +104,24 @@ class Forward:
         if not count:
             raise ValueError(_EMPTY)
         return _together([metric.compute() for metric in metrics])
+
+    def predict(self, student: Side, loader: Iterable[Any]) -> dict[str, Any]:
+        """What the adaptor returns of every example, but for features of layers.
+
+        Args:
+            student: the model.
+            loader: batches; where it has an ``order``, the example number of each row, as
+                `BucketedLoader` has, predictions come in the examples' order, otherwise in its own.
+
+        Returns:
+            See `predictions.gathered`; with the batches' labels, where the adaptor gives none.
+
+        Raises:
+            ValueError: see `predictions.gathered`.
+            AdaptorError, BatchError: as in training.
+        """
+        order = order_of(loader)
+        return gathered(self._run(student, Teacher(), loader), order)
 
     def rehearse(
         self, student: Side, teacher: Teacher, loader: Iterable[Any], metrics: Sequence[Metric]
