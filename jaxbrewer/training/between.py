@@ -36,12 +36,14 @@ class Between:
     def after_save(self, loop: Loop, saved: TrainState, step: int) -> bool:
         """Evaluates, then runs the user's callback; returns whether it stops training."""
         request, progress = self.request, self.progress
-        self.evaluate(loop, saved, step, is_saved=True)
+        if request.callback is None and self.evaluations.asked is None:
+            return False
+        variables = loop.placement.local((saved.params, saved.model_state))
+        self.evaluations.make(variables, loop.position, loop.metrics, is_saved=True)
         if request.callback is None:
             return False
         if self.evaluations.asked and self.evaluations.asked.best_metric:
             loop.checkpoints.wait()  # only what is finished can be the best
-        variables = loop.placement.local((saved.params, saved.model_state))
         best = loop.checkpoints.best()
         outcome = progress.note(steps=step, best_checkpoint=best, variables=variables)
         model = self.on_checkpoint(outcome)
@@ -56,10 +58,8 @@ class Between:
             self.evaluations.overrule(step, result.score)
         return result.stop
 
-    def evaluate(self, loop: Loop, state: TrainState, step: int, is_saved: bool = False) -> None:
-        """Evaluates, where that is asked for; `state` as checkpoints hold it."""
-        if self.evaluations.asked is None:
-            return
+    def evaluate(self, loop: Loop, state: TrainState, *, is_saved: bool = False) -> None:
+        """Evaluates; `state` as checkpoints hold it."""
         variables = loop.placement.local((state.params, state.model_state))
         self.evaluations.make(variables, loop.position, loop.metrics, is_saved=is_saved)
 
@@ -75,6 +75,5 @@ class Between:
     def catch_up(self, loop: Loop) -> None:
         """Evaluates the checkpoint that a run goes on from, if it was killed before it had."""
         if self.misses(loop.position):
-            step = loop.position.global_step
-            is_saved = loop.checkpoints.latest() == step
-            self.evaluate(loop, loop.leave(loop.state), step, is_saved)
+            is_saved = loop.checkpoints.latest() == loop.position.global_step
+            self.evaluate(loop, loop.leave(loop.state), is_saved=is_saved)

@@ -93,7 +93,7 @@ class Evaluations:
         return {_tag(name) for name in self._names}
 
     def make(self, variables: Any, at: Position, metrics: MetricsWriter, *, is_saved: bool) -> None:
-        """Evaluates.
+        """Evaluates, if anything is asked for.
 
         Args:
             variables: the trained arrays, see `Outcome.variables`.

@@ -113,7 +113,7 @@ class Loop:
         position: where the run starts; kept up to date.
         after_save: called after each checkpoint with the saved state and the global step; true:
             stop.
-        evaluate: called likewise where `evaluates_at` says so and there is no checkpoint.
+        evaluate: called with the state where `evaluates_at` says so and there is no checkpoint.
         evaluates_at: the global step → whether to evaluate after it.
         about: optimizer steps done → what is written into a checkpoint beside the position.
         batches_per_epoch: for the progress bar, where it is known.
@@ -141,7 +141,7 @@ class Loop:
     leave: Callable[[TrainState], TrainState]
     processes: Processes
     is_asked: Callable[[], bool] = lambda: False
-    evaluate: Callable[["Loop", TrainState, int], None] = lambda loop, state, step: None
+    evaluate: Callable[["Loop", TrainState], None] = lambda loop, state: None
     evaluates_at: Callable[[int], bool] = lambda step: False
     print_freq: int = 20
     data_draw: bool = True
@@ -276,7 +276,7 @@ class Loop:
         self._look(0)
         self._check_weights()
         try:
-            self.evaluate(self, self.leave(self.state), step)
+            self.evaluate(self, self.leave(self.state))
         except Exception as error:
             despite(error, "writing the checkpoint", partial(self._save, step, epoch))
             raise
