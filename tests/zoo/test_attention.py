@@ -43,7 +43,7 @@ def test_it_is_jax_attention(qkv):
 
 
 def test_the_kernel_is_for_gpus_alone(qkv, monkeypatch):
-    wanted = attend(*qkv, OFF)[0]
+    wanted = jax.jit(lambda *inputs: attend(*inputs, OFF)[0])(*qkv)
     monkeypatch.setattr(attention, "cudnn_takes", lambda query: True)
     monkeypatch.setattr(attention, "_by_cudnn", lambda query, *others: query)
     step = jax.jit(lambda *inputs: attend(*inputs, OFF)[0])
