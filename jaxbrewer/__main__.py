@@ -48,8 +48,10 @@ output_dir with several: step, epoch, scores, parameters; it is read whole, to s
 
 _EXPORT = """\
 Writes a model's folder (Hugging Face's or sentence-transformers', as save_pretrained and export_hf leave
-it) as one file of serialized StableHLO, with its weights, for any batch and any length. It is run by
-JAX alone: jax.export.deserialize. JAX reads such a file for six months after the release that wrote it."""
+it) as one file, with its weights, for any batch and any length. stablehlo: run by JAX alone
+(jax.export.deserialize), which reads such a file for six months after the release that wrote it. onnx:
+run by onnxruntime and others, without JAX; writing it needs pip install 'jaxbrewer[onnx]', and the file
+is run and compared with the model."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -177,20 +179,19 @@ def _add_inspect(add: Callable[..., Any]) -> None:
 
 
 def _add_export(add: Callable[..., Any]) -> None:
-    command = add("export", "write a model as a file that JAX alone runs", _EXPORT, _run_export)
+    command = add("export", "write a model as a file that runs by itself", _EXPORT, _run_export)
     command.add_argument("folder", metavar="DIR", help="a model's folder")
-    command.add_argument("--to", required=True, choices=("stablehlo",), help="the format")
+    command.add_argument("--to", required=True, choices=exporting.FORMATS, help="the format")
     command.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     command.add_argument("--task", choices=TASKS, help="the head; by the config if left out")
     command.add_argument(
-        "--length", type=_count, metavar="N", help="of all sequences; any if left out"
+        "--length", type=_count, metavar="N", help="of all sequences; any if left out; stablehlo"
     )
     command.add_argument(
         "--platforms",
         nargs="+",
-        default=["cpu", "cuda", "tpu"],
         metavar="NAME",
-        help="cpu cuda tpu rocm",
+        help="cpu cuda tpu rocm; the first three if left out; stablehlo",
     )
 
 
@@ -264,6 +265,7 @@ def _run_export(options: argparse.Namespace) -> int:
     return exporting.export(
         options.folder,
         options.out,
+        options.to,
         task=options.task,
         length=options.length,
         platforms=options.platforms,

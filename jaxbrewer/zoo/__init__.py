@@ -94,6 +94,7 @@ from jaxbrewer.zoo.mpnet import (
     MPNetForTokenClassification as MPNetForTokenClassification,
     MPNetModel as MPNetModel,
 )
+from jaxbrewer.zoo.onnx import OnnxFile as OnnxFile, export_onnx as export_onnx
 from jaxbrewer.zoo.outputs import (
     BaseModelOutput as BaseModelOutput,
     MaskedLMOutput as MaskedLMOutput,
