@@ -11,6 +11,7 @@ from jaxbrewer import __version__
 from jaxbrewer.commands import UNUSABLE, CommandError, checking, exporting, inspecting, say, weights
 from jaxbrewer.commands.port import documents
 from jaxbrewer.commands.port.verdicts import Run
+from jaxbrewer.commands.report import page
 from jaxbrewer.commands.zoo_models import TASKS
 from jaxbrewer.files import UnreadableFileError
 
@@ -52,6 +53,11 @@ it) as one file, with its weights, for any batch and any length. stablehlo: run 
 (jax.export.deserialize), which reads such a file for six months after the release that wrote it. onnx:
 run by onnxruntime and others, without JAX; writing it needs pip install 'jaxbrewer[onnx]', and the file
 is run and compared with the model."""
+
+_REPORT = """\
+Writes one HTML page of one or several runs, by their output_dirs: curves, matched layers, configs,
+checkpoints, parameters and speed. It asks nothing of a network and runs no script. The curves are those
+of the log_dir that the run's config names. What is missing or damaged is said, in the page and here."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -117,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     _add_check(add)
     _add_inspect(add)
     _add_export(add)
+    _add_report(add)
     return whole
 
 
@@ -195,6 +202,12 @@ def _add_export(add: Callable[..., Any]) -> None:
     )
 
 
+def _add_report(add: Callable[..., Any]) -> None:
+    command = add("report", "write a page of what runs have left", _REPORT, _run_report)
+    command.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="of a run")
+    command.add_argument("--out", required=True, metavar="FILE.html", help="the page to write")
+
+
 def _add_run(command: argparse.ArgumentParser) -> None:
     """The length of a run, from which checkpoints' steps follow."""
     command.add_argument("--batches", type=_count, metavar="N", help="batches in an epoch")
@@ -270,6 +283,10 @@ def _run_export(options: argparse.Namespace) -> int:
         length=options.length,
         platforms=options.platforms,
     )
+
+
+def _run_report(options: argparse.Namespace) -> int:
+    return page.write_report(options.folders, options.out)
 
 
 if __name__ == "__main__":
