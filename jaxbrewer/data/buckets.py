@@ -189,6 +189,11 @@ class BucketedLoader:
             fields = [column.take(rows, length) for column in self._columns]
             yield jax.tree.unflatten(self._structure, fields)
 
+    @property
+    def order(self) -> np.ndarray:
+        """The example number of each row of the next pass, batch after batch: ``[rows]``."""
+        return np.concatenate([rows for rows, _ in self._batches()])
+
     def _batches(self) -> list[tuple[np.ndarray, int]]:
         """This process's share of each batch; of a small last one there may be none."""
         batches = self._plan.epoch(self._epoch)

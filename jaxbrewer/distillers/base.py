@@ -1,6 +1,7 @@
 """What every trainer and distiller shares: ``train``, ``check``, and the ``with`` block."""
 
 import contextlib
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ from ..objective.loss import Loss, Project, Weights
 from ..objective.objectives import Objective, Overridden, base_loss
 from ..preflight.job import Job, Projections, Task
 from ..step.optimizer import Optimizer
-from ..training.request import Feed, Request
+from ..training.request import Evaluation, Feed, Request
 from ..training.run import Outcome
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Trainable:
         projs: the projections' modules, one for each intermediate match, None where it has none.
         projs_group: their optimizer options, likewise.
         best_checkpoint: the folder of the best-scored checkpoint, see `loop.CallbackResult`.
+        evaluations: step → name → number: what `train` has evaluated, before a resume too.
         print_freq: log lines in an epoch.
         rank: this process; 0 is the one that logs.
     """
@@ -78,6 +80,7 @@ class Trainable:
         self.projs: list[nnx.Module | None] = []
         self.projs_group: list[Mapping[str, Any] | None] = []
         self.best_checkpoint: Path | None = None
+        self.evaluations: dict[int, dict[str, float]] = {}
         self.print_freq = 20
         self.rank = 0
         self.local_rank = train_config.local_rank
@@ -162,6 +165,10 @@ class Trainable:
         batch_postprocessor: Callable[[Any], Any] | None = None,
         *,
         trainable: Selection | None = None,
+        eval_loader: Any = None,
+        metrics: Any = None,
+        best_metric: str | None = None,
+        eval_steps: int | None = None,
         **args: Any,
     ) -> None:
         """Trains the student; afterwards the object that was passed holds the trained weights.
@@ -188,6 +195,14 @@ class Trainable:
                 (``'encoder.layers.*.attention*'``), an NNX filter such as ``nnx.LoRAParam``, or a
                 sequence of these, see `models.trainable`; None: all. The others keep their bits.
                 Projections are trained in any case.
+            eval_loader: batches to evaluate on at each checkpoint, before the callback; it is iterated
+                anew each time. Every process gets all of it.
+            metrics: what is computed on it, see `evaluate`. The numbers are logged as
+                ``eval/accuracy``, told in a line, and kept in `evaluations`.
+            best_metric: the one that is the checkpoint's score, as a `CallbackResult` may give it:
+                ``'accuracy'``; ``'-kl'`` where lower is better. A callback's own score counts
+                before it.
+            eval_steps: evaluates after every so many optimizer steps as well.
             **args: further keyword arguments for the models.
 
         Raises:
@@ -196,10 +211,18 @@ class Trainable:
         """
         feeds = {"": Feed.of(dataloader, batch_postprocessor)}
         schedule = (scheduler_class, scheduler_args, scheduler)
-        self._train(
-            Request(optimizer, feeds, num_epochs, num_steps, *schedule, max_grad_norm, callback),
-            {"trainable": trainable, **args},
+        evaluation = self._evaluation(eval_loader, metrics, best_metric, eval_steps, args)
+        request = Request(
+            optimizer,
+            feeds,
+            num_epochs,
+            num_steps,
+            *schedule,
+            max_grad_norm,
+            callback,
+            evaluation=evaluation,
         )
+        self._train(request, {"trainable": trainable, **args})
 
     def check(
         self,
@@ -244,24 +267,73 @@ class Trainable:
         Raises:
             ValueError: no batch, a metric that misses something, or a task that there is not.
         """
-        tasks = self._tasks(args)
-        if list(tasks) == [""]:
-            return self._evaluate("", tasks[""], dataloader, metrics)
-        if not isinstance(dataloader, Mapping) or not dataloader.keys() <= tasks.keys():
-            raise ValueError(
-                f"evaluate needs a dict of loaders by task, of the tasks {', '.join(tasks)}; it was "
-                f"given {list(dataloader) if isinstance(dataloader, Mapping) else dataloader!r}"
-            )
+        return self._over_tasks(Forward.evaluate, dataloader, metrics, args)
+
+    def predict(self, dataloader: Any, **args: Any) -> dict[str, Any]:
+        """What adaptor_S returns of every example, by the student as it is now, in evaluation mode.
+
+        Args:
+            dataloader: batches as for `train`; with several tasks a dict of loaders by task. One of
+                `bucket_by_length` gives predictions in the order of its examples, shuffled or not;
+                another one in its own order.
+            **args: as for `train`.
+
+        Returns:
+            Name (``logits``, ``embedding``, …) → numpy array ``[examples, …]``, with several tasks by
+            task. Where batches are padded to different lengths, what is by position is a list with
+            an array ``[length, …]`` for each example, of what ``logits_mask``, or else
+            ``inputs_mask`` or the batch's ``attention_mask`` keeps. Losses that are not by example
+            and features of layers are left out.
+
+        Raises:
+            ValueError: no batch, lengths without a mask, or a loader that leaves examples out.
+        """
+        found = {
+            name: self._forward(name).predict(task.student, loader)
+            for name, (task, loader) in self._with_loaders(dataloader, args).items()
+        }
+        return found[""] if list(found) == [""] else found
+
+    def _over_tasks(self, how: Any, dataloader: Any, metrics: Any, args: Mapping[str, Any]) -> Any:
+        """Calls a method of `Forward` for each task that has a loader."""
         found: dict[str, float] = {}
-        for name, loader in dataloader.items():
-            mine = metrics.get(name) if isinstance(metrics, Mapping) else metrics
-            scores = self._evaluate(name, tasks[name], loader, mine)
-            found |= {f"{name}/{metric}": value for metric, value in scores.items()}
+        for name, (task, loader) in self._with_loaders(dataloader, args).items():
+            mine = metrics.get(name) if name and isinstance(metrics, Mapping) else metrics
+            scores = how(self._forward(name), task.student, task.teacher, loader, mine)
+            if scores is None:
+                return None
+            prefix = f"{name}/" if name else ""
+            found |= {prefix + metric: value for metric, value in scores.items()}
         return found
 
-    def _evaluate(self, name: str, task: Task, loader: Any, metrics: Any) -> dict[str, float]:
-        forward = self._forwards.setdefault(name, Forward())
-        return forward.evaluate(task.student, task.teacher, loader, metrics)
+    def _with_loaders(
+        self, dataloader: Any, args: Mapping[str, Any]
+    ) -> dict[str, tuple[Task, Any]]:
+        """Task → the task, and its loader."""
+        tasks = self._tasks(args)
+        if list(tasks) == [""]:
+            return {"": (tasks[""], dataloader)}
+        if not isinstance(dataloader, Mapping) or not dataloader.keys() <= tasks.keys():
+            raise ValueError(
+                f"expected a dict of loaders by task, of the tasks {', '.join(tasks)}; it was "
+                f"given {list(dataloader) if isinstance(dataloader, Mapping) else dataloader!r}"
+            )
+        return {name: (tasks[name], loader) for name, loader in dataloader.items()}
+
+    def _forward(self, name: str) -> Forward:
+        return self._forwards.setdefault(name, Forward())
+
+    def _evaluation(
+        self, loader: Any, metrics: Any, best: Any, steps: Any, args: Mapping[str, Any]
+    ) -> Evaluation | None:
+        """What `train` is asked to evaluate; None: nothing."""
+        if all(x is None for x in (loader, metrics, best, steps)):
+            return None
+        compute, rehearse = (
+            functools.partial(self._over_tasks, how, loader, metrics, args)
+            for how in (Forward.evaluate, Forward.rehearse)
+        )
+        return Evaluation(loader, metrics, best, steps, compute, rehearse)
 
     def job(self, *, trainable: Selection | None = None, **args: Any) -> Job:
         """All that is to be trained, as the engine takes it.
@@ -304,6 +376,8 @@ class Trainable:
         self.projs_group[:] = outcome.job.projections.options
         if outcome.error is None or outcome.best_checkpoint is not None:
             self.best_checkpoint = outcome.best_checkpoint
+        if outcome.error is None or outcome.evaluations:
+            self.evaluations = {step: dict(found) for step, found in outcome.evaluations.items()}
         outcome.write()
         return self.model_S
 

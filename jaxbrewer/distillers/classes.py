@@ -301,6 +301,10 @@ class MultiTaskDistiller(GeneralDistiller):
         batch_postprocessors: Mapping[str, Callable[[Any], Any]] | None = None,
         *,
         trainable: Selection | None = None,
+        eval_loader: Mapping[str, Any] | None = None,
+        metrics: Any = None,
+        best_metric: str | None = None,
+        eval_steps: int | None = None,
         **args: Any,
     ) -> None:
         """Trains the student on all tasks; see `Trainable.train` for what is not told here.
@@ -321,6 +325,10 @@ class MultiTaskDistiller(GeneralDistiller):
             callback: see `Trainable.train`.
             batch_postprocessors: task → function applied to each of its batches.
             trainable: see `Trainable.train`.
+            eval_loader: task → batches to evaluate on, of all tasks or some.
+            metrics: a list for all tasks, or task → list; numbers are named ``task/accuracy``.
+            best_metric: see `Trainable.train`; one of these names.
+            eval_steps: see `Trainable.train`.
             **args: further keyword arguments for the models.
         """
         posts = batch_postprocessors or {}
@@ -339,10 +347,19 @@ class MultiTaskDistiller(GeneralDistiller):
             raise ValueError(f"tau={tau!r}: expected a finite number")
         feeds = {task: Feed.of(loader, posts.get(task)) for task, loader in dataloaders.items()}
         schedule = (scheduler_class, scheduler_args, scheduler)
-        self._train(
-            Request(optimizer, feeds, None, num_steps, *schedule, max_grad_norm, callback, tau),
-            {"trainable": trainable, **args},
+        evaluation = self._evaluation(eval_loader, metrics, best_metric, eval_steps, args)
+        request = Request(
+            optimizer,
+            feeds,
+            None,
+            num_steps,
+            *schedule,
+            max_grad_norm,
+            callback,
+            tau,
+            evaluation,
         )
+        self._train(request, {"trainable": trainable, **args})
 
     def check(
         self,

@@ -13,9 +13,12 @@ from ..models.adaptors import Adaptor, Side, check_adaptor
 from ..models.teachers import Teacher
 from ..models.wrap import as_model
 from .metrics import Metric
+from .predictions import gathered, order_of
 
 # What leaves the device; lists of layers do not.
 GIVEN = ("logits", "logits_mask", "losses", "labels", "inputs_mask", "embedding")
+
+_EMPTY = "the loader gave no batch to evaluate on"
 
 
 class Evaluator:
@@ -60,6 +63,11 @@ class Evaluator:
         side = Side("", as_model(self._model), self._adaptor, self._args)
         return self._forward.evaluate(side, self._teacher, loader, metrics)
 
+    def predict(self, loader: Iterable[Any]) -> dict[str, Any]:
+        """What the adaptor returns of every example; see `Forward.predict`."""
+        side = Side("", as_model(self._model), self._adaptor, self._args)
+        return self._forward.predict(side, loader)
+
 
 class Forward:
     """Two sides forwards, compiled anew only where a shape or the model's structure is new."""
@@ -87,31 +95,69 @@ class Forward:
             ValueError: no batch, a metric that misses something, or two numbers of one name.
             AdaptorError, BatchError: as in training.
         """
-        if isinstance(metrics, Mapping | str) or not isinstance(metrics, Iterable) or not metrics:
-            raise ValueError(f"metrics is {metrics!r}; expected a list such as [Accuracy()]")
-        metrics = [_fresh(metric) for metric in metrics]
-        asking = [type(m).__name__ for m in metrics if getattr(m, "reads_teacher", False)]
-        if asking and not teacher.sides:
-            raise ValueError(f"{', '.join(asking)} compares with a teacher, and there is none")
+        metrics, teacher = _fresh(metrics, teacher)
         count = 0
-        for batch, results in self._run(student, teacher if asking else Teacher(), loader):
+        for batch, results in self._run(student, teacher, loader):
             count += 1
             for metric in metrics:
                 metric.update(batch, results)
         if not count:
-            raise ValueError("the loader gave no batch to evaluate on")
-        return _together(metrics)
+            raise ValueError(_EMPTY)
+        return _together([metric.compute() for metric in metrics])
+
+    def predict(self, student: Side, loader: Iterable[Any]) -> dict[str, Any]:
+        """What the adaptor returns of every example, but for features of layers.
+
+        Args:
+            student: the model.
+            loader: batches; where it has an ``order``, the example number of each row, as
+                `BucketedLoader` has, predictions come in the examples' order, otherwise in its own.
+
+        Returns:
+            See `predictions.gathered`; with the batches' labels, where the adaptor gives none.
+
+        Raises:
+            ValueError: see `predictions.gathered`.
+            AdaptorError, BatchError: as in training.
+        """
+        order = order_of(loader)
+        return gathered(self._run(student, Teacher(), loader), order)
+
+    def rehearse(
+        self, student: Side, teacher: Teacher, loader: Iterable[Any], metrics: Sequence[Metric]
+    ) -> dict[str, float] | None:
+        """As `evaluate`, by the first batch's shapes, with made-up results: nothing is compiled.
+
+        Returns:
+            The names, of numbers without meaning; None where a metric cannot compute them from this.
+
+        Raises:
+            As `evaluate`.
+        """
+        metrics, teacher = _fresh(metrics, teacher)
+        first = next(iter(loader), None)
+        if first is None:
+            raise ValueError(_EMPTY)
+        batch, variables = own(first), self._compile(student, teacher)
+        results = jax.tree.map(_made_up, self._compiled.eval_shape(*variables, batch))
+        batch, results = _on_host(batch, results)
+        for metric in metrics:
+            try:
+                metric.update(batch, results)
+            except Exception as error:
+                error.add_note("It was given the first batch, and made-up results of their shapes")
+                raise
+        try:
+            computed = [metric.compute() for metric in metrics]
+        except Exception:  # noqa: BLE001  one batch, or numbers that are made up, may not be enough
+            return None
+        return _together(computed)
 
     def _run(
         self, student: Side, teacher: Teacher, loader: Iterable[Any]
     ) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Each batch with its results; the next one computes while the last is looked at."""
-        variables = (student.model.params, student.model.state), teacher.variables
-        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), variables)
-        structure = shapes, *map(_program, (student, *teacher.sides))
-        if structure != self._structure:
-            self._structure = structure
-            self._compiled = jax.jit(functools.partial(_results, student, teacher))
+        variables = self._compile(student, teacher)
         waiting: list[Any] = []
         for given in loader:
             batch = own(given)
@@ -120,6 +166,16 @@ class Forward:
                 yield _on_host(*waiting.pop(0))
         for batch, results in waiting:
             yield _on_host(batch, results)
+
+    def _compile(self, student: Side, teacher: Teacher) -> tuple[Any, Any]:
+        """Makes the compiled function that of these sides; returns the arrays it takes."""
+        variables = (student.model.params, student.model.state), teacher.variables
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), variables)
+        structure = shapes, *map(_program, (student, *teacher.sides))
+        if structure != self._structure:
+            self._structure = structure
+            self._compiled = jax.jit(functools.partial(_results, student, teacher))
+        return variables
 
 
 def _program(side: Side) -> tuple[Any, ...]:
@@ -160,7 +216,25 @@ def _opened(results: Mapping[str, Any]) -> dict[str, Any]:
     return opened
 
 
-def _fresh(metric: Any) -> Any:
+def _made_up(shape: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Numbers in place of results: floats of all kinds; 1 for classes and masks."""
+    if jax.numpy.issubdtype(shape.dtype, jax.numpy.floating):
+        return np.random.default_rng(0).standard_normal(shape.shape).astype(shape.dtype)
+    return np.ones(shape.shape, shape.dtype)
+
+
+def _fresh(metrics: Any, teacher: Teacher) -> tuple[list[Any], Teacher]:
+    """Copies of the metrics, and the teacher if they ask for it."""
+    if isinstance(metrics, Mapping | str) or not isinstance(metrics, Iterable) or not metrics:
+        raise ValueError(f"metrics is {metrics!r}; expected a list such as [Accuracy()]")
+    copies = [_copy(metric) for metric in metrics]
+    asking = [type(m).__name__ for m in copies if getattr(m, "reads_teacher", False)]
+    if asking and not teacher.sides:
+        raise ValueError(f"{', '.join(asking)} compares with a teacher, and there is none")
+    return copies, teacher if asking else Teacher()
+
+
+def _copy(metric: Any) -> Any:
     if isinstance(metric, type):
         raise ValueError(f"{metric.__name__} is a class: write {metric.__name__}()")
     if not (hasattr(metric, "update") and hasattr(metric, "compute")):
@@ -170,10 +244,10 @@ def _fresh(metric: Any) -> Any:
     return copy.deepcopy(metric)
 
 
-def _together(metrics: Sequence[Metric]) -> dict[str, float]:
+def _together(computed: Sequence[Mapping[str, float]]) -> dict[str, float]:
     found: dict[str, float] = {}
-    for metric in metrics:
-        for name, value in metric.compute().items():
+    for each in computed:
+        for name, value in each.items():
             if name in found:
                 raise ValueError(
                     f"two metrics give {name!r}: evaluate them one after the other, or let one of "

@@ -94,15 +94,14 @@ class Checkpoints:
         folders.remove_leftovers(self.folder)
         there = step_folders(self.folder)
         if not resume:
-            scores = self.folder / folders.SCORES
+            beside = [self.folder / name for name in (folders.SCORES, folders.EVALUATIONS)]
             why = (
                 f"{self.folder} held checkpoints of an earlier run (resume=True would have gone on "
                 "from them)"
             )
             old = [path for _, path in there]
-            folders.set_aside(
-                self.folder, [*old, *([scores] if old and scores.exists() else [])], why
-            )
+            known = [path for path in beside if old and path.exists()]
+            folders.set_aside(self.folder, [*old, *known], why)
             return
         newer = [(step, path) for step, path in there if start is not None and step > start]
         self._set_aside(
@@ -121,7 +120,7 @@ class Checkpoints:
         scores, moved = self.scores(), {step for step, _ in there}
         if moved & scores.keys():
             kept = {step: score for step, score in scores.items() if step not in moved}
-            folders.write_scores(self.folder, kept)
+            folders.write_beside(self.folder, folders.SCORES, kept)
 
     def save(self, step: int, state: TrainState, position: Mapping[str, Any]) -> None:
         """Saves a state as ``gs{step}``; returns once the arrays are copied, before they are written.
@@ -211,15 +210,9 @@ class Checkpoints:
         Raises:
             CheckpointError: it cannot be written.
         """
-        if not self._is_chief:
-            return
-        try:
-            folders.write_scores(self.folder, self.scores() | {step: float(score)})
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.folder / folders.SCORES} could not be written ({told(error)}); "
-                f"{folders.space_left(self.folder)}"
-            ) from error
+        if self._is_chief:
+            scores = self.scores() | {step: float(score)}
+            folders.write_beside(self.folder, folders.SCORES, scores)
 
     def scores(self) -> dict[int, float]:
         """The scores noted so far, by step."""

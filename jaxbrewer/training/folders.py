@@ -1,4 +1,4 @@
-"""The folders of an ``output_dir``: checkpoints ``gs{step}``, their scores, and what is set aside."""
+"""The folders of an ``output_dir``: checkpoints ``gs{step}``, what is known of them, what is set aside."""
 
 import logging
 import os
@@ -6,8 +6,9 @@ import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-from ..errors import CheckpointError, DamagedCheckpointError
+from ..errors import CheckpointError, DamagedCheckpointError, told
 from ..files import read_json_object, write_json
 
 Folder = str | os.PathLike[str]
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 FINISHED = "_CHECKPOINT_METADATA"  # Orbax writes it last
 SCORES = "scores.json"
+EVALUATIONS = "evaluations.json"
 
 
 def steps_in(folder: Folder) -> list[int]:
@@ -77,9 +79,39 @@ def scores_in(folder: Folder) -> dict[int, float]:
         ) from error
 
 
-def write_scores(folder: Folder, scores: dict[int, float]) -> None:
-    """Notes scores by step in an ``output_dir``."""
-    write_json(Path(folder) / SCORES, scores)
+def evaluations_in(folder: Folder) -> dict[int, dict[str, float]]:
+    """What was evaluated in the run of an ``output_dir``: step → name → number.
+
+    Raises:
+        CheckpointError: their file is damaged.
+    """
+    path = Path(folder) / EVALUATIONS
+    if not path.is_file():
+        return {}
+    try:
+        return {
+            int(step): {str(name): float(value) for name, value in found.items()}
+            for step, found in read_json_object(path).items()
+        }
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}; delete it, and evaluations begin anew"
+        ) from error
+
+
+def write_beside(folder: Folder, name: str, value: Any) -> None:
+    """Writes what is known of the checkpoints of an ``output_dir``: `SCORES` or `EVALUATIONS`.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    path = Path(folder) / name
+    try:
+        write_json(path, value)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} could not be written ({told(error)}); {space_left(Path(folder))}"
+        ) from error
 
 
 def set_aside(folder: Path, paths: Collection[Path], why: str) -> None:

@@ -113,6 +113,8 @@ class Loop:
         position: where the run starts; kept up to date.
         after_save: called after each checkpoint with the saved state and the global step; true:
             stop.
+        evaluate: called likewise where `evaluates_at` says so and there is no checkpoint.
+        evaluates_at: the global step → whether to evaluate after it.
         about: optimizer steps done → what is written into a checkpoint beside the position.
         batches_per_epoch: for the progress bar, where it is known.
         placement: where arrays lie; `state` is as the step takes it.
@@ -139,6 +141,8 @@ class Loop:
     leave: Callable[[TrainState], TrainState]
     processes: Processes
     is_asked: Callable[[], bool] = lambda: False
+    evaluate: Callable[["Loop", TrainState, int], None] = lambda loop, state, step: None
+    evaluates_at: Callable[[int], bool] = lambda step: False
     print_freq: int = 20
     data_draw: bool = True
     _pending: deque[Begun] = field(default_factory=deque)
@@ -246,6 +250,8 @@ class Loop:
             if self.processes.numbers(stop).any():
                 self._say("The callback stopped training at step %d", step)
                 return True
+        elif self.evaluates_at(step):
+            self._evaluate(step, epoch)
         if self._stops or (self.processes.count == 1 and self.is_asked()):
             if not is_due:
                 self._save(step, epoch)
@@ -264,6 +270,16 @@ class Loop:
             self.metrics.mark(step, self.position.micro_step)
             self.metrics.flush()  # whoever goes on from the checkpoint has the points before it
         return saved
+
+    def _evaluate(self, step: int, epoch: int) -> None:
+        """Evaluates between two checkpoints; where that fails, the state is saved all the same."""
+        self._look(0)
+        self._check_weights()
+        try:
+            self.evaluate(self, self.leave(self.state), step)
+        except Exception as error:
+            despite(error, "writing the checkpoint", partial(self._save, step, epoch))
+            raise
 
     def _described(self, p: Position) -> dict[str, Any]:
         """A position as checkpoints hold it, with those of the other processes."""

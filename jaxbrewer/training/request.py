@@ -1,6 +1,7 @@
 """The arguments of ``train``: checked before anything else happens."""
 
 import inspect
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -9,7 +10,8 @@ import numpy as np
 
 from .. import schedulers
 from ..configurations.configs import TrainingConfig
-from ..errors import PreflightWarning, warn
+from ..data.buckets import BucketedLoader
+from ..errors import PreflightWarning, suggest, warn
 from ..machine.processes import Processes
 from ..objective.tables import looks_absolute
 from ..step.optimizer import Optimizer
@@ -46,12 +48,107 @@ class Feed:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What a run evaluates while it trains, as the arguments of ``train`` say it.
+
+    Attributes:
+        loader: ``eval_loader``; with several tasks a dict by task.
+        metrics: ``metrics``.
+        best_metric: the name of a number that is the checkpoints' score; with ``-``, lower is better.
+        steps: ``eval_steps``, optimizer steps between evaluations; None: at checkpoints only.
+        compute: computes all numbers of the student as it is, by name.
+        rehearse: what `compute` would give, by the first batch's shapes; None where that cannot be told.
+    """
+
+    loader: Any
+    metrics: Any
+    best_metric: Any
+    steps: Any
+    compute: Callable[[], dict[str, float]]
+    rehearse: Callable[[], dict[str, float] | None]
+
+    @property
+    def loaders(self) -> tuple[Any, ...]:
+        """The loaders of all tasks."""
+        return tuple(self.loader.values()) if isinstance(self.loader, Mapping) else (self.loader,)
+
+    def check(self, feeds: Mapping[str, Feed]) -> None:
+        """Refuses arguments that do not go together, and loaders that would not last.
+
+        Raises:
+            TypeError, ValueError: what was given, and what was expected.
+        """
+        given = [
+            f"{name}={value!r}"
+            for name, value in (("eval_steps", self.steps), ("best_metric", self.best_metric))
+            if value is not None
+        ]
+        if self.loader is None:
+            given = given if self.metrics is None else [*given, "metrics"]
+            raise ValueError(
+                f"{' and '.join(given)} without eval_loader: say on what to evaluate, "
+                "train(…, eval_loader=dev, metrics=[Accuracy()])"
+            )
+        if self.metrics is None:
+            raise ValueError(
+                "eval_loader without metrics: say what to compute, metrics=[Accuracy()]; see "
+                "jaxbrewer.evaluation"
+            )
+        if self.steps is not None and not _is_count(self.steps):
+            raise ValueError(f"eval_steps={self.steps!r}: expected a whole number of at least 1")
+        if self.best_metric is not None and not isinstance(self.best_metric, str):
+            raise TypeError(
+                f"best_metric={self.best_metric!r}: expected the name of a number that the metrics "
+                "give, 'accuracy', or '-kl' where lower is better"
+            )
+        for name, loader in self._named(feeds).items():
+            _check_loader(name, loader)
+            _check_lasting(name, loader, feeds)
+
+    def _named(self, feeds: Mapping[str, Feed]) -> dict[str, Any]:
+        """The loaders, by how messages call them."""
+        if list(feeds) == [""]:
+            return {"eval_loader": self.loader}
+        if not isinstance(self.loader, Mapping) or not self.loader.keys() <= feeds.keys():
+            kind = type(self.loader).__name__
+            given = list(self.loader) if isinstance(self.loader, Mapping) else f"a {kind}"
+            raise ValueError(
+                f"eval_loader must be a dict of loaders by task, of the tasks {', '.join(feeds)}; it "
+                f"is {given}"
+            )
+        if not self.loader:
+            raise ValueError("eval_loader is an empty dict; leave it out, or give a task's loader")
+        return {f"eval_loader[{task!r}]": loader for task, loader in self.loader.items()}
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuses a `best_metric` that is none of the names.
+
+        Raises:
+            ValueError: with the names that there are.
+        """
+        best = self.best_metric
+        if best is not None and best.removeprefix("-") not in set(names):
+            raise ValueError(
+                f"best_metric={best!r} is none of what the metrics give: "
+                f"{suggest(best.removeprefix('-'), names)}"
+            )
+
+    def score(self, found: Mapping[str, float]) -> float | None:
+        """The score of a checkpoint, higher is better; None without a `best_metric`."""
+        if self.best_metric is None:
+            return None
+        value = found[self.best_metric.removeprefix("-")]
+        return -value if self.best_metric.startswith("-") else value
+
+
+@dataclass(frozen=True)
 class Request:
     """The arguments of one call of ``train``.
 
     Attributes:
         feeds: task → where its batches come from; a run of one task has one, named ''.
         tau: with several tasks, see `streams.task_order`.
+        evaluation: what is evaluated meanwhile, or None.
     """
 
     optimizer: Optimizer
@@ -64,9 +161,26 @@ class Request:
     max_grad_norm: float
     callback: Callable[..., Any] | None
     tau: float = 1.0
+    evaluation: Evaluation | None = None
+
+    @property
+    def loaders(self) -> list[Any]:
+        """All loaders, those of the evaluation too."""
+        evaluated = self.evaluation.loaders if self.evaluation is not None else ()
+        return [*(feed.loader for feed in self.feeds.values()), *evaluated]
 
     def of_all(self, processes: Processes) -> Self:
-        """With the loaders' lengths that all processes agree on: the longest of each."""
+        """With the loaders' lengths that all processes agree on: the longest of each.
+
+        Raises:
+            ValueError: processes evaluate at other steps, or by another number.
+        """
+        asked = self.evaluation
+        said = -1 if asked is None else zlib.crc32(f"{asked.best_metric} {asked.steps}".encode())
+        if len(set(processes.numbers(said)[:, 0])) > 1:
+            raise ValueError(
+                "eval_loader, best_metric and eval_steps must be given alike in all processes"
+            )
         feeds = {}
         for task, feed in self.feeds.items():
             lengths = processes.numbers(-1 if feed.length is None else feed.length)
@@ -83,18 +197,11 @@ def make_timeline(config: TrainingConfig, request: Request) -> Timeline:
         if value is not None and not _is_count(value):
             raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
     _check_callback(request.callback)
+    if request.evaluation is not None:
+        request.evaluation.check(request.feeds)
     for task, feed in request.feeds.items():
         name = f"dataloaders[{task!r}]" if task else "dataloader"
-        if isinstance(feed.loader, Mapping):
-            raise TypeError(
-                f"{name} is one batch, a {type(feed.loader).__name__} with the keys "
-                f"{', '.join(map(str, feed.loader))}; give an iterable of batches, for this one [batch]"
-            )
-        if not hasattr(feed.loader, "__iter__"):
-            raise TypeError(
-                f"{name} is a {type(feed.loader).__name__}, which cannot be iterated; give a list "
-                "of batches, a DataLoader, or any iterable of batches"
-            )
+        _check_loader(name, feed.loader)
         if feed.postprocess is not None and not callable(feed.postprocess):
             kind = type(feed.postprocess).__name__
             raise TypeError(f"the batch_postprocessor of {name} is a {kind}, not a function")
@@ -122,6 +229,35 @@ def make_timeline(config: TrainingConfig, request: Request) -> Timeline:
             "gradient_accumulation_steps, or train by num_steps, where windows run across epochs"
         )
     return Timeline.by_epochs(config, int(epochs), length)  # type: ignore[arg-type]
+
+
+def _check_loader(name: str, loader: Any) -> None:
+    """Refuses what is no iterable of batches."""
+    if isinstance(loader, Mapping):
+        raise TypeError(
+            f"{name} is one batch, a {type(loader).__name__} with the keys "
+            f"{', '.join(map(str, loader))}; give an iterable of batches, for this one [batch]"
+        )
+    if not hasattr(loader, "__iter__"):
+        raise TypeError(
+            f"{name} is a {type(loader).__name__}, which cannot be iterated; give a list "
+            "of batches, a DataLoader, or any iterable of batches"
+        )
+
+
+def _check_lasting(name: str, loader: Any, feeds: Mapping[str, Feed]) -> None:
+    """Refuses a loader that one evaluation would use up, or that the training reads from itself."""
+    if hasattr(loader, "__next__"):
+        raise TypeError(
+            f"{name} is a {type(loader).__name__}, which the first evaluation would exhaust; give "
+            "list(loader), or anything that can be iterated again"
+        )
+    is_shared = any(feed.loader is loader for feed in feeds.values())
+    if is_shared and type(loader) not in (list, tuple, BucketedLoader):
+        raise ValueError(
+            f"{name} is the loader that is trained on: a pass over it would move the training's own "
+            "on. Give another loader of the same data"
+        )
 
 
 def _check_callback(callback: Any) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from ..machine.memory import kept_memory
 from ..machine.placement import Placement, placement_for, placement_to_cache
 from ..machine.processes import Processes, joined
 from ..machine.programs import keep_programs
-from ..models.handle import Model
 from ..objective.plan import Weight
 from ..objective.tables import tabulate
 from ..preflight.job import Job
@@ -30,71 +29,23 @@ from ..preflight.report import describe
 from ..step.optimizer import Optimizer
 from ..step.program import Program, TrainState
 from . import signals
+from .between import Between
 from .checkpoints import Checkpoints
 from .comparison import changes
 from .comparison.record import weights_of, with_schedule
 from .comparison.start import ahead_of, recorded
+from .evaluations import Evaluations
 from .feed import fed, watched
 from .folders import make
-from .lock import RunLock
-from .loop import CallbackResult, CompiledTask, Loop
+from .loop import CompiledTask, Loop
 from .metrics import MetricsWriter
+from .outcome import OnCheckpoint, Outcome, Progress
 from .request import Request, make_factor, make_timeline
 from .resume import Resumed, checkpoint_to_resume, open_streams
 from .stored import read_variables
 from .timeline import Timeline
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run has come to, at a checkpoint or at its end, however it ended.
-
-    Attributes:
-        job: the job, resolved once preflight has passed.
-        rank: this process; 0 is the one that logs.
-        steps: optimizer steps done.
-        best_checkpoint: the folder of the best-scored checkpoint, or None.
-        variables: the trained arrays as `step.Program.variables` has them, copies for this process
-            alone; None where nothing was trained or the run failed.
-        student: the handle of the student that they are written to.
-        projections: those of the projections.
-        error: what ended the run, or None.
-    """
-
-    job: Job
-    rank: int = 0
-    steps: int = 0
-    best_checkpoint: Path | None = None
-    variables: Any = None
-    student: Model | None = None
-    projections: Mapping[str, Model] = field(default_factory=dict)
-    error: BaseException | None = None
-
-    def write(self) -> None:
-        """Puts the trained arrays, if there are some, into the objects the user holds."""
-        if self.variables is None or self.student is None:
-            return
-        params, state = self.variables
-        self.student.write(params["student"], state["student"])
-        for name, projection in self.projections.items():
-            projection.write(params["projections"][name], state["projections"][name])
-
-
-OnCheckpoint = Callable[[Outcome], Any]
-
-
-class _Progress:
-    """What a run has come to so far, and the lock that keeps its folder to itself."""
-
-    def __init__(self, job: Job):
-        self.outcome = Outcome(job)
-        self.lock = RunLock(job.config.output_dir)
-
-    def note(self, **changes: Any) -> Outcome:
-        self.outcome = replace(self.outcome, **changes)
-        return self.outcome
 
 
 def train(job: Job, request: Request, on_checkpoint: OnCheckpoint) -> Outcome:
@@ -109,7 +60,7 @@ def train(job: Job, request: Request, on_checkpoint: OnCheckpoint) -> Outcome:
     Returns:
         The outcome, with the error if one ended the run: nothing is raised.
     """
-    progress = _Progress(job)
+    progress = Progress(job)
     try:
         _run(progress, request, on_checkpoint)
     except BaseException as error:  # noqa: BLE001  the caller raises it, once it has the outcome
@@ -123,7 +74,7 @@ def train(job: Job, request: Request, on_checkpoint: OnCheckpoint) -> Outcome:
 class _Setting:
     """What is known of a run before its job is looked at."""
 
-    progress: _Progress
+    progress: Progress
     request: Request
     timeline: Timeline
     factor: Callable | None
@@ -155,7 +106,7 @@ class _Ready:
     record: Mapping[str, Any]
 
 
-def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> None:
+def _run(progress: Progress, request: Request, on_checkpoint: OnCheckpoint) -> None:
     keep_programs()
     setting = _setting(progress, request)
     job, processes = setting.job, setting.processes
@@ -164,7 +115,7 @@ def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> 
         _take_folder(progress, processes)
     resumed = checkpoint_to_resume(job.config, processes)
     if resumed is not None and resumed.position.global_step >= setting.timeline.total_steps:
-        _bring_back(setting, resumed)
+        _bring_back(setting, resumed, on_checkpoint)
         return
     # Looking at the first batches comes before anything is touched on disk.
     ready = _looked_at(setting, resumed)
@@ -173,20 +124,23 @@ def _run(progress: _Progress, request: Request, on_checkpoint: OnCheckpoint) -> 
         _checkpoints(progress, processes, resumed) as checkpoints,
         _metrics(job, processes) as metrics,
     ):
-        after_save = partial(_after_save, progress, setting.request, on_checkpoint)
-        events = _events(setting, ready, checkpoints, asked)
-        loop = _loop(
-            setting, ready, resumed, checkpoints, metrics, after_save, partial(bool, asked)
+        evaluations = Evaluations(
+            setting.request, progress, on_checkpoint, checkpoints, processes, resumed
         )
+        between = Between(setting.request, setting.timeline, progress, on_checkpoint, evaluations)
+        events = _events(setting, ready, checkpoints, asked)
+        loop = _loop(setting, ready, resumed, checkpoints, metrics, between, partial(bool, asked))
         try:
             with kept_memory(setting.placement.devices[0].platform) as bound_memory:
+                if resumed is not None:
+                    between.catch_up(loop)
                 loop.run(events, bound_memory)
         finally:
             progress.note(steps=loop.position.global_step)
         progress.note(variables=_copies(setting.placement, loop.leave(loop.state)))
 
 
-def _setting(progress: _Progress, request: Request) -> _Setting:
+def _setting(progress: Progress, request: Request) -> _Setting:
     config = progress.outcome.job.config
     placement = placement_for(config)
     processes = Processes(placement.devices)
@@ -208,6 +162,7 @@ def _looked_at(setting: _Setting, resumed: Resumed | None) -> _Ready:
         opened = open_streams(request, setting.timeline, looked_at, job.config.seed)
         start = start if job.cache else replace(start, loaders=opened.loaders)
         prepared = _prepared(setting, opened.first)
+        _rehearse(request)
         rows = _rows(prepared.job, setting.factor, setting.timeline.total_steps)
     teachers, weights = _teachers(prepared, setting.placement)
     ahead = ahead_of(prepared, request, opened.first, weights, start, processes)
@@ -251,7 +206,7 @@ def _loop(
     resumed: Resumed | None,
     checkpoints: Checkpoints,
     metrics: MetricsWriter,
-    after_save: Callable[[Loop, TrainState, int], bool],
+    between: Between,
     is_asked: Callable[[], bool],
 ) -> Loop:
     """The loop, at the state that the run starts from."""
@@ -268,6 +223,7 @@ def _loop(
         if setting.processes.rank == 0:
             logger.info("%s", resumed.said(setting.timeline.total_steps))
         tags = {tag for task in tasks.values() for tag in task.tags}
+        tags |= between.tags(ready.start)
         metrics.go_on(resumed.path.name, ready.start.micro_step, tags)
     state, frozen = program.parted(placement.enter(state))
     return Loop(
@@ -278,7 +234,9 @@ def _loop(
         checkpoints=checkpoints,
         metrics=metrics,
         position=ready.start,
-        after_save=after_save,
+        after_save=between.after_save,
+        evaluate=between.evaluate,
+        evaluates_at=between.evaluations.due_at,
         about=lambda step: {**job.about, "job": with_schedule(ready.record, ready.rows, step)},
         batches_per_epoch=next(iter(setting.request.feeds.values())).length,
         placement=placement,
@@ -336,7 +294,7 @@ def _teachers(
     return teachers, {name: weights_of(place.leave(x)) for name, x in teachers.items()}
 
 
-def _take_folder(progress: _Progress, processes: Processes) -> None:
+def _take_folder(progress: Progress, processes: Processes) -> None:
     """Sees to it that no other run has the same `output_dir`; made if it is not there."""
     with processes.together("taking output_dir for this run"):
         make(progress.outcome.job.config.output_dir)
@@ -346,7 +304,7 @@ def _take_folder(progress: _Progress, processes: Processes) -> None:
 
 @contextlib.contextmanager
 def _checkpoints(
-    progress: _Progress, processes: Processes, resumed: Resumed | None
+    progress: Progress, processes: Processes, resumed: Resumed | None
 ) -> Iterator[Checkpoints]:
     """The run's checkpoints; closed at the end, when it is known which of them is the best."""
     config = progress.outcome.job.config
@@ -380,48 +338,36 @@ def _metrics(job: Job, processes: Processes) -> Iterator[MetricsWriter]:
         yield metrics
 
 
+def _rehearse(request: Request) -> None:
+    """Tells by shape, before anything is compiled, what would be wrong with an evaluation."""
+    if request.evaluation is None:
+        return
+    with undisturbed(request.loaders):
+        names = request.evaluation.rehearse()
+    if names is not None:
+        request.evaluation.check_names(names)
+
+
 def _compiled(program: Program, placement: Placement, teacher: Any) -> CompiledTask:
-    scaled = program.precision.is_scaled
-    names = (*program.names, *(("loss_scale", "skipped_windows") if scaled else ()))
     return CompiledTask(
         step=placement.compile(program),
         teacher_variables=teacher,
-        tags=("scalar/total_loss", *(f"scalar/{name}" for name in names)),
-        is_scaled=scaled,
+        tags=_tags(program),
+        is_scaled=program.precision.is_scaled,
         names=program.names,
         examine=partial(placement.examine, program),
     )
 
 
+def _tags(program: Program) -> tuple[str, ...]:
+    """The names of a step's numbers in the logs."""
+    scaled = ("loss_scale", "skipped_windows") if program.precision.is_scaled else ()
+    return "scalar/total_loss", *(f"scalar/{name}" for name in (*program.names, *scaled))
+
+
 def _copies(placement: Placement, state: TrainState) -> Any:
     """The arrays of a state as checkpoints hold it, for `Outcome.variables`."""
     return placement.local((state.params, state.model_state))
-
-
-def _after_save(
-    progress: _Progress,
-    request: Request,
-    on_checkpoint: OnCheckpoint,
-    loop: Loop,
-    saved: TrainState,
-    step: int,
-) -> bool:
-    """Runs the user's callback; returns whether it stops training."""
-    if request.callback is None:
-        return False
-    variables = loop.placement.local((saved.params, saved.model_state))
-    best = loop.checkpoints.best()
-    model = on_checkpoint(progress.note(steps=step, best_checkpoint=best, variables=variables))
-    progress.note(variables=None)
-    if loop.is_chief:
-        logger.info("Running the callback at step %d", step)
-    with undisturbed(feed.loader for feed in request.feeds.values()):
-        result = request.callback(model=model, step=step)
-    if not isinstance(result, CallbackResult):
-        return False
-    if result.score is not None:
-        loop.checkpoints.score(step, result.score)
-    return result.stop
 
 
 def _rows(job: Job, factor: Callable | None, total: int) -> np.ndarray:
@@ -440,13 +386,14 @@ def _rows(job: Job, factor: Callable | None, total: int) -> np.ndarray:
     return rows.astype(jnp.result_type(float))
 
 
-def _bring_back(setting: _Setting, end: Resumed) -> None:
+def _bring_back(setting: _Setting, end: Resumed, on_checkpoint: OnCheckpoint) -> None:
     """Takes from its last checkpoint what a finished run has left."""
     logger.info("%s is the end of this run; nothing is left to train", end.path.name)
     job, request, processes = setting.job, setting.request, setting.processes
     if changes.record_in(end.saved) is None:
         found = changes.compare_configs(end.saved, job.about)
         changes.check(end.path, job.config, found, processes)
+    tags: set[str] = set()
     # Projections of custom matches are made when the models are looked at.
     if job.custom_matches or changes.record_in(end.saved) is not None:
         start = Position()
@@ -455,21 +402,23 @@ def _bring_back(setting: _Setting, end: Resumed) -> None:
             prepared = _prepared(setting, first)
             rows = _rows(prepared.job, setting.factor, setting.timeline.total_steps)
         job = prepared.job
+        tags = {tag for program in prepared.programs.values() for tag in _tags(program)}
         _, weights = _teachers(prepared, setting.placement)
         recorded(
             ahead_of(prepared, request, first, weights, start, processes), rows, end, processes
         )
     student = next(iter(job.tasks.values())).student.model
     projections = job.projections.models()
-    with _checkpoints(setting.progress, processes, end):
+    progress = setting.progress
+    with _checkpoints(progress, processes, end) as checkpoints:
         variables = read_variables(end.path, student, projections)
-    setting.progress.note(
-        job=job,
-        steps=end.position.global_step,
-        variables=variables,
-        student=student,
-        projections=projections,
-    )
+        progress.note(job=job, student=student, projections=projections)
+        evaluations = Evaluations(request, progress, on_checkpoint, checkpoints, processes, end)
+        if evaluations.is_missing(end.position.global_step, saves=True):
+            with _metrics(job, processes) as metrics:
+                metrics.go_on(end.path.name, end.position.micro_step, tags)
+                evaluations.make(variables, end.position, metrics, is_saved=True)
+    progress.note(steps=end.position.global_step, variables=variables)
 
 
 def report(job: Job, batches: Mapping[str, Batch], optimizer: Optimizer | None) -> str:

@@ -11,6 +11,7 @@ import pytest
 import jaxbrewer
 from jaxbrewer.data import streams
 from jaxbrewer.data.batches import own, sides
+from jaxbrewer.evaluation import Accuracy, Divergence, Evaluator
 from jaxbrewer.objective.loss import Weights
 from jaxbrewer.preflight import prepare
 from jaxbrewer.training import read_scalars
@@ -172,6 +173,29 @@ def test_teacher_results_may_be_cached(tmp_path):
         every.train(distiller, loader)
         found.append((distiller, read_scalars(tmp_path / name / "log")))
     assert_same(*found[1], *found[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"sharding": "all"}, {"mapping": "pmap"}], ids=str)
+def test_evaluations_see_the_whole_student_and_training_does_not_notice(options, tmp_path):
+    """Where it is cut into pieces or repeated; their numbers are those of a checkpoint's student."""
+    loader, dev = every.batches(4), every.batches(2, size=5, seed=8)
+    asked = {"eval_loader": dev, "metrics": [Divergence(), Accuracy()], "best_metric": "-kl"}
+    found = []
+    for name, more in (("with", {**asked, "eval_steps": 1}), ("without", {})):
+        config = every.config(tmp_path / name, data_parallel=True, ckpt_frequency=2, **options)
+        distiller = every.JOBS["basic"](config)
+        every.train(distiller, loader, **more)
+        found.append(distiller)
+    evaluated, plain = found
+    assert list(evaluated.evaluations) == [1, 2, 3, 4]
+    wanted = nnx_job.weights(plain.model_S)
+    for key, value in nnx_job.weights(evaluated.model_S).items():
+        np.testing.assert_array_equal(value, wanted[key], err_msg=key)
+    for step in (2, 4):
+        student = jaxbrewer.load_student(tmp_path / "with" / "out" / f"gs{step}", every.student())
+        evaluate = Evaluator(student, nnx_job.adaptor, teacher=every.teacher())
+        there = evaluate(dev, [Divergence(), Accuracy()])
+        assert evaluated.evaluations[step] == pytest.approx(there, rel=1e-5)
 
 
 @pytest.mark.parametrize("mapping", ["sharded", "pmap"])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jaxbrewer
+from jaxbrewer.evaluation import Divergence, Evaluator
 from jaxbrewer.training import read_scalars
 from jaxbrewer.training.folders import steps_in
 
@@ -159,6 +160,32 @@ def test_the_best_checkpoint_is_known_to_all(folder):
     for rank in range(2):
         said = json.loads((folder / f"best-{rank}.json").read_text())
         assert said == {"error": None, "best": "gs8"}
+
+
+def test_the_first_processs_evaluation_counts_for_all(folder):
+    """And the weights are those of a run without."""
+    said = [json.loads((folder / f"numbers-{rank}.json").read_text()) for rank in range(2)]
+    assert said[0] == said[1]
+    assert list(said[0]["evaluations"]) == ["2", "3", "4"]
+    student = jaxbrewer.load_student(folder / "evaluated" / "out", every.student())
+    evaluate = Evaluator(student, nnx_job.adaptor, teacher=every.teacher())
+    mine = evaluate(every.batches(2, size=5, seed=8), [Divergence()])
+    assert said[0]["evaluations"]["4"] == pytest.approx(mine, rel=1e-5)
+    at = {step: said[0]["evaluations"][step]["kl"] for step in ("2", "4")}
+    assert said[0]["best"] == f"gs{min(at, key=at.get)}"
+    assert list(read_scalars(folder / "evaluated" / "log")["eval/kl"]) == [1, 2, 3]
+    wanted, found = weights(folder, "even"), weights(folder, "evaluated")
+    for key, value in wanted.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+
+
+def test_an_evaluation_that_fails_in_one_process_ends_all(folder):
+    other, own = errors(folder, "evaluates_badly")
+    assert other.startswith("BatchError: process 1 failed while evaluating; its own error")
+    assert own == "RuntimeError: no numbers"
+    assert steps_in(folder / "evaluates_badly" / "out") == [1]
+    for error in errors(folder, "evaluates_alone"):
+        assert "eval_loader, best_metric and eval_steps must be given alike in all" in error
 
 
 def test_a_checkpoint_of_two_processes_goes_on_in_one(folder, tmp_path, caplog):

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 import jaxbrewer
+from jaxbrewer.evaluation import Divergence
 from jaxbrewer.training.folders import steps_in
 
 from .. import nnx_job
@@ -170,6 +171,35 @@ def best(rank, config):
     return {"best": whole(rank, config)[0].best_checkpoint.name}
 
 
+class Failing(Divergence):
+    def compute(self):
+        raise RuntimeError("no numbers")
+
+
+def evaluated(rank, config):
+    """As `even`, with evaluations: the first process's loader is another than the second's."""
+    distiller = every.JOBS["general"](config(log=True, ckpt_frequency=2))
+    dev = every.batches(2 + rank, size=5, seed=8 + rank)
+    asked = {"eval_loader": dev, "metrics": [Divergence()], "best_metric": "-kl", "eval_steps": 3}
+    every.train(distiller, parts(rank, every.batches(4)), **asked)
+    said = {"evaluations": distiller.evaluations, "best": distiller.best_checkpoint.name}
+    folder = Path(distiller.t_config.output_dir).parents[1]
+    (folder / f"numbers-{rank}.json").write_text(json.dumps(said))
+    return distiller
+
+
+def evaluates_badly(rank, config):
+    """The evaluation of process 1 fails, where no checkpoint is due."""
+    metric = Failing() if rank == 1 else Divergence()
+    asked = {"eval_loader": every.batches(1, size=5), "metrics": [metric], "eval_steps": 1}
+    every.train(every.JOBS["general"](config()), parts(rank, every.batches(4)), **asked)
+
+
+def evaluates_alone(rank, config):
+    asked = {"eval_loader": every.batches(1), "metrics": [Divergence()]} if rank == 1 else {}
+    every.train(every.JOBS["general"](config()), parts(rank, every.batches(4)), **asked)
+
+
 def disagree(rank, config):
     loader = parts(rank, every.batches(3))
     if rank == 1:
@@ -287,6 +317,9 @@ SCENARIOS = [
     resumed,
     other_data,
     best,
+    evaluated,
+    evaluates_badly,
+    evaluates_alone,
     changed,
     disagree,
     fails,

@@ -194,7 +194,8 @@ def test_several_tasks(tmp_path):
     assert sorted(got) == ["a/accuracy", "b/accuracy", "b/agreement"]
     assert got["b/accuracy"] == pytest.approx(accuracy_by_hand(student, loaders["b"]))
     with pytest.raises(
-        ValueError, match="a dict of loaders by task, of the tasks a, b; it was given \\['c'\\]"
+        ValueError,
+        match="expected a dict of loaders by task, of the tasks a, b; it was given \\['c'\\]",
     ):
         several.evaluate({"c": []}, [Accuracy()])
 
