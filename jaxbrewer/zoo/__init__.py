@@ -128,6 +128,11 @@ from jaxbrewer.zoo.students import (
     STUDENTS as STUDENTS,
     student_config as student_config,
 )
+from jaxbrewer.zoo.suggestions import (
+    Similarity as Similarity,
+    similarity as similarity,
+    suggest_matches as suggest_matches,
+)
 from jaxbrewer.zoo.transfer import init_from_layers as init_from_layers
 from jaxbrewer.zoo.xlm_roberta import (
     XLMRobertaConfig as XLMRobertaConfig,
