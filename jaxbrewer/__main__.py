@@ -8,7 +8,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from jaxbrewer import __version__
-from jaxbrewer.commands import UNUSABLE, CommandError, checking, exporting, inspecting, say, weights
+from jaxbrewer.commands import (
+    UNUSABLE,
+    CommandError,
+    checking,
+    exporting,
+    inspecting,
+    say,
+    suggesting,
+    weights,
+)
 from jaxbrewer.commands.port import documents
 from jaxbrewer.commands.port.verdicts import Run
 from jaxbrewer.commands.report import page
@@ -58,6 +67,11 @@ _REPORT = """\
 Writes one HTML page of one or several runs, by their output_dirs: curves, matched layers, configs,
 checkpoints, parameters and speed. It asks nothing of a network and runs no script. The curves are those
 of the log_dir that the run's config names. What is missing or damaged is said, in the page and here."""
+
+_SUGGEST = """\
+Says which of a teacher's layers to match with which of a student's: spread evenly by depth, as JSON for
+intermediate_matches, and beside it how alike all layers are over some text (linear CKA). Both are
+models' folders with the same tokens; needs pip install 'jaxbrewer[text]'."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -124,6 +138,7 @@ def parser() -> argparse.ArgumentParser:
     _add_inspect(add)
     _add_export(add)
     _add_report(add)
+    _add_suggest(add)
     return whole
 
 
@@ -208,6 +223,16 @@ def _add_report(add: Callable[..., Any]) -> None:
     command.add_argument("--out", required=True, metavar="FILE.html", help="the page to write")
 
 
+def _add_suggest(add: Callable[..., Any]) -> None:
+    command = add("suggest", "say which layers to match", _SUGGEST, _run_suggest)
+    for name in ("--teacher", "--student"):
+        command.add_argument(name, required=True, metavar="DIR", help="a model's folder")
+    command.add_argument("--data", required=True, metavar="FILE", help="csv, tsv, jsonl, txt, …")
+    command.add_argument("--text", default="text", metavar="COLUMN", help="default text")
+    command.add_argument("--loss", default="hidden_mse", metavar="NAME", help="default hidden_mse")
+    command.add_argument("--plot", metavar="FILE.png", help="draw the likeness, too")
+
+
 def _add_run(command: argparse.ArgumentParser) -> None:
     """The length of a run, from which checkpoints' steps follow."""
     command.add_argument("--batches", type=_count, metavar="N", help="batches in an epoch")
@@ -287,6 +312,17 @@ def _run_export(options: argparse.Namespace) -> int:
 
 def _run_report(options: argparse.Namespace) -> int:
     return page.write_report(options.folders, options.out)
+
+
+def _run_suggest(options: argparse.Namespace) -> int:
+    return suggesting.suggest(
+        options.teacher,
+        options.student,
+        options.data,
+        options.text,
+        loss=options.loss,
+        plot=options.plot,
+    )
 
 
 if __name__ == "__main__":
