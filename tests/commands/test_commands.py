@@ -64,7 +64,7 @@ def test_the_module_runs_as_a_program():
 
 
 @pytest.mark.parametrize(
-    "command", ["port", "port-weights", "check", "inspect", "export", "report"]
+    "command", ["port", "port-weights", "check", "inspect", "export", "report", "suggest"]
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -112,6 +112,7 @@ def test_a_page_holds_all_of_a_run_and_nothing_from_outside(report):
         "1 × hidden T0 → S0 by hidden_mse",
         "gradient_accumulation_steps 1",
         "temperature 4",
+        "intermediate_matches 2 matches, as above",
         "jaxbrewer inspect",
     ):
         assert text in page.text, text

@@ -148,8 +148,8 @@ def _optional(value: Any, how: Callable[[Any], str] = shown) -> str:
     return _NONE if value is None else how(value)
 
 
-def _counted(n: int, what: str) -> str:
-    return f"{n} {what}" + "s" * (n != 1)
+def _counted(n: int, one: str, several: str | None = None) -> str:
+    return f"{n} {one if n == 1 else several or f'{one}s'}"
 
 
 # --------------------------------------------------------------------------------------- sections
@@ -310,12 +310,15 @@ def _configs(runs: Sequence[Run]) -> str:
 
 
 def _setting(key: str, configs: Sequence[Mapping[str, Any]]) -> str:
-    values = [_value(config[key]) if key in config else _NONE for config in configs]
-    kind = ' class="other"' if len(set(values)) > 1 else ""
+    values = [_value(key, config[key]) if key in config else _NONE for config in configs]
+    differ = len({json.dumps(config.get(key), sort_keys=True) for config in configs}) > 1
+    kind = ' class="other"' if differ else ""
     return f"<tr{kind}><th>{shown(key)}</th>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
 
 
-def _value(value: Any) -> str:
+def _value(key: str, value: Any) -> str:
+    if key == "intermediate_matches" and isinstance(value, list):
+        return f"{_counted(len(value), 'match', 'matches')}, as above"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return shown(text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…")
 
