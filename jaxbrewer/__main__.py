@@ -8,9 +8,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from jaxbrewer import __version__
-from jaxbrewer.commands import UNUSABLE, CommandError, checking, exporting, inspecting, say, weights
+from jaxbrewer.commands import (
+    UNUSABLE,
+    CommandError,
+    checking,
+    exporting,
+    inspecting,
+    say,
+    suggesting,
+    weights,
+)
 from jaxbrewer.commands.port import documents
 from jaxbrewer.commands.port.verdicts import Run
+from jaxbrewer.commands.report import page
 from jaxbrewer.commands.zoo_models import TASKS
 from jaxbrewer.files import UnreadableFileError
 
@@ -48,8 +58,20 @@ output_dir with several: step, epoch, scores, parameters; it is read whole, to s
 
 _EXPORT = """\
 Writes a model's folder (Hugging Face's or sentence-transformers', as save_pretrained and export_hf leave
-it) as one file of serialized StableHLO, with its weights, for any batch and any length. It is run by
-JAX alone: jax.export.deserialize. JAX reads such a file for six months after the release that wrote it."""
+it) as one file, with its weights, for any batch and any length. stablehlo: run by JAX alone
+(jax.export.deserialize), which reads such a file for six months after the release that wrote it. onnx:
+run by onnxruntime and others, without JAX; writing it needs pip install 'jaxbrewer[onnx]', and the file
+is run and compared with the model."""
+
+_REPORT = """\
+Writes one HTML page of one or several runs, by their output_dirs: curves, matched layers, configs,
+checkpoints, parameters and speed. It asks nothing of a network and runs no script. The curves are those
+of the log_dir that the run's config names. What is missing or damaged is said, in the page and here."""
+
+_SUGGEST = """\
+Says which of a teacher's layers to match with which of a student's: spread evenly by depth, as JSON for
+intermediate_matches, and beside it how alike all layers are over some text (linear CKA). Both are
+models' folders with the same tokens; needs pip install 'jaxbrewer[text]'."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -115,6 +137,8 @@ def parser() -> argparse.ArgumentParser:
     _add_check(add)
     _add_inspect(add)
     _add_export(add)
+    _add_report(add)
+    _add_suggest(add)
     return whole
 
 
@@ -177,21 +201,36 @@ def _add_inspect(add: Callable[..., Any]) -> None:
 
 
 def _add_export(add: Callable[..., Any]) -> None:
-    command = add("export", "write a model as a file that JAX alone runs", _EXPORT, _run_export)
+    command = add("export", "write a model as a file that runs by itself", _EXPORT, _run_export)
     command.add_argument("folder", metavar="DIR", help="a model's folder")
-    command.add_argument("--to", required=True, choices=("stablehlo",), help="the format")
+    command.add_argument("--to", required=True, choices=exporting.FORMATS, help="the format")
     command.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     command.add_argument("--task", choices=TASKS, help="the head; by the config if left out")
     command.add_argument(
-        "--length", type=_count, metavar="N", help="of all sequences; any if left out"
+        "--length", type=_count, metavar="N", help="of all sequences; any if left out; stablehlo"
     )
     command.add_argument(
         "--platforms",
         nargs="+",
-        default=["cpu", "cuda", "tpu"],
         metavar="NAME",
-        help="cpu cuda tpu rocm",
+        help="cpu cuda tpu rocm; the first three if left out; stablehlo",
     )
+
+
+def _add_report(add: Callable[..., Any]) -> None:
+    command = add("report", "write a page of what runs have left", _REPORT, _run_report)
+    command.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="of a run")
+    command.add_argument("--out", required=True, metavar="FILE.html", help="the page to write")
+
+
+def _add_suggest(add: Callable[..., Any]) -> None:
+    command = add("suggest", "say which layers to match", _SUGGEST, _run_suggest)
+    for name in ("--teacher", "--student"):
+        command.add_argument(name, required=True, metavar="DIR", help="a model's folder")
+    command.add_argument("--data", required=True, metavar="FILE", help="csv, tsv, jsonl, txt, …")
+    command.add_argument("--text", default="text", metavar="COLUMN", help="default text")
+    command.add_argument("--loss", default="hidden_mse", metavar="NAME", help="default hidden_mse")
+    command.add_argument("--plot", metavar="FILE.png", help="draw the likeness, too")
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
@@ -264,9 +303,25 @@ def _run_export(options: argparse.Namespace) -> int:
     return exporting.export(
         options.folder,
         options.out,
+        options.to,
         task=options.task,
         length=options.length,
         platforms=options.platforms,
+    )
+
+
+def _run_report(options: argparse.Namespace) -> int:
+    return page.write_report(options.folders, options.out)
+
+
+def _run_suggest(options: argparse.Namespace) -> int:
+    return suggesting.suggest(
+        options.teacher,
+        options.student,
+        options.data,
+        options.text,
+        loss=options.loss,
+        plot=options.plot,
     )
 
 

@@ -211,9 +211,11 @@ TEACHER_WIDTH = 768
 Match = dict[str, Any]
 
 
-def _layers(layers: int, step: int = 1, first: int = 0) -> list[tuple[int, int]]:
+def _layers(
+    layers: int, step: int = 1, first: int = 0, of: int = TEACHER_LAYERS
+) -> list[tuple[int, int]]:
     """The student's hidden layers ``first``, ``first + step``…, each with the teacher's as deep."""
-    ratio = TEACHER_LAYERS // layers
+    ratio = of // layers
     return [(layer * ratio, layer) for layer in range(first, layers + 1, step)]
 
 
@@ -255,6 +257,8 @@ def _all() -> dict[str, tuple[Match, ...]]:
         "L6": _layers(6),
         "small": _layers(12, step=2),
         "es": _layers(12, step=2, first=2),
+        "L3of6": _layers(3, of=6),
+        "L12of24": _layers(12, of=24),
     }
     projected = {
         "L3n": ("L3", 384),
@@ -264,12 +268,12 @@ def _all() -> dict[str, tuple[Match, ...]]:
         "es": ("es", 256),
     }
     found = {}
-    for student in ("L3", "L4"):
+    for student in ("L3", "L4", "L3of6", "L12of24"):
         for loss in ("attention_mse", "attention_mse_sum", "attention_ce", "attention_ce_mean"):
             found[f"{student}_{loss}"] = _attention(paths[student][1:], loss)
     for student, path in paths.items():
         found[f"{student}_hidden_smmd"] = _hidden(path, "mmd", twice=True)
-    for student in ("L3", "L6"):
+    for student in ("L3", "L6", "L3of6", "L12of24"):
         found[f"{student}_hidden_mse"] = _hidden(paths[student], "hidden_mse")
     for student, (like, width) in projected.items():
         found[f"{student}_hidden_mse"] = _hidden(paths[like], "hidden_mse", width=width)
@@ -278,7 +282,7 @@ def _all() -> dict[str, tuple[Match, ...]]:
 
 
 MATCHES: dict[str, tuple[Match, ...]] = _all()
-"""The intermediate matches of TextBrewer's examples, by name.
+"""The intermediate matches of TextBrewer's examples, by name, and such for teachers of other depths.
 
 A name is ``{student}_{feature}_{loss}``: ``L4t_hidden_mse`` draws the hidden states of a student of
 four layers, 312 wide, towards those of a teacher of twelve, 768 wide. They add up::
@@ -299,6 +303,8 @@ L4t     4, 312 wide                                     T4-tiny
 L6      6 of 12, every second                           T6
 small   12 of 12, 256 wide; every second is matched     T12-nano, Electra-small
 es      small without the embeddings' output            T12-nano, Electra-small
+L3of6   3 of 6, every second; not TextBrewer's          layers of the teacher, as wide
+L12of24 12 of 24, every second; not TextBrewer's        layers of the teacher, as wide
 ======= =============================================== =====================================
 
 Hidden states are matched from the embeddings' output (layer 0) to the last layer.
@@ -311,6 +317,8 @@ attention scores, which models of `jaxbrewer.zoo` give for ``output_attention_sc
 layers are **counted from 0** here: the last of three is 2. TextBrewer's examples count from 1,
 because their models return ``[None] + layers``; the same layers are meant. Carry a match over from
 there by taking 1 from both of its layers, or return ``[None, *attentions]`` from the adaptors.
+
+For any two depths and widths: `jaxbrewer.zoo.suggest_matches`.
 
 Name → matches, as dicts of the fields of `jaxbrewer.IntermediateMatch`.
 """

@@ -53,8 +53,10 @@ KEPT_APART = {
     "safetensors": {
         "training.teacher_cache", "zoo.folders", "commands.weights",
     },
-    "torch": {"commands.weights"},
-    "transformers": set(),
+    "torch": {"commands.weights", "zoo.onnx", "zoo.torch_twins"},
+    "transformers": {"zoo.torch_twins"},
+    "onnx": {"zoo.onnx"},
+    "onnxruntime": set(),
     "sentence_transformers": set(),
     "textbrewer": set(),
     "tokenizers": set(),

@@ -122,8 +122,40 @@ def projection(name, width_S, width_T):
     return as_model(PROJ_MAP[name](width_S, width_T, rngs=nnx.Rngs(0)))
 
 
-def test_the_names_are_textbrewers():
-    assert MATCHES.keys() == EXPECTED.keys()
+# Ours, for teachers of other depths: student → its depth and the teacher's.
+OF_OTHER_DEPTHS = {"L3of6": (3, 6), "L12of24": (12, 24)}
+OURS = [
+    f"{student}_{loss}"
+    for student in OF_OTHER_DEPTHS
+    for loss in (
+        "attention_mse", "attention_mse_sum", "attention_ce", "attention_ce_mean",
+        "hidden_mse", "hidden_smmd",
+    )
+]  # fmt: skip
+
+
+def test_the_names_are_textbrewers_and_those_of_other_depths():
+    assert MATCHES.keys() == {*EXPECTED, *OURS}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_second_layer_of_other_depths(name):
+    student, loss = name.split("_", 1)
+    depth, deep = OF_OTHER_DEPTHS[student]
+    assert deep == 2 * depth
+    feature = loss.split("_")[0]
+    first = 1 if feature == "attention" else 0
+    pairs = [(2 * layer - first, layer - first) for layer in range(first, depth + 1)]
+    for match, (teacher, own) in zip(MATCHES[name], pairs, strict=True):
+        twice = loss == "hidden_smmd"
+        assert match == {
+            "layer_T": [teacher, teacher] if twice else teacher,
+            "layer_S": [own, own] if twice else own,
+            "feature": feature,
+            "loss": "mmd" if twice else loss,
+            "weight": 1,
+        }
+        assert IntermediateMatch.from_dict(match).to_dict() == match
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -16,7 +16,7 @@ from jaxbrewer.errors import CheckpointError, DamagedCheckpointError
 from jaxbrewer.files import UnreadableFileError, read_json_object
 from jaxbrewer.training.folders import is_finished, scores_in, steps_in
 from jaxbrewer.training.stored import examine
-from jaxbrewer.utils import display_parameters
+from jaxbrewer.utils import LayerNode, display_parameters
 from jaxbrewer.zoo.folders import (
     CONFIG,
     INDEX,
@@ -195,16 +195,21 @@ def _inspect_checkpoint(path: Path, max_level: int) -> int:
     say_line(f"  holds: {', '.join([*sorted(trees), 'position'])}; all of it can be read{known}")
     for name in ("student", "projections"):
         if name in trees:
-            params = jax.tree.map(_shape, trees[name]["params"])
-            if not isinstance(params, dict | list | tuple):
-                params = {"params": params}
-            if isinstance(params, dict) and all(hasattr(p, "shape") for p in params.values()):
-                params = _nested(params)
-            say(f"  {name}:{display_parameters(_escaped_names(params), max_level)[0]}")
+            say(f"  {name}:{parameters_of(trees[name]['params'], max_level)[0]}")
     leaves = jax.tree.leaves(jax.tree.map(_shape, trees["training"]))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) / 2**20
     say_line(f"  training: {len(leaves)} arrays, {size:,.2f} MB: optimizer, random key, counters")
     return FINE
+
+
+def parameters_of(tree: Any, max_level: int | None = None) -> tuple[str, LayerNode]:
+    """`display_parameters` of a checkpoint's parameters by shape, dotted names taken apart."""
+    params = jax.tree.map(_shape, tree)
+    if not isinstance(params, dict | list | tuple):
+        params = {"params": params}
+    if isinstance(params, dict) and all(hasattr(p, "shape") for p in params.values()):
+        params = _nested(params)
+    return display_parameters(_escaped_names(params), max_level)
 
 
 def _step_of(path: Path) -> int:

@@ -94,6 +94,7 @@ from jaxbrewer.zoo.mpnet import (
     MPNetForTokenClassification as MPNetForTokenClassification,
     MPNetModel as MPNetModel,
 )
+from jaxbrewer.zoo.onnx import OnnxFile as OnnxFile, export_onnx as export_onnx
 from jaxbrewer.zoo.outputs import (
     BaseModelOutput as BaseModelOutput,
     MaskedLMOutput as MaskedLMOutput,
@@ -126,6 +127,11 @@ from jaxbrewer.zoo.students import (
     BASES as BASES,
     STUDENTS as STUDENTS,
     student_config as student_config,
+)
+from jaxbrewer.zoo.suggestions import (
+    Similarity as Similarity,
+    similarity as similarity,
+    suggest_matches as suggest_matches,
 )
 from jaxbrewer.zoo.transfer import init_from_layers as init_from_layers
 from jaxbrewer.zoo.xlm_roberta import (

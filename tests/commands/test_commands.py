@@ -63,7 +63,9 @@ def test_the_module_runs_as_a_program():
         assert word in found.stdout
 
 
-@pytest.mark.parametrize("command", ["port", "port-weights", "check", "inspect"])
+@pytest.mark.parametrize(
+    "command", ["port", "port-weights", "check", "inspect", "export", "report", "suggest"]
+)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])

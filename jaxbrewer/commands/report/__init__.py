@@ -1,0 +1,1 @@
+"""``jaxbrewer report``: what one or several runs have left, as one page."""
