@@ -13,6 +13,7 @@ from .distillers.emd import EMDDistiller
 from .machine.memory import share_heap
 from .models.function_model import FunctionModel
 from .models.linen_model import LinenModel
+from .models.outside_teacher import OutsideTeacher
 from .objective.loss import Loss
 from .objective.submodules import CustomMatch
 from .presets import (
@@ -25,6 +26,7 @@ from .presets import (
     WEIGHT_SCHEDULER,
     register_new,
 )
+from .recipes import predict, run_recipe
 from .training.loop import CallbackResult
 from .training.stored import export_hf, load_student
 from .utils import decay_mask
@@ -64,10 +66,13 @@ __all__ = [
     "Loss",
     "MultiTaskDistiller",
     "MultiTeacherDistiller",
+    "OutsideTeacher",
     "TrainingConfig",
     "decay_mask",
     "export_hf",
     "load_student",
+    "predict",
+    "run_recipe",
     "data",
     "data_utils",
     "evaluation",

@@ -14,6 +14,7 @@ from jaxbrewer.commands import (
     checking,
     exporting,
     inspecting,
+    recipes,
     say,
     suggesting,
     weights,
@@ -22,7 +23,11 @@ from jaxbrewer.commands.port import documents
 from jaxbrewer.commands.port.verdicts import Run
 from jaxbrewer.commands.report import page
 from jaxbrewer.commands.zoo_models import TASKS
+from jaxbrewer.data.tables import FORMS
 from jaxbrewer.files import UnreadableFileError
+from jaxbrewer.recipes.reading import Setting, setting
+from jaxbrewer.recipes.schema import TASKS as RECIPE_TASKS
+from jaxbrewer.recipes.schema import Recipe
 
 _MOST_STEPS = 10_000_000
 
@@ -31,6 +36,8 @@ exit codes:
   0  fine
   1  something needs your hand, and the output says what
   2  wrong usage, or a file that cannot be read
+  3  a loss, a gradient or a weight that is not finite; what was before is saved
+130, 143: interrupted, or asked to end (SIGINT, SIGTERM); a training has saved where it was
 """
 
 _PORT = """\
@@ -49,7 +56,10 @@ Checks a distillation without training it and without weights: what is matched w
 parameters, FLOPs and memory of a step, and when checkpoints are saved. Models are the zoo's, with
 adaptors that return logits, hidden_states as 'hidden', attentions as 'attention', the loss as
 'losses' and the attention_mask as 'inputs_mask'; the distiller is GeneralDistiller, the optimizer
-AdamW."""
+AdamW.
+
+Of a recipe (`jaxbrewer train`) the models and the data are read: the same report of its own job, what it is
+compiled for, and how full its batches are. Fields can be set on top, as for train."""
 
 _INSPECT = """\
 Shows what a folder holds. A model's folder: its config and parameters. A checkpoint gs{step}, or an
@@ -73,6 +83,19 @@ Says which of a teacher's layers to match with which of a student's: spread even
 intermediate_matches, and beside it how alike all layers are over some text (linear CKA). Both are
 models' folders with the same tokens; needs pip install 'jaxbrewer[text]'."""
 
+_TRAIN = """\
+Trains what a recipe says, a TOML or JSON file: task, teacher, student, data, the two configs of TextBrewer,
+optimizer, schedule, metrics. `jaxbrewer init` writes one with comments. Any field can be set on top:
+--distillation.temperature 4, --num_epochs 1 (values are read as JSON where they are some). The student's
+folder, in Hugging Face's format, is output_dir/student."""
+
+_INIT = """\
+Writes a recipe with comments, to be filled in and given to `jaxbrewer train`."""
+
+_PREDICT = """\
+Says what a model's folder, such as a recipe writes it, makes of each row of a file: a JSON object a line, in
+the file's order."""
+
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are `CommandError`."""
@@ -89,13 +112,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 fine, 1 something needs the user's hand, 2 wrong usage or an unreadable
-        file, 130 interrupted. ``--help`` and ``--version`` end the program, as argparse does.
+        file, 3 numbers that are not finite, 130 interrupted. ``--help`` and ``--version`` end the
+        program, as argparse does.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        options = parser().parse_args(argv)
+        given, settings = split_settings(sys.argv[1:] if argv is None else argv)
+        options = parser().parse_args(given)
+        if settings and options.command not in ("train", "check"):
+            raise CommandError(
+                f"--{settings[0][0]} is of train and check; {options.command} has none"
+            )
+        options.settings = settings
         return options.run(options)
     except CommandError as error:
         say(f"jaxbrewer: {error}", file=sys.stderr)
@@ -132,6 +162,9 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
+    _add_init(add)
+    _add_train(add)
+    _add_predict(add)
     _add_port(add)
     _add_weights(add)
     _add_check(add)
@@ -140,6 +173,69 @@ def parser() -> argparse.ArgumentParser:
     _add_report(add)
     _add_suggest(add)
     return whole
+
+
+def split_settings(argv: Sequence[str]) -> tuple[list[str], list[Setting]]:
+    """The arguments, without the recipe's fields among them, ``--data.batch_size 16``; and those.
+
+    Raises:
+        CommandError: a field without a value.
+    """
+    rest, settings, words = [], [], iter(argv)
+    is_training = argv[:1] == ["train"]
+    for word in words:
+        name, has_value, value = word.removeprefix("--").partition("=")
+        is_field = "." in name or (is_training and name in Recipe.__dataclass_fields__)
+        if not word.startswith("--") or not is_field:
+            rest.append(word)
+            continue
+        text = value if has_value else next(words, None)
+        if text is None:
+            raise CommandError(f"{word} needs a value")
+        settings.append(setting(name, text))
+    return rest, settings
+
+
+def _add_init(add: Callable[..., Any]) -> None:
+    command = add("init", "write a recipe with comments", _INIT, _run_init)
+    command.add_argument("task", choices=RECIPE_TASKS, metavar="TASK", help=", ".join(RECIPE_TASKS))
+    command.add_argument("--out", default="recipe.toml", metavar="FILE", help="default recipe.toml")
+
+
+def _add_train(add: Callable[..., Any]) -> None:
+    command = add("train", "train what a recipe says", _TRAIN, _run_train)
+    command.add_argument("recipe", metavar="RECIPE", help="a .toml or .json file")
+    command.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in output_dir"
+    )
+    command.add_argument(
+        "--max-examples", type=_count, metavar="N", help="rows of training, and of evaluation"
+    )
+
+
+def _add_predict(add: Callable[..., Any]) -> None:
+    command = add("predict", "say what a model makes of a file's rows", _PREDICT, _run_predict)
+    command.add_argument("folder", metavar="FOLDER", help="a model's folder, with its tokenizer")
+    command.add_argument(
+        "file", metavar="FILE", help="csv, tsv, jsonl, json, conll, txt or parquet"
+    )
+    command.add_argument("--out", metavar="FILE", help="where to; the terminal if left out")
+    command.add_argument(
+        "--text",
+        nargs="+",
+        metavar="COLUMN",
+        help="one, or two of pairs; by the recipe if left out",
+    )
+    command.add_argument(
+        "--task", choices=RECIPE_TASKS, help="by the recipe or the config if left out"
+    )
+    command.add_argument(
+        "--form", choices=FORMS, help="how FILE is read; by its suffix if left out"
+    )
+    command.add_argument(
+        "--max-length", type=_count, metavar="N", help="tokens; by the recipe, or 128"
+    )
+    command.add_argument("--batch-size", type=_count, default=32, metavar="N", help="default 32")
 
 
 def _add_port(add: Callable[..., Any]) -> None:
@@ -178,13 +274,14 @@ def _add_weights(add: Callable[..., Any]) -> None:
 
 def _add_check(add: Callable[..., Any]) -> None:
     command = add("check", "check a distillation without training it", _CHECK, _run_check)
-    command.add_argument("train", metavar="TRAIN.json", help="the training config")
-    command.add_argument("distill", metavar="DISTILL.json", help="the distillation config")
+    command.add_argument(
+        "files", nargs="+", metavar="FILE", help="RECIPE, or TRAIN.json and DISTILL.json"
+    )
     for name in ("--teacher", "--student"):
-        text = "a model's folder, or its config file"
-        command.add_argument(name, required=True, metavar="DIR|FILE", help=text)
-    command.add_argument("--batch-size", type=_count, default=8, metavar="N", help="default 8")
-    command.add_argument("--length", type=_count, default=128, metavar="N", help="default 128")
+        text = "a model's folder, or its config file; of the two configs"
+        command.add_argument(name, metavar="DIR|FILE", help=text)
+    command.add_argument("--batch-size", type=_count, metavar="N", help="default 8")
+    command.add_argument("--length", type=_count, metavar="N", help="default 128")
     command.add_argument("--task", choices=TASKS, help="both heads; by the configs if left out")
     command.add_argument("--num-labels", type=_count, metavar="N", help="classes of both models")
     _add_run(command)
@@ -266,6 +363,32 @@ def _integer(text: str, low: int) -> int:
     return int(text)
 
 
+def _run_init(options: argparse.Namespace) -> int:
+    return recipes.init(options.task, options.out)
+
+
+def _run_train(options: argparse.Namespace) -> int:
+    return recipes.train(
+        options.recipe,
+        options.settings,
+        resume=options.resume,
+        max_examples=options.max_examples,
+    )
+
+
+def _run_predict(options: argparse.Namespace) -> int:
+    return recipes.say_predictions(
+        options.folder,
+        options.file,
+        out=options.out,
+        text=options.text,
+        task=options.task,
+        max_length=options.max_length,
+        batch_size=options.batch_size,
+        form=options.form,
+    )
+
+
 def _run_port(options: argparse.Namespace) -> int:
     return documents.port_files(options.files, options.out, _run_of(options))
 
@@ -282,17 +405,37 @@ def _run_weights(options: argparse.Namespace) -> int:
 
 
 def _run_check(options: argparse.Namespace) -> int:
+    files = options.files
+    given = [name for name in _OF_CONFIGS if getattr(options, name) is not None]
+    if len(files) == 1:
+        if given:
+            raise CommandError(
+                f"--{given[0].replace('_', '-')} is for two configs; fields of a recipe are set by "
+                "their names: --data.batch_size 16"
+            )
+        return recipes.check(files[0], options.settings)
+    if len(files) > 2 or options.settings:
+        raise CommandError("check takes a recipe, with fields to set; or two configs, without")
+    if options.teacher is None or options.student is None:
+        raise CommandError("two configs need --teacher and --student, folders or config files")
+    train, distill = files
     return checking.check(
-        options.train,
-        options.distill,
+        train,
+        distill,
         options.teacher,
         options.student,
         task=options.task,
         num_labels=options.num_labels,
-        batch_size=options.batch_size,
-        length=options.length,
+        batch_size=options.batch_size or 8,
+        length=options.length or 128,
         run=_run_of(options),
     )
+
+
+_OF_CONFIGS = (
+    "teacher", "student", "batch_size", "length", "task", "num_labels", "batches", "epochs",
+    "num_steps",
+)  # fmt: skip
 
 
 def _run_inspect(options: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ import pytest
 
 import jaxbrewer
 from jaxbrewer import __main__ as command_line
+from jaxbrewer.recipes import Recipe
 
 PACKAGE = Path(jaxbrewer.__file__).parent
 
@@ -118,9 +119,9 @@ def flags():
 
 
 def test_flags_in_messages_exist():
-    known = flags() | FOREIGN_FLAGS
+    known = flags() | FOREIGN_FLAGS | {f"--{field}" for field in Recipe.__dataclass_fields__}
     for where, text in MESSAGES.items():
-        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):
+        for flag in re.findall(r"(?<![\w-])(?<!var\()--[a-z][a-z_-]+\b(?!:)", text):
             assert flag in known, f"{where}: {flag}"
 
 

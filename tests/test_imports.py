@@ -37,6 +37,7 @@ FLOORS = [
     ["testing"],
     # the wings
     ["zoo"],
+    ["recipes"],
     ["commands"],
     ["__init__", "__main__"],
 ]
@@ -47,7 +48,10 @@ MOST_ROOMS = 25
 # Libraries that only some files may know.
 KEPT_APART = {
     "orbax": {"training.backend"},
-    "optax": {"commands.checking", "step.optimizer", "step.program", "testing", "training.run"},
+    "optax": {
+        "commands.checking", "recipes.jobs", "recipes.schema", "step.optimizer", "step.program",
+        "testing", "training.run",
+    },
     "tensorboardX": {"training.event_files"},
     "tqdm": {"training.teacher_cache", "training.loop"},
     "safetensors": {

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 from typing import TextIO
 
-FINE, BY_HAND, UNUSABLE = 0, 1, 2
-"""Exit codes: nothing to do; something needs the user's hand; wrong usage or an unreadable file."""
+FINE, BY_HAND, UNUSABLE, NOT_FINITE = 0, 1, 2, 3
+"""Exit codes: nothing to do; something needs the user's hand; wrong usage or an unreadable file; a loss,
+a gradient or a weight that is not finite."""
 
 
 class CommandError(Exception):

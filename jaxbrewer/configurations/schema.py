@@ -113,7 +113,9 @@ def _field_names(cls: Any) -> list[str]:
 
 
 def _required(cls: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(cls)
+    return [f.name for f in fields if f.default is missing and f.default_factory is missing]
 
 
 def _thawed(value: Any) -> Any:

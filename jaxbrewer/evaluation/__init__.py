@@ -1,5 +1,6 @@
 """How good a model is: metrics over a loader's batches."""
 
+from .answers import Answers, Window
 from .evaluator import Evaluator
 from .metrics import (
     F1,
@@ -17,6 +18,7 @@ __all__ = [
     "F1",
     "Accuracy",
     "Agreement",
+    "Answers",
     "Divergence",
     "Evaluator",
     "Matthews",
@@ -24,4 +26,5 @@ __all__ = [
     "Pearson",
     "SpanF1",
     "Spearman",
+    "Window",
 ]

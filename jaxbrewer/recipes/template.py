@@ -1,0 +1,116 @@
+"""A recipe to fill in, with comments."""
+
+from ..errors import suggest
+from .schema import TASKS
+
+_HEAD = """\
+# Run it:          jaxbrewer train {file}
+# Look first:      jaxbrewer check {file}
+# A short trial:   jaxbrewer train {file} --max-examples 200 --num_epochs 1
+# After a kill:    jaxbrewer train {file} --resume
+# Any field can be set on the command line: --distillation.temperature 4
+# Paths are relative to this file.
+
+task = "{task}"
+
+# A folder in Hugging Face's format, with a head for the task and tokenizer.json. Without a teacher (and
+# without [distillation]) the student learns from labels alone: so a teacher is made.
+teacher = "teacher"
+
+num_epochs = 3          # or num_steps, optimizer steps
+max_grad_norm = 1.0     # -1: gradients are not clipped
+{metrics}
+best_metric = "{best}"{space}# the best checkpoint by it becomes the student; without it the last one
+
+# One of: layers of the teacher, counted from 0, that it begins with; folder, a pretrained model;
+# shape, such as "T3", with random weights.
+[student]
+layers = [1, 3, 5]
+
+[data]
+train = "train.{suffix}"
+eval = "dev.{suffix}"      # {forms}
+{columns}
+max_length = {length}       # tokens; longer texts are cut
+batch_size = 32
+buckets = 8             # lengths that batches are padded to, chosen from the data
+
+# TextBrewer's TrainingConfig, or the path of its JSON: training = "train.json" above the first table.
+[training]
+output_dir = "out"      # checkpoints, and the student in out/student
+log_dir = "out/log"     # tensorboard files
+device = "{device}"
+max_to_keep = 2
+# gradient_accumulation_steps = 2
+# fp16 = true           # half precision by fp16_opt_level, "O1" or "O2"
+
+# TextBrewer's DistillationConfig, or its JSON likewise.
+[distillation]
+temperature = 8
+{hard}
+# The output of each student layer is drawn to that of the teacher layer it began with; layer 0 is the
+# embeddings' output. Where widths differ, add proj = ["linear", width of the student, of the teacher].
+intermediate_matches = [
+    {{ layer_T = 0, layer_S = 0, feature = "hidden", loss = "hidden_mse", weight = 1 }},
+    {{ layer_T = 2, layer_S = 1, feature = "hidden", loss = "hidden_mse", weight = 1 }},
+    {{ layer_T = 4, layer_S = 2, feature = "hidden", loss = "hidden_mse", weight = 1 }},
+    {{ layer_T = 6, layer_S = 3, feature = "hidden", loss = "hidden_mse", weight = 1 }},
+]
+
+# By optax's names and arguments. "decay_mask" leaves biases and norms undecayed.
+[optimizer]
+name = "adamw"
+learning_rate = 1e-4
+weight_decay = 0.01
+mask = "decay_mask"
+
+# A factor of the learning rate, by its name in jaxbrewer.schedulers; num_training_steps is the run's.
+[scheduler]
+name = "get_linear_schedule_with_warmup"
+num_warmup_steps = 0.1  # steps, or below 1 a part of the run
+"""
+
+_OF_TASK = {
+    "sequence-classification": {
+        "metrics": 'metrics = ["accuracy"]  # f1, matthews, pearson, spearman, agreement, kl',
+        "best": "accuracy",
+        "suffix": "tsv",
+        "forms": "csv, tsv, jsonl, json, parquet, by the suffix or by form",
+        "columns": 'text = "sentence"       # the column of the text, or two for pairs: ["s1", "s2"]\n'
+        'label = "label"         # of its names or numbers; labels = ["no", "yes"] sets the order',
+        "length": "128",
+        "hard": "hard_label_weight = 0   # of the loss on labels; 0: train needs none",
+    },
+    "token-classification": {
+        "metrics": 'metrics = ["span_f1"]   # accuracy, f1, agreement, kl',
+        "best": "span_f1",
+        "suffix": "conll",
+        "forms": "conll, jsonl, json, parquet, by the suffix or by form",
+        "columns": 'text = "tokens"         # the column of the words; of CoNLL files it is this\n'
+        'label = "tags"          # and of their tags',
+        "length": "128",
+        "hard": "hard_label_weight = 1   # of the loss on labels; 0: train needs none",
+    },
+    "question-answering": {
+        "metrics": 'metrics = ["answers"]   # exact_match and f1, by SQuAD\'s rules',
+        "best": "f1",
+        "suffix": "json",
+        "forms": "SQuAD's JSON, or jsonl with id, question, context and answers",
+        "columns": "stride = 128            # tokens that two windows of a long context share",
+        "length": "384",
+        "hard": "hard_label_weight = 1   # of the loss on answers; 0: train needs none",
+    },
+}
+
+
+def template(task: str, *, file: str = "recipe.toml", device: str = "cpu") -> str:
+    """A recipe of a task in TOML, with comments.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    if task not in TASKS:
+        raise ValueError(f"there is no task {task!r} of recipes: {suggest(task, TASKS)}")
+    words = _OF_TASK[task]
+    space = " " * max(1, 24 - len(f'best_metric = "{words["best"]}"'))
+    return _HEAD.format(task=task, file=file, device=device, space=space, **words)
