@@ -123,6 +123,7 @@ class Loop:
         processes: this process and the others.
         is_asked: whether this process has been asked to stop; of several, batches tell it.
         print_freq: log lines in an epoch, or between two checkpoints of a run by steps.
+        checkpoint_bytes: what the arrays of a checkpoint take.
         data_draw: whether taking a batch may draw on the host's random generators.
     """
 
@@ -144,6 +145,7 @@ class Loop:
     evaluate: Callable[["Loop", TrainState], None] = lambda loop, state: None
     evaluates_at: Callable[[int], bool] = lambda step: False
     print_freq: int = 20
+    checkpoint_bytes: int = 0
     data_draw: bool = True
     _pending: deque[Begun] = field(default_factory=deque)
     _opened: int = 0  # micro-batches in the current accumulation window
@@ -412,6 +414,7 @@ class Loop:
         checkpoints = self.timeline.checkpoints()
         shown = ", ".join(map(str, checkpoints[:12])) + (" …" if len(checkpoints) > 12 else "")
         self._say("Training steps: %d; checkpoints at steps %s", self.timeline.total_steps, shown)
+        self._say("%s", _room(len(checkpoints), self.checkpoint_bytes / 1e6, self.checkpoints))
 
     @property
     def is_chief(self) -> bool:
@@ -421,6 +424,18 @@ class Loop:
     def _say(self, message: str, *values: Any) -> None:
         if self.is_chief:
             logger.info(message, *values)
+
+
+def _room(count: int, size: float, checkpoints: Checkpoints) -> str:
+    """What the checkpoints take on disk, in words; `size` is that of one in MB."""
+    kept = checkpoints.max_to_keep
+    each = (
+        f"{count} checkpoint{'s' if count != 1 else ''} of {size:,.1f} MB in {checkpoints.folder}"
+    )
+    if kept is None or kept >= count:
+        limit = "; max_to_keep would keep fewer" if count > 1 and kept is None else ""
+        return f"{each}: {count * size:,.1f} MB at the end{limit}"
+    return f"{each}, of which {kept} stay{'s' if kept == 1 else ''}: {(kept + 1) * size:,.1f} MB at the most"
 
 
 def _stop_message(

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -225,6 +226,7 @@ def _loop(
         tags = {tag for task in tasks.values() for tag in task.tags}
         tags |= between.tags(ready.start)
         metrics.go_on(resumed.path.name, ready.start.micro_step, tags)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     state, frozen = program.parted(placement.enter(state))
     return Loop(
         tasks=tasks,
@@ -245,6 +247,7 @@ def _loop(
         processes=setting.processes,
         is_asked=is_asked,
         print_freq=job.print_freq,
+        checkpoint_bytes=size,
         data_draw=any(feed.may_draw for feed in setting.request.feeds.values()),
     )
 

@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -112,12 +113,24 @@ def test_the_log_tells_the_plan_and_the_progress(tmp_path, caplog):
         distiller.train(nnx_job.SGD, nnx_job.loader(2), num_epochs=2)
     for line in (
         "Training steps: 4; checkpoints at steps 2, 4",
+        f"2 checkpoints of 0.0 MB in {tmp_path / 'out'}: 0.0 MB at the end; max_to_keep would",
         "Global step 2 of 4",
         "Saving at global step 2, epoch 1",
         "Epoch 2 finished",
         "Training finished at step 4",
     ):
         assert line in caplog.text
+
+
+def test_what_checkpoints_will_take_is_told_at_the_start():
+    def room(count, kept):
+        return loop._room(count, 100.0, SimpleNamespace(max_to_keep=kept, folder="out"))
+
+    assert room(3, None) == (
+        "3 checkpoints of 100.0 MB in out: 300.0 MB at the end; max_to_keep would keep fewer"
+    )
+    assert room(3, 1) == "3 checkpoints of 100.0 MB in out, of which 1 stays: 200.0 MB at the most"
+    assert room(1, None) == room(1, 2) == "1 checkpoint of 100.0 MB in out: 100.0 MB at the end"
 
 
 class Unsized:
