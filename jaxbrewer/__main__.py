@@ -182,7 +182,7 @@ def split_settings(argv: Sequence[str]) -> tuple[list[str], list[Setting]]:
         CommandError: a field without a value.
     """
     rest, settings, words = [], [], iter(argv)
-    is_training = argv[:1] == ["train"]
+    is_training = [*argv[:1]] == ["train"]
     for word in words:
         name, has_value, value = word.removeprefix("--").partition("=")
         is_field = "." in name or (is_training and name in Recipe.__dataclass_fields__)

@@ -67,7 +67,7 @@ def test_exit_codes_tell_what_went_wrong(path, tmp_path, capsys):
         ("train", path, "--num_steps", "1"): (1, "expected one of num_epochs and num_steps"),
         ("train", path, "--data.label", "text"): (1, "is no class"),
         ("train", str(tmp_path / "no.toml")): (2, "there is no such file"),
-        ("train", path, "--optimizer.learning_rate", "1e30"): (3, "not finite"),
+        ("train", path, "--optimizer.learning_rate", "1e30"): (3, "The last good checkpoint is"),
         ("check", path, "--batch-size", "3"): (2, "--data.batch_size 16"),
         ("check", path, "x", "--data.text", "y"): (2, "check takes a recipe"),
         ("check", path, "x"): (2, "two configs need --teacher and --student"),

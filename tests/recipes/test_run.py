@@ -93,6 +93,7 @@ def test_a_student_of_another_vocabulary_has_inputs_of_its_own(tiny, tmp_path):
     folder = write_model(tmp_path / "other", "sequence-classification", seed=3)
     write_tokenizer(folder, WORDS[::-1])
     values = tiny(student=folder, metrics=["accuracy", "agreement"])
+    values["distillation"]["intermediate_matches"][0]["layer_S"] = 2
     job = prepared(read_recipe(values))
     batch = next(iter(job.train))
     assert batch.keys() == {"teacher", "student"} and "labels" not in batch["teacher"]
