@@ -2,7 +2,9 @@
 
 import argparse
 import io
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -25,6 +27,7 @@ from jaxbrewer.commands.report import page
 from jaxbrewer.commands.zoo_models import TASKS
 from jaxbrewer.data.tables import FORMS
 from jaxbrewer.files import UnreadableFileError
+from jaxbrewer.machine.described import EXAMPLES
 from jaxbrewer.recipes.reading import Setting, setting
 from jaxbrewer.recipes.schema import TASKS as RECIPE_TASKS
 from jaxbrewer.recipes.schema import Recipe
@@ -280,6 +283,8 @@ def _add_check(add: Callable[..., Any]) -> None:
     for name in ("--teacher", "--student"):
         text = "a model's folder, or its config file; of the two configs"
         command.add_argument(name, metavar="DIR|FILE", help=text)
+    text = f"of a recipe: devices that need not be there: {EXAMPLES}"
+    command.add_argument("--on", metavar="DEVICES", help=text)
     command.add_argument("--batch-size", type=_count, metavar="N", help="default 8")
     command.add_argument("--length", type=_count, metavar="N", help="default 128")
     command.add_argument("--task", choices=TASKS, help="both heads; by the configs if left out")
@@ -413,7 +418,11 @@ def _run_check(options: argparse.Namespace) -> int:
                 f"--{given[0].replace('_', '-')} is for two configs; fields of a recipe are set by "
                 "their names: --data.batch_size 16"
             )
-        return recipes.check(files[0], options.settings)
+        if options.on is not None and os.environ.get("JAX_PLATFORMS") != "cpu":
+            return _on_cpu(options.on)
+        return recipes.check(files[0], options.settings, on=options.on)
+    if options.on is not None:
+        raise CommandError("--on is for a recipe: jaxbrewer check RECIPE --on tpu:v5e:2x4")
     if len(files) > 2 or options.settings:
         raise CommandError("check takes a recipe, with fields to set; or two configs, without")
     if options.teacher is None or options.student is None:
@@ -430,6 +439,14 @@ def _run_check(options: argparse.Namespace) -> int:
         length=options.length or 128,
         run=_run_of(options),
     )
+
+
+def _on_cpu(on: str) -> int:
+    """The same command in a process of its own, whose devices are CPUs whatever is installed."""
+    platform, _, count = on.partition(":")
+    several = {"JAX_NUM_CPU_DEVICES": count} if platform == "cpu" and count.isdecimal() else {}
+    command = [sys.executable, "-m", "jaxbrewer", *sys.argv[1:]]
+    return subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu", **several}).returncode
 
 
 _OF_CONFIGS = (

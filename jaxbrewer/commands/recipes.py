@@ -36,8 +36,13 @@ def train(
     return FINE
 
 
-def check(recipe: str, settings: Sequence[Setting]) -> int:
+def check(recipe: str, settings: Sequence[Setting], *, on: str | None) -> int:
     """Reads the models and the data of a recipe, and looks at its job without training it.
+
+    Args:
+        recipe: its file.
+        settings: fields to set on top.
+        on: devices to compile the step for, see `machine.described`; or None.
 
     Raises:
         CommandError: what is wrong with it, or with its data or models.
@@ -46,7 +51,7 @@ def check(recipe: str, settings: Sequence[Setting]) -> int:
         read = read_recipe(recipe, settings)
         job = jobs.prepared(read)
         with job.distiller as distiller, contextlib.redirect_stdout(io.StringIO()):
-            report = distiller.check(max(job.train, key=_tokens), jobs.optimizer_of(read))
+            report = distiller.check(max(job.train, key=_tokens), jobs.optimizer_of(read), on=on)
     say(report)
     say(f"\ntrain: {job.train!r}")
     shapes = ", ".join(f"{size} × {length}" for size, length in job.train.shapes)

@@ -229,6 +229,7 @@ class Trainable:
         batch: Any,
         optimizer: Optimizer | None = None,
         *,
+        on: str | None = None,
         trainable: Selection | None = None,
         **args: Any,
     ) -> str:
@@ -237,6 +238,8 @@ class Trainable:
         Args:
             batch: as the loader would give it.
             optimizer: as for `train`; without it, its state is left out of the memory.
+            on: devices that need not be there, for which the step is compiled too: ``'tpu:v5e:2x4'``,
+                ``'gpu:h100:8'``, ``'cpu:8'``; see `machine.described`. Needs the optimizer.
             trainable: as for `train`.
             **args: as for `train`.
 
@@ -246,9 +249,10 @@ class Trainable:
         The batch is taken as it is: what a ``batch_postprocessor`` would do to it must be done.
 
         Raises:
-            PreflightError: all that is wrong.
+            PreflightError: all that is wrong, or that it does not fit on these devices.
+            ValueError: nothing here compiles for them.
         """
-        return self._report({"": own(batch)}, optimizer, {"trainable": trainable, **args})
+        return self._report({"": own(batch)}, optimizer, {"trainable": trainable, **args}, on)
 
     def evaluate(self, dataloader: Any, metrics: Any, **args: Any) -> dict[str, float]:
         """Computes metrics of the student as it is now, in evaluation mode; in a callback too.
@@ -382,9 +386,13 @@ class Trainable:
         return self.model_S
 
     def _report(
-        self, batches: Mapping[str, Batch], optimizer: Optimizer | None, args: Mapping[str, Any]
+        self,
+        batches: Mapping[str, Batch],
+        optimizer: Optimizer | None,
+        args: Mapping[str, Any],
+        on: str | None,
     ) -> str:
-        report = training.report(self.job(**args), batches, optimizer)
+        report = training.report(self.job(**args), batches, optimizer, on)
         print(report)
         return report
 

@@ -366,9 +366,10 @@ class MultiTaskDistiller(GeneralDistiller):
         batch: Mapping[str, Any],
         optimizer: Optimizer | None = None,
         *,
+        on: str | None = None,
         trainable: Selection | None = None,
         **args: Any,
     ) -> str:
         """As `Trainable.check`, with a dict of batches by task."""
         batches = {task: own(one) for task, one in batch.items()}
-        return self._report(batches, optimizer, {"trainable": trainable, **args})
+        return self._report(batches, optimizer, {"trainable": trainable, **args}, on)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from ..configurations.configs import TrainingConfig
 from ..data.batches import Batch, Whole
@@ -26,6 +26,8 @@ from .repeatable import compiler_options
 logger = logging.getLogger(__name__)
 
 AXIS = "data"
+
+_ROW = np.ones(3, np.float32)  # what the schedule gives a step
 
 # Leaves with fewer elements stay whole on every device: cutting them would cost more than it saves.
 SMALLEST_CUT = 1024
@@ -68,6 +70,10 @@ class Placement(Protocol):
         """The step: ``(state, teacher_variables, batch, row, frozen) -> (state, metrics)``."""
         ...
 
+    def lower(self, program: Program, batch: Batch) -> jax.stages.Lowered:
+        """The step as `compile` has it, by the shapes of a batch: nothing need lie on the devices."""
+        ...
+
     def examine(self, program: Program, term: str | None) -> Callable:
         """`Program.examine`, as `compile` has the step: takes what it takes, and changes nothing."""
         ...
@@ -93,6 +99,17 @@ def placement_for(config: TrainingConfig) -> Placement:
     if config.local_rank < 0 and not config.data_parallel:
         return OneDevice(resolve_device(config.device))
     devices = resolve_devices(config.device, rank=config.local_rank)
+    return Pmapped(devices) if config.mapping == "pmap" else Sharded(devices, config.sharding)
+
+
+def placement_on(devices: Sequence[jax.Device], config: TrainingConfig) -> Placement:
+    """The placement of a config on these devices, which may be described ones: on all of them.
+
+    Raises:
+        ValueError: the config maps the step over devices, which are not there.
+    """
+    if len(devices) == 1:
+        return OneDevice(devices[0])
     return Pmapped(devices) if config.mapping == "pmap" else Sharded(devices, config.sharding)
 
 
@@ -155,6 +172,16 @@ class OneDevice:
         if options is None:
             return program.compiled
         return jax.jit(program.step, donate_argnums=0, compiler_options=options)
+
+    def lower(self, program: Program, batch: Batch) -> jax.stages.Lowered:
+        """See `Placement.lower`."""
+        here = SingleDeviceSharding(self.devices[0])
+        state = jax.eval_shape(lambda: program.init(0))
+        arguments = state, program.teacher.variables, batch, _ROW
+        state, teacher, batch, row = jax.tree.map(partial(_shape, sharding=here), arguments)
+        state, frozen = program.parted(state)
+        step: Any = self.compile(program)
+        return step.lower(state, teacher, batch, row, frozen)
 
     def examine(self, program: Program, term: str | None) -> Callable:
         """See `Placement.examine`."""
@@ -297,6 +324,28 @@ class Sharded(_Mesh):
         options = compiler_options(self.devices)
         return jax.jit(program.step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
+    def lower(self, program: Program, batch: Batch) -> jax.stages.Lowered:
+        """See `Placement.lower`: rows are shared out where they can be, and repeated elsewhere."""
+        rows = rows_of(batch)
+        even = rows % len(self.devices) == 0
+        state = jax.tree.map(
+            _shape, jax.eval_shape(lambda: program.init(0)), self._state_shardings(program)
+        )
+        variables = program.teacher.variables
+        cut = self.shardings(variables, cut=self.sharding is not None)
+        places = jax.tree.map(
+            lambda x: self.cut if even and has_rows(x, rows) else self.whole, batch
+        )
+        state, frozen = program.parted(state)
+        step: Any = self.compile(program)
+        return step.lower(
+            state,
+            jax.tree.map(_shape, variables, cut),
+            jax.tree.map(_shape, batch, places),
+            _shape(_ROW, self.whole),
+            frozen,
+        )
+
     def examine(self, program: Program, term: str | None) -> Callable:
         """See `Placement.examine`."""
         return jax.jit(partial(program.examine, term=term), out_shardings=self.whole)
@@ -385,6 +434,16 @@ class Pmapped(_Mesh):
             devices=list(self.devices),
         )
 
+    def lower(self, program: Program, batch: Batch) -> jax.stages.Lowered:
+        """See `Placement.lower`.
+
+        Raises:
+            ValueError: always: what is mapped is lowered with arrays alone.
+        """
+        raise ValueError(
+            "mapping='pmap' cannot be looked at for devices that are not there: use mapping='sharded'"
+        )
+
     def examine(self, program: Program, term: str | None) -> Callable:
         """See `Placement.examine`."""
         mapped = replace(program, axis=AXIS)
@@ -410,6 +469,12 @@ def rows_of(batch: Batch) -> int:
 def has_rows(x: Any, rows: int) -> bool:
     """Whether an array of a batch holds something for each of its `rows` examples."""
     return np.ndim(x) > 0 and np.shape(x)[0] == rows
+
+
+def _shape(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    """An array's shape and type, in its place."""
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(np.shape(x), dtype, sharding=sharding)
 
 
 def _placed(x: Any, sharding: NamedSharding) -> jax.Array:

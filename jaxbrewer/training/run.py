@@ -35,6 +35,7 @@ from .checkpoints import Checkpoints
 from .comparison import changes
 from .comparison.record import weights_of, with_schedule
 from .comparison.start import ahead_of, recorded
+from .elsewhere import account_on
 from .evaluations import Evaluations
 from .feed import fed, watched
 from .folders import make
@@ -424,8 +425,19 @@ def _bring_back(setting: _Setting, end: Resumed, on_checkpoint: OnCheckpoint) ->
     progress.note(steps=end.position.global_step, variables=variables)
 
 
-def report(job: Job, batches: Mapping[str, Batch], optimizer: Optimizer | None) -> str:
-    """Checks as `train` would, and describes what would be trained and at what cost."""
+def report(
+    job: Job, batches: Mapping[str, Batch], optimizer: Optimizer | None, on: str | None = None
+) -> str:
+    """Checks as `train` would, and describes what would be trained and at what cost.
+
+    Args:
+        job: what to train.
+        batches: a batch of each task.
+        optimizer: as for ``train``, or None.
+        on: devices that need not be there, see `machine.described`; needs the optimizer.
+    """
+    if on is not None and optimizer is None:
+        raise ValueError(f"check(…, on={on!r}) needs the optimizer, whose state takes memory too")
     halves = job.config.fp16 and job.config.fp16_opt_level != "O0"
     prepared = prepare(
         job,
@@ -437,4 +449,6 @@ def report(job: Job, batches: Mapping[str, Batch], optimizer: Optimizer | None) 
     for task, program in prepared.programs.items():
         lines += ["", f"task {task!r}"] if task else [""]
         lines.append(describe(program, batches[task], with_optimizer=optimizer is not None))
+    if on is not None and optimizer is not None:
+        lines += ["", *account_on(on, job, batches, optimizer)]
     return "\n".join(lines)

@@ -87,7 +87,7 @@ def test_every_command_has_help(command, capsys):
         (["port", "x.json", "--batches", "2", "--num-steps", "2"], "not both"),
         (["port", "x.json", "--batches", "9999999", "--epochs", "9"], "more than 10,000,000"),
         (["port-weights", "x.pkl"], "required: --config, --out"),
-        (["check", "a", "b", "--teacher", "x"], "required: --student"),
+        (["check", "a", "b", "--teacher", "x"], "two configs need --teacher and --student"),
         (["check", "a", "b", "--teacher", "x", "--student", "y"], "a: there is no such file"),
         (["inspect", "nowhere"], "nowhere is not there"),
     ],

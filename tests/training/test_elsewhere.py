@@ -1,0 +1,96 @@
+"""What a job takes on devices that are not there, or are only virtual."""
+
+import functools
+import importlib.util
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxbrewer import BasicTrainer, FunctionModel, TrainingConfig
+from jaxbrewer.errors import PreflightError
+from jaxbrewer.machine import described
+from jaxbrewer.machine.compiled import collectives_in
+
+WIDTH, ROWS = 1024, 16  # a TPU keeps arrays in tiles, which such sizes fill
+BATCH = {"x": np.ones((ROWS, WIDTH), np.float32)}
+OPTIMIZER = functools.partial(optax.adam, learning_rate=1e-3)
+STATE = 3 * WIDTH * WIDTH * 4  # the matrix and its two moments
+
+
+def trainer(folder, **training):
+    model = FunctionModel(lambda w, x: {"losses": jnp.mean(jnp.tanh(x @ w["w"]) ** 2)},
+                          {"w": jnp.ones((WIDTH, WIDTH))})  # fmt: skip
+    config = TrainingConfig(output_dir=folder, device="cpu", **training)
+    return BasicTrainer(config, model, lambda batch, outputs: outputs)
+
+
+def told(folder, on, **training):
+    with trainer(folder, **training) as basic:
+        return basic.check(BATCH, OPTIMIZER, on=on).split("\n\n")[-1]
+
+
+def test_one_device_holds_the_state_and_updates_it_in_place(tmp_path, capsys):
+    said = told(tmp_path, "cpu:1")
+    assert said.startswith("on cpu:1: 1 × cpu\n  compiled in") and "sends nothing" in said
+    assert f"({STATE / 2**20:.2f} MiB of them updated in place)" in said
+    assert "GFLOP a device" in said and not list(tmp_path.iterdir())
+
+
+def test_several_devices_send_gradients_or_parameters(tmp_path):
+    whole = told(tmp_path, "cpu:4")
+    assert f"all-reduce of {WIDTH * WIDTH * 4 / 2**20:.2f} MiB" in whole
+    cut = told(tmp_path, "cpu:4", data_parallel=True, sharding="all")
+    assert f"({STATE / 4 / 2**20:.2f} MiB of them updated in place)" in cut
+    assert "all-gather of" in cut
+
+
+def test_what_does_not_fit_is_told_with_ways_out(tmp_path, monkeypatch):
+    small = described.Described("cpu:1", described.described("cpu:1").devices, memory=1000)
+    monkeypatch.setattr("jaxbrewer.training.elsewhere.described", lambda name: small)
+    with pytest.raises(
+        PreflightError, match=r"does not fit on cpu:1: .*gradient_accumulation_steps"
+    ):
+        told(tmp_path, "cpu:1")
+
+
+def test_what_cannot_be_compiled_for_is_named(tmp_path):
+    wrong = {
+        "h100": "expected devices such as tpu:v5e:2x4",
+        "tpu:v5e:8": "needs libtpu|expected a shape of chips|no such devices",
+        "cpu:0": "expected from 1 to 256 devices, not '0'",
+        "cpu:99": "this process has 8 CPU device",
+    }
+    for name, words in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            told(tmp_path, name)
+    with trainer(tmp_path) as basic, pytest.raises(ValueError, match="needs the optimizer"):
+        basic.check(BATCH, on="cpu:1")
+    with pytest.raises(ValueError, match="mapping='pmap' cannot be looked at"):
+        told(tmp_path, "cpu:4", data_parallel=True, mapping="pmap")
+
+
+def test_collectives_are_read_off_a_programs_text():
+    text = """
+  %all-reduce.1 = (f32[8,4]{1,0}, bf16[2]{0}) all-reduce(%a, %b), replica_groups={}
+  %ag = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%c), dimensions={0}
+  %agd = f32[8,4]{1,0} all-gather-done(%ag)
+  ROOT %rs = f32[1,4]{1,0} reduce-scatter(%d), dimensions={0}
+"""
+    assert collectives_in(text) == {
+        "all-reduce": (1, 132),
+        "all-gather": (1, 128),
+        "reduce-scatter": (1, 16),
+    }
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("sharding", [None, "all"])
+def test_a_step_compiles_for_tpus(sharding, tmp_path):
+    parallel = {"data_parallel": True, "sharding": sharding} if sharding else {}
+    said = told(tmp_path, "tpu:v5e:2x4", **parallel)
+    assert "on tpu:v5e:2x4: 8 × TPU v5 lite, 16 GiB each" in said and "cycles" in said
+    share = STATE if sharding is None else STATE / 8
+    assert f"({share / 2**20:.2f} MiB of them updated in place)" in said
+    assert "1 × TPU v5 lite" in told(tmp_path, "tpu:v5e:1x1")
