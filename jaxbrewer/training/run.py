@@ -37,6 +37,7 @@ from .comparison.start import ahead_of, recorded
 from .evaluations import Evaluations
 from .feed import fed, watched
 from .folders import make
+from .json_lines import JsonLines
 from .loop import CompiledTask, Loop
 from .metrics import MetricsWriter
 from .outcome import OnCheckpoint, Outcome, Progress
@@ -44,8 +45,11 @@ from .request import Request, make_factor, make_timeline
 from .resume import Resumed, checkpoint_to_resume, open_streams
 from .stored import read_variables
 from .timeline import Timeline
+from .writers import Sink
 
 logger = logging.getLogger(__name__)
+
+_TOTAL = "scalar/total_loss"
 
 
 def train(job: Job, request: Request, on_checkpoint: OnCheckpoint) -> Outcome:
@@ -122,7 +126,7 @@ def _run(progress: Progress, request: Request, on_checkpoint: OnCheckpoint) -> N
     with (
         signals.waiting() as asked,
         _checkpoints(progress, processes, resumed) as checkpoints,
-        _metrics(job, processes) as metrics,
+        _metrics(job, processes, is_new=resumed is None) as metrics,
     ):
         evaluations = Evaluations(
             setting.request, progress, on_checkpoint, checkpoints, processes, resumed
@@ -331,11 +335,21 @@ def _checkpoints(
 
 
 @contextlib.contextmanager
-def _metrics(job: Job, processes: Processes) -> Iterator[MetricsWriter]:
+def _metrics(job: Job, processes: Processes, *, is_new: bool) -> Iterator[MetricsWriter]:
     """Where the numbers go; closed at the end."""
-    metrics = MetricsWriter(job.open_writer() if processes.rank == 0 else None)
+    metrics = MetricsWriter(tuple(_sinks(job, is_new=is_new)) if processes.rank == 0 else ())
     with afterwards("writing the metrics", metrics.close):
         yield metrics
+
+
+def _sinks(job: Job, *, is_new: bool) -> Iterator[Sink]:
+    writer = job.open_writer()
+    if writer is not None:
+        from .event_files import Tensorboard  # only who writes waits for its imports
+
+        yield Tensorboard(writer)
+    if job.config.log_dir is not None:
+        yield JsonLines(job.config.log_dir, is_new=is_new)
 
 
 def _rehearse(request: Request) -> None:
@@ -362,7 +376,7 @@ def _compiled(program: Program, placement: Placement, teacher: Any) -> CompiledT
 def _tags(program: Program) -> tuple[str, ...]:
     """The names of a step's numbers in the logs."""
     scaled = ("loss_scale", "skipped_windows") if program.precision.is_scaled else ()
-    return "scalar/total_loss", *(f"scalar/{name}" for name in (*program.names, *scaled))
+    return _TOTAL, *(f"scalar/{name}" for name in (*program.names, *scaled))
 
 
 def _copies(placement: Placement, state: TrainState) -> Any:
@@ -393,7 +407,7 @@ def _bring_back(setting: _Setting, end: Resumed, on_checkpoint: OnCheckpoint) ->
     if changes.record_in(end.saved) is None:
         found = changes.compare_configs(end.saved, job.about)
         changes.check(end.path, job.config, found, processes)
-    tags: set[str] = set()
+    tags = {_TOTAL}
     # Projections of custom matches are made when the models are looked at.
     if job.custom_matches or changes.record_in(end.saved) is not None:
         start = Position()
@@ -415,7 +429,7 @@ def _bring_back(setting: _Setting, end: Resumed, on_checkpoint: OnCheckpoint) ->
         progress.note(job=job, student=student, projections=projections)
         evaluations = Evaluations(request, progress, on_checkpoint, checkpoints, processes, end)
         if evaluations.is_missing(end.position.global_step, saves=True):
-            with _metrics(job, processes) as metrics:
+            with _metrics(job, processes, is_new=False) as metrics:
                 metrics.go_on(end.path.name, end.position.micro_step, tags)
                 evaluations.make(variables, end.position, metrics, is_saved=True)
     progress.note(steps=end.position.global_step, variables=variables)
