@@ -1,12 +1,12 @@
 """The way of the numbers, from the training thread to those who take them (see `writers`)."""
 
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from .writers import Point, Sink, for_each
+from .writers import Point, Sink, close_all, for_each
 
 TOGETHER = 32  # points are written so many at a time,
 LATEST = 1.0  # or after so many seconds,
@@ -23,7 +23,7 @@ class MetricsWriter:
         sinks: where the points go, in this order; none: nothing is written.
     """
 
-    def __init__(self, sinks: Sequence[Sink] = ()):
+    def __init__(self, sinks: Iterable[Sink] = ()):
         self._sinks = tuple(sinks)
         self._thread = ThreadPoolExecutor(1) if self._sinks else None
         self._points: list[Point] = []
@@ -35,6 +35,7 @@ class MetricsWriter:
 
         Raises:
             OSError: points before it could not be written.
+            RuntimeError: a writer of the user's has failed at one of them.
         """
         if self._thread is None:
             return
@@ -81,6 +82,6 @@ class MetricsWriter:
         try:
             self.flush()
         finally:
-            closing = self._thread.submit(for_each, self._sinks, lambda sink: sink.close())
+            closing = self._thread.submit(close_all, self._sinks)
             self._thread.shutdown()
             closing.result()

@@ -126,7 +126,7 @@ def _run(progress: Progress, request: Request, on_checkpoint: OnCheckpoint) -> N
     with (
         signals.waiting() as asked,
         _checkpoints(progress, processes, resumed) as checkpoints,
-        _metrics(job, processes, is_new=resumed is None) as metrics,
+        _metrics(setting, is_new=resumed is None) as metrics,
     ):
         evaluations = Evaluations(
             setting.request, progress, on_checkpoint, checkpoints, processes, resumed
@@ -335,21 +335,23 @@ def _checkpoints(
 
 
 @contextlib.contextmanager
-def _metrics(job: Job, processes: Processes, *, is_new: bool) -> Iterator[MetricsWriter]:
+def _metrics(setting: _Setting, *, is_new: bool) -> Iterator[MetricsWriter]:
     """Where the numbers go; closed at the end."""
-    metrics = MetricsWriter(tuple(_sinks(job, is_new=is_new)) if processes.rank == 0 else ())
+    metrics = MetricsWriter(_sinks(setting, is_new=is_new) if setting.processes.rank == 0 else ())
     with afterwards("writing the metrics", metrics.close):
         yield metrics
 
 
-def _sinks(job: Job, *, is_new: bool) -> Iterator[Sink]:
-    writer = job.open_writer()
+def _sinks(setting: _Setting, *, is_new: bool) -> Iterator[Sink]:
+    """Files first, then the user's own."""
+    job, writer = setting.job, setting.job.open_writer()
     if writer is not None:
         from .event_files import Tensorboard  # only who writes waits for its imports
 
         yield Tensorboard(writer)
     if job.config.log_dir is not None:
         yield JsonLines(job.config.log_dir, is_new=is_new)
+    yield from setting.request.writers
 
 
 def _rehearse(request: Request) -> None:
@@ -429,7 +431,7 @@ def _bring_back(setting: _Setting, end: Resumed, on_checkpoint: OnCheckpoint) ->
         progress.note(job=job, student=student, projections=projections)
         evaluations = Evaluations(request, progress, on_checkpoint, checkpoints, processes, end)
         if evaluations.is_missing(end.position.global_step, saves=True):
-            with _metrics(job, processes, is_new=False) as metrics:
+            with _metrics(setting, is_new=False) as metrics:
                 metrics.go_on(end.path.name, end.position.micro_step, tags)
                 evaluations.make(variables, end.position, metrics, is_saved=True)
     progress.note(steps=end.position.global_step, variables=variables)

@@ -1,10 +1,36 @@
-"""Who takes the numbers of a training: the files in ``log_dir``. `metrics` brings them."""
+"""Who takes the numbers of a training: files in ``log_dir``, the user's own. `metrics` brings them."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence, Set
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from ..errors import told
+
+
+class ScalarWriter(Protocol):
+    """What ``train(…, writers=[…])`` takes: an object with these two methods.
+
+    Both are called on a thread of their own, one call after the other, in the first of several
+    processes. What `write` raises ends the run; it costs no checkpoint, and other writers nothing.
+    """
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the numbers of a micro-batch, or of the evaluation after it.
+
+        Args:
+            step: the micro-batch, from 0. It never falls within a run; one that goes on from a
+                checkpoint begins there, and gives once more what was given after it.
+            values: name → number: ``scalar/total_loss``, …; ``eval/accuracy``, …
+        """
+
+    def close(self) -> None:
+        """Called once, when ``train`` ends, however it does; in every process.
+
+        On the thread that called ``train``, where that ends before it has begun to train.
+        """
 
 
 class Point(NamedTuple):
@@ -54,3 +80,79 @@ def for_each(sinks: Iterable[Sink], do: Callable[[Sink], None]) -> None:
     with contextlib.ExitStack() as stack:
         for sink in reversed(tuple(sinks)):
             stack.callback(do, sink)
+
+
+def close_all(sinks: Iterable[Sink]) -> None:
+    """Closes each sink."""
+    for_each(sinks, lambda sink: sink.close())
+
+
+class Given(Sink):
+    """A writer of the user's. Once it has failed it is given nothing more, and closed."""
+
+    def __init__(self, writer: ScalarWriter):
+        self._writer = writer
+        self._has_failed = self._is_closed = False
+
+    def write(self, points: Sequence[Point]) -> None:
+        """See `Sink.write`.
+
+        Raises:
+            RuntimeError: what the writer has raised.
+        """
+        for _, step, tags, values in points:
+            if not self._has_failed:
+                numbers = dict(zip(tags, values.tolist(), strict=True))
+                self._call(f"at micro-batch {step}", self._writer.write, step, numbers)
+
+    def close(self) -> None:
+        """See `Sink.close`; may be called again."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._call("when it was closed", self._writer.close)
+
+    def _call(self, when: str, method: Callable[..., object], *args: Any) -> None:
+        try:
+            method(*args)
+        except Exception as error:
+            self._has_failed = True
+            name = type(self._writer).__name__
+            raise RuntimeError(f"the writer {name} failed {when}: {told(error)}") from error
+
+
+def given(writers: Sequence[ScalarWriter]) -> tuple[Given, ...]:
+    """The sinks of the user's writers.
+
+    Raises:
+        TypeError: they are no list, or one of them cannot be called as a `ScalarWriter`.
+    """
+    if not isinstance(writers, list | tuple):
+        kind = type(writers).__name__
+        raise TypeError(f"writers is a {kind}; give a list of writers, writers=[MyWriter()]")
+    for i, writer in enumerate(writers):
+        _check(f"writers[{i}]", writer)
+    return tuple(map(Given, writers))
+
+
+def _check(name: str, writer: Any) -> None:
+    if isinstance(writer, type):
+        kind = writer.__name__
+        raise TypeError(f"{name} is the class {kind}; give an object of it, {kind}(…)")
+    kind = type(writer).__name__
+    for method, arguments in (("write", ("step", "values")), ("close", ())):
+        called, function = f"{method}({', '.join(arguments)})", getattr(writer, method, None)
+        if not callable(function):
+            raise TypeError(
+                f"{name} is a {kind}, which has no method {called}; a writer has write(step, values) "
+                "and close()"
+            )
+        try:
+            signature = inspect.signature(function)
+        except ValueError:  # of a function written in C, which does not tell
+            continue
+        try:
+            signature.bind(*arguments)
+        except TypeError as error:
+            raise TypeError(
+                f"{name} is a {kind}, whose {method}{signature} cannot be called as {called}: {error}"
+            ) from error
