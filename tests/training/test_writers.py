@@ -143,7 +143,7 @@ def test_one_that_fails_ends_the_run_and_costs_no_checkpoint(fails_at, tmp_path)
     assert str(caught.value) == said
     assert isinstance(caught.value.__cause__, ConnectionError)
     assert not hasattr(caught.value, "__notes__")
-    assert failing.steps == [*range(fails_at)]  # and nothing after it
+    assert failing.steps == [*range(fails_at)]
     assert failing.closed == other.closed == 1
     saved = fails_at // 2 * 2 + 2  # points are looked at before a checkpoint
     assert steps_in(tmp_path / "out")[-1] == saved
@@ -156,12 +156,16 @@ def test_one_that_fails_ends_the_run_and_costs_no_checkpoint(fails_at, tmp_path)
 
 
 def test_the_run_ends_soon_without_a_checkpoint_too():
-    points = MetricsWriter(given([Recorder(fails_at=3)]))
+    failing, other = Recorder(fails_at=3), Quiet()
+    points = MetricsWriter(given([failing, other]))
     with pytest.raises(RuntimeError, match="Recorder failed at micro-batch 3"):
         for step in range(1000):
-            points.write(step, ("a",), np.float32([1]))
+            points.write(step, ("a",), np.float32([np.nan]))
     assert step < 100
     points.close()
+    assert failing.steps == [0, 1, 2]  # nothing after what it failed at
+    assert other.steps == [*range(step + 1)]
+    assert all(np.isnan(values["a"]) for _, values in other.seen)
 
 
 def test_one_that_cannot_be_closed_is_named_once_all_is_saved(tmp_path):
