@@ -43,7 +43,7 @@ class TrainingConfig(Config):
         ckpt_epoch_frequency: epochs from one with checkpoints to the next.
         ckpt_steps: optimizer steps from one checkpoint to the next when training by ``num_steps``;
             None: one, at the end.
-        log_dir: folder for tensorboard files; None: none are written.
+        log_dir: folder for tensorboard files and ``metrics.jsonl``; None: none are written.
         output_dir: folder for checkpoints. It is made when training starts, not here.
         device: ``'cuda'``, ``'gpu'``, ``'tpu'``, ``'cpu'``, with an index where one is meant
             (``'cuda:1'``), a ``jax.Device``, or anything whose ``str()`` is such a text. Kept as

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -24,6 +24,7 @@ from ..preflight.job import Job, Projections, Task
 from ..step.optimizer import Optimizer
 from ..training.request import Evaluation, Feed, Request
 from ..training.run import Outcome
+from ..training.writers import ScalarWriter, close_all, given
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +170,7 @@ class Trainable:
         metrics: Any = None,
         best_metric: str | None = None,
         eval_steps: int | None = None,
+        writers: Sequence[ScalarWriter] = (),
         **args: Any,
     ) -> None:
         """Trains the student; afterwards the object that was passed holds the trained weights.
@@ -203,6 +205,8 @@ class Trainable:
                 ``'accuracy'``; ``'-kl'`` where lower is better. A callback's own score counts
                 before it.
             eval_steps: evaluates after every so many optimizer steps as well.
+            writers: your own, which are given each number that the logs get, see
+                `training.ScalarWriter`. They are closed at the end, however the training ends.
             **args: further keyword arguments for the models.
 
         Raises:
@@ -221,6 +225,7 @@ class Trainable:
             max_grad_norm,
             callback,
             evaluation=evaluation,
+            writers=given(writers),
         )
         self._train(request, {"trainable": trainable, **args})
 
@@ -367,7 +372,8 @@ class Trainable:
     # Down to the engine, and back ---------------------------------------------------------------
 
     def _train(self, request: Request, args: Mapping[str, Any]) -> None:
-        with self._own_writer():
+        close = functools.partial(close_all, request.writers)  # where a run has not come to that
+        with afterwards("closing the writers", close), self._own_writer():
             outcome = training.train(self.job(**args), request, self._take)
             self._take(outcome)
             if outcome.error is not None:

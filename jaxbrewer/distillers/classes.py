@@ -19,6 +19,7 @@ from ..objective.submodules import CustomMatch
 from ..preflight.job import CacheOptions, Job, Projections, Task
 from ..step.optimizer import Optimizer
 from ..training.request import Feed, Request
+from ..training.writers import ScalarWriter, given
 from .base import Trainable
 
 
@@ -305,6 +306,7 @@ class MultiTaskDistiller(GeneralDistiller):
         metrics: Any = None,
         best_metric: str | None = None,
         eval_steps: int | None = None,
+        writers: Sequence[ScalarWriter] = (),
         **args: Any,
     ) -> None:
         """Trains the student on all tasks; see `Trainable.train` for what is not told here.
@@ -329,6 +331,7 @@ class MultiTaskDistiller(GeneralDistiller):
             metrics: a list for all tasks, or task → list; numbers are named ``task/accuracy``.
             best_metric: see `Trainable.train`; one of these names.
             eval_steps: see `Trainable.train`.
+            writers: see `Trainable.train`.
             **args: further keyword arguments for the models.
         """
         posts = batch_postprocessors or {}
@@ -358,6 +361,7 @@ class MultiTaskDistiller(GeneralDistiller):
             callback,
             tau,
             evaluation,
+            given(writers),
         )
         self._train(request, {"trainable": trainable, **args})
 

@@ -5,10 +5,12 @@ import os
 from .loop import CallbackResult
 from .run import Outcome, report, train
 from .stored import export_hf, load_student
+from .writers import ScalarWriter
 
 __all__ = [
     "CallbackResult",
     "Outcome",
+    "ScalarWriter",
     "export_hf",
     "load_student",
     "read_scalars",

@@ -1,7 +1,9 @@
 """Tensorboard's files. Whoever imports this imports tensorboardX, and with it torch where that is."""
 
 import os
+import secrets
 import struct
+import time
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,10 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+
+from .writers import Point, Sink
+
+SETTLED_WITHIN = 10.0  # seconds that a writer's queue may take
 
 
 def read_scalars(folder: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
@@ -78,7 +84,7 @@ class EventWriter(SummaryWriter):
     """A `SummaryWriter` that writes over no other's file, its queue at work as soon as one is open.
 
     TensorboardX names files by the second, and one that was closed opens another when written to;
-    a number makes their names differ. `MetricsWriter` passes the queue over, and a writer that is
+    a number makes their names differ. `Tensorboard` passes the queue over, and a writer that is
     left open closes at exit by a last word through it: too late to start the queue's thread, for
     since Python 3.12 none is started then.
     """
@@ -91,6 +97,64 @@ class EventWriter(SummaryWriter):
         writer = super()._get_file_writer()
         writer.add_event(Event())  # says nothing, and starts the thread
         return writer
+
+
+class Tensorboard(Sink):
+    """Writes into a writer's file, beside what its user writes.
+
+    Straight into it: the writer's public methods would write every tag for itself, pickle it for one
+    more thread, and could neither purge nor say what is on disk before a checkpoint is.
+
+    Args:
+        writer: stays its user's to close.
+    """
+
+    def __init__(self, writer: SummaryWriter):
+        self._writer = writer
+
+    @property
+    def _file(self) -> Any:
+        """The file; where the user's callback has closed the writer, this opens it again."""
+        return self._writer._get_file_writer().event_writer._ev_writer
+
+    def write(self, points: Sequence[Point]) -> None:
+        """See `Sink.write`."""
+        file = self._file
+        for time_, step, tags, values in points:
+            file.write_event(point(time_, step, tags, values.tolist()))
+
+    def flush(self) -> None:
+        """See `Sink.flush`."""
+        self._writer.flush()
+
+    def mark(self, checkpoint: str, step: int) -> None:
+        """See `Sink.mark`."""
+        # Through the writer's queue, so that it stays behind the points that the user gave it.
+        self._writer._get_file_writer().add_event(mark(checkpoint), step)
+
+    def go_on(self, checkpoint: str, step: int, tags: Set[str]) -> None:
+        """See `Sink.go_on`. By the record that tensorboard has for that."""
+        file = self._file
+        self._settle(Path(file._file_name))
+        events, current = standing(self._writer.logdir), Path(file._file_name).name
+        stands, goes = parted(events, checkpoint, step, tags, current)
+        if not goes:
+            return
+        first = min(event.step for event in goes)
+        file.write_event(start(time.time(), first))
+        for event in stands:
+            if event.step >= first:
+                file.write_event(event)
+        self._writer.flush()
+
+    def _settle(self, path: Path) -> None:
+        """Waits until what the user has given the writer's queue is in its file."""
+        last = secrets.token_hex(16)
+        self._writer._get_file_writer().add_event(word(last), 0)
+        deadline = time.time() + SETTLED_WITHIN
+        while last.encode() not in path.read_bytes() and time.time() < deadline:
+            time.sleep(0.002)
+            self._writer.flush()
 
 
 def point(wall_time: float, step: int, tags: Sequence[str], values: Sequence[float]) -> Event:

@@ -1,38 +1,32 @@
-"""Where the numbers go: tensorboard files (see `event_files`), written off the training thread."""
+"""The way of the numbers, from the training thread to those who take them (see `writers`)."""
 
-import secrets
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from .writers import Point, Sink, close_all, for_each
 
 TOGETHER = 32  # points are written so many at a time,
 LATEST = 1.0  # or after so many seconds,
 FLUSH_EVERY = 10.0  # and are on disk after so many
-SETTLED_WITHIN = 10.0  # seconds that a writer's queue may take
 
 
 class MetricsWriter:
     """Writes one point of every tag a micro-batch.
 
-    The training thread only notes the points; some at a time, another thread writes them, straight
-    into the writer's file: its own queue would pickle every point for one more thread.
+    The training thread only notes the points; some at a time, another thread writes them. What one
+    sink raises keeps no point from the others.
 
     Args:
-        writer: an `event_files.EventWriter`, or None to write nothing.
+        sinks: where the points go, in this order; none: nothing is written.
     """
 
-    def __init__(self, writer: Any):
-        self._writer = writer
-        if writer is not None:
-            from . import event_files  # only who writes waits for its imports
-
-            self._files = event_files
-        self._thread = ThreadPoolExecutor(1) if writer is not None else None
-        self._points: list[tuple[float, int, Sequence[str], np.ndarray]] = []
+    def __init__(self, sinks: Iterable[Sink] = ()):
+        self._sinks = tuple(sinks)
+        self._thread = ThreadPoolExecutor(1) if self._sinks else None
+        self._points: list[Point] = []
         self._writing: Future | None = None
         self._flushed = 0.0
 
@@ -41,79 +35,53 @@ class MetricsWriter:
 
         Raises:
             OSError: points before it could not be written.
+            RuntimeError: a writer of the user's has failed at one of them.
         """
         if self._thread is None:
             return
         now = time.time()
-        self._points.append((now, step, tags, values))
-        if len(self._points) >= TOGETHER or now > self._points[0][0] + LATEST:
+        self._points.append(Point(now, step, tags, values))
+        if len(self._points) >= TOGETHER or now > self._points[0].time + LATEST:
             self._send(self._thread)
 
     def mark(self, checkpoint: int, step: int) -> None:
-        """Marks in the file what lies before ``gs{checkpoint}``, which stands at micro-step `step`."""
-        if self._writer is not None:
-            # Through the writer's queue, so that it stays behind the points that the user gave it.
-            mark = self._files.mark(f"gs{checkpoint}")
-            self._writer._get_file_writer().add_event(mark, step)
+        """Marks what lies before ``gs{checkpoint}``, which stands at micro-step `step`."""
+        for_each(self._sinks, lambda sink: sink.mark(f"gs{checkpoint}", step))
 
     def go_on(self, checkpoint: str, step: int, tags: Set[str]) -> None:
-        """Purges what was written after the checkpoint that a run goes on from.
-
-        Args:
-            checkpoint: its name: ``gs12``.
-            step: the micro-step at which it stands.
-            tags: those that `write` will be given.
-        """
-        if self._writer is None:
-            return
-        file = self._writer._get_file_writer().event_writer._ev_writer
-        self._settle(Path(file._file_name))
-        events, current = self._files.standing(self._writer.logdir), Path(file._file_name).name
-        stands, goes = self._files.parted(events, checkpoint, step, tags, current)
-        if not goes:
-            return
-        first = min(event.step for event in goes)
-        file.write_event(self._files.start(time.time(), first))
-        for event in stands:
-            if event.step >= first:
-                file.write_event(event)
-        self._writer.flush()
-
-    def _settle(self, path: Path) -> None:
-        """Waits until what the user has given the writer's queue is in its file."""
-        last = secrets.token_hex(16)
-        self._writer._get_file_writer().add_event(self._files.word(last), 0)
-        deadline = time.time() + SETTLED_WITHIN
-        while last.encode() not in path.read_bytes() and time.time() < deadline:
-            time.sleep(0.002)
-            self._writer.flush()
+        """Purges what was written after the checkpoint that a run goes on from; see `Sink.go_on`."""
+        for_each(self._sinks, lambda sink: sink.go_on(checkpoint, step, tags))
 
     def _send(self, thread: ThreadPoolExecutor) -> Future:
-        if self._writing is not None:
-            self._writing.result()  # raises what went wrong, and lets no backlog grow
+        before, self._writing = self._writing, None
+        if before is not None:
+            before.result()  # raises what went wrong, once, and lets no backlog grow
         points, self._points = self._points, []
         self._writing = thread.submit(self._write, points)
         return self._writing
 
-    def _write(self, points: list[tuple[float, int, Sequence[str], np.ndarray]]) -> None:
-        # Where the user's callback has closed the writer, this opens it again.
-        file = self._writer._get_file_writer().event_writer._ev_writer
-        for wall_time, step, tags, values in points:
-            file.write_event(self._files.point(wall_time, step, tags, values.tolist()))
+    def _write(self, points: list[Point]) -> None:
+        for_each(self._sinks, lambda sink: sink.write(points))
         if time.time() > self._flushed + FLUSH_EVERY:
-            self._writer.flush()
+            self._flush()
             self._flushed = time.time()
 
+    def _flush(self) -> None:
+        for_each(self._sinks, lambda sink: sink.flush())
+
     def flush(self) -> None:
-        """Waits until all that was noted is in the file."""
+        """Waits until all that was noted is on disk."""
         if self._thread is not None:
             self._send(self._thread).result()
-            self._writer.flush()
+            self._thread.submit(self._flush).result()
 
     def close(self) -> None:
-        """Flushes and ends the thread; the writer stays open for the user."""
+        """Flushes, closes the sinks, and ends the thread."""
+        if self._thread is None:
+            return
         try:
             self.flush()
         finally:
-            if self._thread is not None:
-                self._thread.shutdown()
+            closing = self._thread.submit(close_all, self._sinks)
+            self._thread.shutdown()
+            closing.result()

@@ -16,6 +16,7 @@ from ..machine.processes import Processes
 from ..objective.tables import looks_absolute
 from ..step.optimizer import Optimizer
 from .timeline import Timeline
+from .writers import Given
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ class Request:
         feeds: task → where its batches come from; a run of one task has one, named ''.
         tau: with several tasks, see `streams.task_order`.
         evaluation: what is evaluated meanwhile, or None.
+        writers: the user's own, which are given the numbers.
     """
 
     optimizer: Optimizer
@@ -162,6 +164,7 @@ class Request:
     callback: Callable[..., Any] | None
     tau: float = 1.0
     evaluation: Evaluation | None = None
+    writers: tuple[Given, ...] = ()
 
     @property
     def loaders(self) -> list[Any]:

@@ -39,6 +39,7 @@ from .elsewhere import account_on
 from .evaluations import Evaluations
 from .feed import fed, watched
 from .folders import make
+from .json_lines import JsonLines
 from .loop import CompiledTask, Loop
 from .metrics import MetricsWriter
 from .outcome import OnCheckpoint, Outcome, Progress
@@ -46,8 +47,11 @@ from .request import Request, make_factor, make_timeline
 from .resume import Resumed, checkpoint_to_resume, open_streams
 from .stored import read_variables
 from .timeline import Timeline
+from .writers import Sink
 
 logger = logging.getLogger(__name__)
+
+_TOTAL = "scalar/total_loss"
 
 
 def train(job: Job, request: Request, on_checkpoint: OnCheckpoint) -> Outcome:
@@ -124,7 +128,7 @@ def _run(progress: Progress, request: Request, on_checkpoint: OnCheckpoint) -> N
     with (
         signals.waiting() as asked,
         _checkpoints(progress, processes, resumed) as checkpoints,
-        _metrics(job, processes) as metrics,
+        _metrics(setting, is_new=resumed is None) as metrics,
     ):
         evaluations = Evaluations(
             setting.request, progress, on_checkpoint, checkpoints, processes, resumed
@@ -335,11 +339,23 @@ def _checkpoints(
 
 
 @contextlib.contextmanager
-def _metrics(job: Job, processes: Processes) -> Iterator[MetricsWriter]:
+def _metrics(setting: _Setting, *, is_new: bool) -> Iterator[MetricsWriter]:
     """Where the numbers go; closed at the end."""
-    metrics = MetricsWriter(job.open_writer() if processes.rank == 0 else None)
+    metrics = MetricsWriter(_sinks(setting, is_new=is_new) if setting.processes.rank == 0 else ())
     with afterwards("writing the metrics", metrics.close):
         yield metrics
+
+
+def _sinks(setting: _Setting, *, is_new: bool) -> Iterator[Sink]:
+    """Files first, then the user's own."""
+    job, writer = setting.job, setting.job.open_writer()
+    if writer is not None:
+        from .event_files import Tensorboard  # only who writes waits for its imports
+
+        yield Tensorboard(writer)
+    if job.config.log_dir is not None:
+        yield JsonLines(job.config.log_dir, is_new=is_new)
+    yield from setting.request.writers
 
 
 def _rehearse(request: Request) -> None:
@@ -366,7 +382,7 @@ def _compiled(program: Program, placement: Placement, teacher: Any) -> CompiledT
 def _tags(program: Program) -> tuple[str, ...]:
     """The names of a step's numbers in the logs."""
     scaled = ("loss_scale", "skipped_windows") if program.precision.is_scaled else ()
-    return "scalar/total_loss", *(f"scalar/{name}" for name in (*program.names, *scaled))
+    return _TOTAL, *(f"scalar/{name}" for name in (*program.names, *scaled))
 
 
 def _copies(placement: Placement, state: TrainState) -> Any:
@@ -397,7 +413,7 @@ def _bring_back(setting: _Setting, end: Resumed, on_checkpoint: OnCheckpoint) ->
     if changes.record_in(end.saved) is None:
         found = changes.compare_configs(end.saved, job.about)
         changes.check(end.path, job.config, found, processes)
-    tags: set[str] = set()
+    tags = {_TOTAL}
     # Projections of custom matches are made when the models are looked at.
     if job.custom_matches or changes.record_in(end.saved) is not None:
         start = Position()
@@ -419,7 +435,7 @@ def _bring_back(setting: _Setting, end: Resumed, on_checkpoint: OnCheckpoint) ->
         progress.note(job=job, student=student, projections=projections)
         evaluations = Evaluations(request, progress, on_checkpoint, checkpoints, processes, end)
         if evaluations.is_missing(end.position.global_step, saves=True):
-            with _metrics(job, processes) as metrics:
+            with _metrics(setting, is_new=False) as metrics:
                 metrics.go_on(end.path.name, end.position.micro_step, tags)
                 evaluations.make(variables, end.position, metrics, is_saved=True)
     progress.note(steps=end.position.global_step, variables=variables)

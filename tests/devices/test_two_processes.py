@@ -165,6 +165,8 @@ def test_the_best_checkpoint_is_known_to_all(folder):
 def test_the_first_processs_evaluation_counts_for_all(folder):
     """And the weights are those of a run without."""
     said = [json.loads((folder / f"numbers-{rank}.json").read_text()) for rank in range(2)]
+    written = [each.pop("written") for each in said]  # the first one writes, for all
+    assert written == [{"steps": [0, 1, 1, 2, 2, 3, 3], "closed": 1}, {"steps": [], "closed": 1}]
     assert said[0] == said[1]
     assert list(said[0]["evaluations"]) == ["2", "3", "4"]
     student = jaxbrewer.load_student(folder / "evaluated" / "out", every.student())

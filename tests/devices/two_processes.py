@@ -176,13 +176,28 @@ class Failing(Divergence):
         raise RuntimeError("no numbers")
 
 
+class Written:
+    """What a writer is given."""
+
+    def __init__(self):
+        self.steps, self.closed = [], 0
+
+    def write(self, step, values):
+        self.steps.append(step)
+
+    def close(self):
+        self.closed += 1
+
+
 def evaluated(rank, config):
     """As `even`, with evaluations: the first process's loader is another than the second's."""
     distiller = every.JOBS["general"](config(log=True, ckpt_frequency=2))
     dev = every.batches(2 + rank, size=5, seed=8 + rank)
     asked = {"eval_loader": dev, "metrics": [Divergence()], "best_metric": "-kl", "eval_steps": 3}
-    every.train(distiller, parts(rank, every.batches(4)), **asked)
+    written = Written()
+    every.train(distiller, parts(rank, every.batches(4)), writers=[written], **asked)
     said = {"evaluations": distiller.evaluations, "best": distiller.best_checkpoint.name}
+    said["written"] = vars(written)
     folder = Path(distiller.t_config.output_dir).parents[1]
     (folder / f"numbers-{rank}.json").write_text(json.dumps(said))
     return distiller

@@ -1,5 +1,6 @@
 """Curves after a kill and a resume: every point is there, and none twice."""
 
+import json
 import os
 import random
 import subprocess
@@ -8,11 +9,12 @@ from collections import Counter
 from pathlib import Path
 
 import jax
+import numpy as np
 import optax
 import pytest
 
 import jaxbrewer
-from jaxbrewer.training.event_files import EventWriter, read_scalars
+from jaxbrewer.training.event_files import EventWriter, Tensorboard, read_scalars
 from jaxbrewer.training.metrics import MetricsWriter
 
 from .test_loaders import identity, model, pick
@@ -96,7 +98,25 @@ def points(folder):
     assert {point[:2]: point[2] for point in shown} == {
         (tag, step): value for tag, c in read_scalars(folder).items() for step, value in c.items()
     }
-    return {point[:2]: point[2] for point in shown}
+    found = {point[:2]: point[2] for point in shown}
+    assert json_points(folder) == {
+        point: value for point, value in found.items() if point[0].startswith(("scalar/", "eval/"))
+    }
+    return found
+
+
+def json_points(folder):
+    """The same, as `metrics.jsonl` has it: each must be there once, and steps be in order."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    found = [
+        ((tag, line["step"]), float(np.float32(value)))
+        for line in lines
+        for tag, value in line.items()
+        if tag not in ("step", "time")
+    ]
+    assert len(dict(found)) == len(found)
+    return dict(found)
 
 
 @pytest.mark.torch  # tensorboard comes with it
@@ -156,7 +176,7 @@ def scalars(writer, tag, *steps):
 def test_what_a_user_has_written_before_a_checkpoint_stays(tmp_path):
     """Whatever its steps are; and so does what was written since the new process began."""
     writer = EventWriter(str(tmp_path))
-    metrics = MetricsWriter(writer)
+    metrics = MetricsWriter([Tensorboard(writer)])
     scalars(writer, "mine", 0, 700)
     metrics.mark(2, 4)
     scalars(writer, "mine", 3, 800)
@@ -167,7 +187,7 @@ def test_what_a_user_has_written_before_a_checkpoint_stays(tmp_path):
     writer.close()  # and opened anew
     writer = EventWriter(str(tmp_path))
     scalars(writer, "newer", 5)
-    metrics = MetricsWriter(writer)
+    metrics = MetricsWriter([Tensorboard(writer)])
     metrics.go_on("gs2", 4, {"scalar/total_loss"})
     metrics.close()
     writer.close()
@@ -184,7 +204,7 @@ def test_without_a_mark_steps_decide(tmp_path):
     scalars(writer, "mine", 1, 6)
     writer.close()
     writer = EventWriter(str(tmp_path))
-    metrics = MetricsWriter(writer)
+    metrics = MetricsWriter([Tensorboard(writer)])
     metrics.go_on("gs2", 4, {"scalar/total_loss"})
     metrics.close()
     writer.close()

@@ -12,7 +12,7 @@ import pytest
 from tensorboardX import SummaryWriter
 
 from jaxbrewer.training import metrics
-from jaxbrewer.training.event_files import EventWriter, read_scalars
+from jaxbrewer.training.event_files import EventWriter, Tensorboard, read_scalars
 from jaxbrewer.training.metrics import MetricsWriter
 
 from .. import fn_job
@@ -30,7 +30,7 @@ def values(step):
 
 
 def test_every_point_is_in_the_file_after_a_flush(tmp_path, writer):
-    points = MetricsWriter(writer)
+    points = MetricsWriter([Tensorboard(writer)])
     count = 2 * metrics.TOGETHER + 3
     for step in range(count):
         points.write(step, ("a", "b"), values(step))
@@ -44,7 +44,7 @@ def test_every_point_is_in_the_file_after_a_flush(tmp_path, writer):
 
 
 def test_the_users_own_points_are_in_the_same_file(tmp_path, writer):
-    points = MetricsWriter(writer)
+    points = MetricsWriter([Tensorboard(writer)])
     writer.add_scalar("mine", 3.0, 0)
     points.write(0, ("a", "b"), values(1))
     points.close()
@@ -57,7 +57,7 @@ def test_the_users_own_points_are_in_the_same_file(tmp_path, writer):
 def test_a_slow_run_is_seen_while_it_runs(tmp_path, writer, monkeypatch):
     monkeypatch.setattr(metrics, "LATEST", -1.0)
     monkeypatch.setattr(metrics, "FLUSH_EVERY", -1.0)
-    points = MetricsWriter(writer)
+    points = MetricsWriter([Tensorboard(writer)])
     points.write(0, ("a",), values(1)[:1])
     points._writing.result()
     assert read_scalars(tmp_path) == {"a": {0: 1}}
@@ -70,7 +70,7 @@ def test_a_disk_that_fails_is_an_error(writer, monkeypatch, closes):
         raise OSError("no space left on the device")
 
     monkeypatch.setattr(writer.file_writer.event_writer._ev_writer, "write_event", fail)
-    points = MetricsWriter(writer)
+    points = MetricsWriter([Tensorboard(writer)])
     with pytest.raises(OSError, match="no space left"):
         for step in range(1 if closes else 2 * metrics.TOGETHER):
             points.write(step, ("a",), values(step)[:1])
@@ -82,7 +82,7 @@ def test_a_disk_that_fails_is_an_error(writer, monkeypatch, closes):
 
 
 def test_without_a_writer_nothing_happens():
-    points = MetricsWriter(None)
+    points = MetricsWriter()
     points.write(0, ("a",), values(0))
     points.close()
 
@@ -157,9 +157,9 @@ def test_the_distillers_writer_is_there_for_its_user_at_any_time(tmp_path):
 
 LEFT_OPEN = """
 import sys, numpy as np
-from jaxbrewer.training.event_files import EventWriter
+from jaxbrewer.training.event_files import EventWriter, Tensorboard
 from jaxbrewer.training.metrics import MetricsWriter
-points = MetricsWriter(EventWriter(sys.argv[1]))
+points = MetricsWriter([Tensorboard(EventWriter(sys.argv[1]))])
 points.write(0, ("a",), np.float32([3]))
 points.close()
 """
