@@ -273,15 +273,17 @@ def loader(
     buckets: Any,
     *,
     seed: int | None,
+    share: tuple[int, int] = (1, 0),
 ) -> BucketedLoader:
     """A loader in buckets by length.
 
     Args:
         columns: of one model; or by side, ``{'teacher': …, 'student': …}``.
         pads: what ids are padded with, by the name of their column.
-        batch_size: examples of a batch.
+        batch_size: examples of a batch, of each process.
         buckets: see `bucket_by_length`.
         seed: of the order; None: in the order of lengths.
+        share: how many processes train together, and which this is.
     """
     padding = {name: pad for name, pad in pads.items() if pad}
     padding |= {name: IGNORED for name in _lists_of_labels(columns)}
@@ -292,6 +294,8 @@ def loader(
         padding=padding,
         shuffle=seed is not None,
         seed=seed or 0,
+        num_replicas=share[0],
+        rank=share[1],
     )
 
 

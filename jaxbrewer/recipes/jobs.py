@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 
 from ..configurations.configs import DistillationConfig, TrainingConfig
@@ -193,7 +194,10 @@ class _Work:
             side = side or self.student
             columns, windows = self.columns(rows, field, side)
             pads = {"input_ids": side.takes.pad}
-        return examples.loader(columns, pads, data.batch_size, data.buckets, seed=seed), windows
+        together = field == "train" and self.recipe.training.local_rank >= 0
+        share = (jax.process_count(), jax.process_index()) if together else (1, 0)
+        made = examples.loader(columns, pads, data.batch_size, data.buckets, seed=seed, share=share)
+        return made, windows
 
     def columns(self, rows: Sequence[Row], field: str, side: Side) -> tuple[Columns, list[Window]]:
         """The columns of rows for one side."""

@@ -51,7 +51,8 @@ def predict(
 
     Args:
         folder: in Hugging Face's format with a tokenizer, such as a recipe writes it.
-        rows: a data file, see `data.tables.read_rows`; or dicts by column, or texts.
+        rows: a data file, see `data.tables.read_rows`; or dicts by column, or texts, pairs of texts, or
+            lists of words.
         text: the column of the text, or two for pairs; by the recipe if left out.
         task: by the recipe, or the folder's config, if left out.
         max_length: tokens of an example; by the recipe if left out, else 128.
@@ -71,7 +72,6 @@ def predict(
         raise ConfigError("predict", [problem])
     folder = Path(on_disk(name))
     use = read_json_object(folder / USE) if (folder / USE).is_file() else {}
-    given, path = _rows(rows, form)
     model = from_pretrained(folder, task or use.get("task"))
     task = model.task
     if task not in TASKS:
@@ -81,16 +81,22 @@ def predict(
         )
     chosen = [text] if isinstance(text, str) else text
     texts = chosen or use.get("text") or COLUMNS[task][0] or ["text"]
+    given, path = _rows(rows, form, texts)
     tokens = Tokens(folder, max_length or int(use.get("max_length", 128)))
     say = _SAID[task]
     return say(_Use(model, tokens, given, path, texts, batch_size, use))
 
 
-def _rows(rows: Any, form: str | None) -> tuple[list[Row], str]:
+def _rows(rows: Any, form: str | None, texts: Sequence[str]) -> tuple[list[Row], str]:
     if isinstance(rows, str | os.PathLike):
         return read_rows(rows, form), os.fspath(rows)
-    found = [row if isinstance(row, Mapping) else {"text": row} for row in rows]
-    return [dict(row) for row in found], "the rows"
+
+    def of(row: Any) -> Row:
+        if isinstance(row, Mapping):
+            return dict(row)
+        return {texts[0]: row} if len(texts) == 1 else dict(zip(texts, row, strict=True))
+
+    return [of(row) for row in rows], "the rows"
 
 
 class _Use:

@@ -121,7 +121,7 @@ class Data(Config):
         labels: the names of the classes in order; those of the teacher, or of the data, if left out.
         max_length: tokens of an example; longer ones are cut, answers' contexts in several windows.
         stride: tokens that two windows of a context share.
-        batch_size: examples of a batch.
+        batch_size: examples of a batch; of each process, where several train together.
         buckets: lengths of batches, or how many to choose; see `data.bucket_by_length`.
         tokenizer: a folder with the tokenizer of the models whose folders have none.
     """

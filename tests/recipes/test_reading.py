@@ -11,7 +11,7 @@ from jaxbrewer.recipes.reading import read_recipe, setting
 from jaxbrewer.recipes.schema import TASKS
 from jaxbrewer.recipes.template import template
 
-from .files import write_tokenizer
+from .files import write_model, write_tokenizer
 
 
 def problems(values, settings=()):
@@ -158,6 +158,26 @@ def test_a_folder_without_a_tokenizer_is_named(tiny, tmp_path):
     apart = str(tmp_path / "apart")
     assert read_recipe(values, [("data.tokenizer", apart)]).data.tokenizer == apart
     assert "data.tokenizer: there is no folder" in problems(values, [("data.tokenizer", "x")])
+
+
+@pytest.mark.torch  # huggingface_hub comes with transformers
+def test_a_model_of_the_hub_is_found_in_its_cache(tiny, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    place = tmp_path / "hub" / "models--some-one--bert"
+    commit = "0" * 40
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    write_model(place / "snapshots" / commit, "sequence-classification")
+    recipe = read_recipe(tiny(teacher="some-one/bert"))
+    assert recipe.teacher == ("some-one/bert",)
+    assert folders.on_disk("some-one/bert") == str(place / "snapshots" / commit)
+    with pytest.raises(
+        ValueError, match=r"no-one/bert cannot be fetched from the Hugging Face Hub"
+    ):
+        folders.on_disk("no-one/bert")
 
 
 def test_names_of_the_hub_are_known_by_their_shape(monkeypatch):

@@ -58,7 +58,7 @@ def test_a_student_learns_from_labels_alone_and_becomes_a_teacher(tiny, tmp_path
     del values["distillation"]
     run = run_recipe(values, {"training.ckpt_epoch_frequency": 30})
     assert run.student["accuracy"] >= 0.8 and run.teacher == {}
-    (said,) = predict(run.folder, ["very good film"])
+    (said,) = predict(run.folder, ["very good film"])  # of the recipe's column
     assert said["label"] == "good" and said["probability"] > 0.5
     taught = tiny(teacher=str(run.folder)) | {"training": {"output_dir": str(tmp_path / "second")}}
     again = run_recipe(taught, {"training.device": "cpu"}, max_examples=9)
@@ -195,6 +195,34 @@ def test_an_old_folder_with_a_vocabulary_alone_is_read(tiny, tmp_path):
     (tokenizer.parent / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     by_words = Tokens(tokenizer.parent, 16).of_texts(["good film", "Oslo"])
     assert [e.ids for e in by_words] == [e.ids for e in by_file]
+
+
+def test_rows_in_python_are_texts_pairs_or_words(tmp_path):
+    pairs = [("the film", "good film"), ("a", "b")]
+    folder = write_model(tmp_path / "classes", "sequence-classification")
+    of_rows = [{"a": a, "b": b} for a, b in pairs]
+    assert predict(folder, pairs, text=["a", "b"]) == predict(folder, of_rows, text=["a", "b"])
+    assert predict(folder, ["the film"]) == predict(folder, [{"text": "the film"}])
+    tagger = write_model(tmp_path / "tags", "token-classification")
+    (said,) = predict(tagger, [["Anna", "sings"]])
+    assert len(said["tags"]) == 2
+    reader = write_model(tmp_path / "answers", "question-answering")
+    (said,) = predict(reader, [("the film", "a good film")])
+    assert said["answer"] in "a good film"
+
+
+def test_processes_share_the_batches(tiny, monkeypatch):
+    values = tiny()
+    alone = [batch["input_ids"] for batch in prepared(read_recipe(values)).train]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda rank=rank: rank)
+        job = prepared(read_recipe(values, [("training.local_rank", rank), ("data.batch_size", 5)]))
+        shares.append([batch["input_ids"] for batch in job.train])
+        assert len(job.eval) == 2
+    for whole, *parts in zip(alone, *shares, strict=True):
+        np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
 def test_what_cannot_be_predicted_is_told(tmp_path):
