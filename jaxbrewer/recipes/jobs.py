@@ -101,10 +101,8 @@ def prepared(recipe: Recipe, most: int | None = None) -> Prepared:
     of_teacher = _of_teacher(recipe, folders, teachers, of_student)
     work = _Work(recipe, labels, of_student, of_teacher)
     train, _ = work.loader(rows, "train", seed=recipe.training.seed)
-    evals, metrics = _evaluation(work, held_out, of_student)
-    evals_T, metrics_T = (
-        _evaluation(work, held_out, of_teacher or of_student) if teachers else (None, ())
-    )
+    evals, metrics = _evaluation(work, held_out)
+    evals_T, metrics_T = _evaluation(work, held_out if teachers else [], of_teacher or of_student)
     return Prepared(
         recipe, _distiller(recipe, teachers, student), teachers, student, train, evals, evals_T,
         metrics, metrics_T, labels, _may_lack(recipe, rows),
@@ -223,14 +221,18 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def _evaluation(
-    work: _Work, rows: Sequence[Row], side: Side
+    work: _Work, rows: Sequence[Row], of_teacher: Side | None = None
 ) -> tuple[BucketedLoader | None, tuple[Any, ...]]:
-    """A loader to evaluate on, and what is measured there."""
+    """A loader to evaluate on, and what is measured there: of the student, or of the teacher."""
     recipe = work.recipe
     if not rows:
         return None, ()
-    both = any(m.name in _COMPARING for m in recipe.metrics or ()) and side is work.student
-    loader, windows = work.loader(rows, "eval", seed=None, side=None if both else side)
+    chosen = recipe.metrics or (Named(_usual_metric(recipe, work.labels)),)
+    comparing = [m for m in chosen if m.name in _COMPARING]
+    if of_teacher is not None:
+        chosen = tuple(m for m in chosen if m not in comparing)
+    side = of_teacher or (None if comparing else work.student)  # None: both
+    loader, windows = work.loader(rows, "eval", seed=None, side=side)
     answers = None
     if recipe.task == "question-answering":
         answers = Answers(
@@ -239,9 +241,6 @@ def _evaluation(
             [row["answers"]["text"] for row in rows],
         )
     names = _names(work.labels)
-    chosen = recipe.metrics or (Named(_usual_metric(recipe, work.labels)),)
-    if side is not work.student:
-        chosen = tuple(m for m in chosen if m.name not in _COMPARING)
     return loader, tuple(metric(m.name, m.options, names, answers) for m in chosen)
 
 

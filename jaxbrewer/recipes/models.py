@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from flax import nnx
@@ -95,9 +96,12 @@ def _from_teacher(
     return init_from_layers(from_config(config, task, rngs=rngs), teacher, layers)
 
 
-def plain(model: Any) -> Any:
-    """A model that returns its logits alone, as whoever uses it later will want it."""
-    fields = dict.fromkeys(_RETURNED_BY.values(), False)
-    there = {name: value for name, value in fields.items() if hasattr(model.config, name)}
-    model.config = model.base_model.config = model.config.replace(**there)
-    return model
+def save(model: Any, folder: Path) -> None:
+    """Writes a model that returns its logits alone, as whoever uses it later will want it."""
+    whole = model.config
+    fields = {name: False for name in _RETURNED_BY.values() if hasattr(whole, name)}
+    model.config = model.base_model.config = whole.replace(**fields)
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.config = model.base_model.config = whole

@@ -13,7 +13,7 @@ from ..files import write_json
 from ..training.stored import load_student
 from ..zoo.adaptors import adaptor
 from . import jobs
-from .models import plain
+from .models import save
 from .predicting import USE, use_of
 from .reading import Setting, read_recipe
 
@@ -84,9 +84,9 @@ def run_recipe(
         return found
     if recipe.best_metric is not None and distiller.best_checkpoint is not None:
         load_student(distiller.best_checkpoint, job.student)
-    measured = _measured(job)
-    plain(job.student).save_pretrained(folder)
+    save(job.student, folder)
     write_json(folder / USE, use_of(recipe, may_lack=job.may_lack))
+    measured = _measured(job)
     minutes = (time.time() - began) / 60
     return RecipeRun(folder, distiller, distiller.evaluations, *measured, minutes)
 

@@ -110,6 +110,14 @@ def test_a_student_of_another_vocabulary_has_inputs_of_its_own(tiny, tmp_path):
         prepared(read_recipe(tiny("token-classification", student=tagged)))
 
 
+def test_what_compares_with_the_teacher_is_of_the_student_alone(tiny):
+    run = run_recipe(tiny(metrics=["accuracy", "agreement", "kl"], best_metric="-kl"))
+    assert run.student.keys() == {"accuracy", "agreement", "kl"}
+    assert run.teacher.keys() == {"accuracy"}
+    assert [*run.evaluations.values()] == [run.student]
+    assert run.distiller.model_S.config.output_hidden_states  # the caller's is as it was
+
+
 def test_teachers_are_averaged(tiny, tmp_path):
     both = [write_model(tmp_path / f"t{i}", "sequence-classification", seed=i) for i in range(2)]
     values = tiny(teacher=both, distillation={"temperature": 2}, student={"layers": [0, 1]})
