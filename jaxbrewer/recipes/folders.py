@@ -31,10 +31,8 @@ def folder_problem(folder: str) -> str | None:
                 "Hub, pip install 'jaxbrewer[hub]'"
             )
         return None
-    try:
-        config_file(folder)
-    except ValueError as error:
-        return str(error)
+    if not config_file(folder).is_file():
+        return f"{folder} has no config.json, so it is no folder of a model"
     return None
 
 
@@ -48,9 +46,8 @@ def tokenizer_problem(folder: str) -> str | None:
         return None if is_hub_name(folder) else f"there is no folder {folder!r}"
     if {"tokenizer.json", "vocab.txt"}.isdisjoint(tokenizer_files(folder)):
         return (
-            f"{folder} has no tokenizer.json and no vocab.txt: name a folder that has one as "
-            "data.tokenizer, or write it by transformers' AutoTokenizer.from_pretrained(…)."
-            "save_pretrained(…)"
+            f"{folder} has no tokenizer.json and no vocab.txt: copy there what its model came with, or "
+            "write it by transformers' AutoTokenizer.from_pretrained(…).save_pretrained(…)"
         )
     return None
 

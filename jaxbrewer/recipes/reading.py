@@ -156,7 +156,10 @@ def _folder_problems(recipe: Recipe) -> list[str]:
         return problems
     if recipe.data.tokenizer is not None:  # stands in where a folder has none
         named = [("data.tokenizer", recipe.data.tokenizer)]
-    return [f"{name}: {problem}" for name, f in named if (problem := tokenizer_problem(f))]
+    elsewhere = "" if recipe.data.tokenizer else "; or name another folder as data.tokenizer"
+    return [
+        f"{name}: {problem}{elsewhere}" for name, f in named if (problem := tokenizer_problem(f))
+    ]
 
 
 def _data_problems(recipe: Recipe) -> list[str]:
