@@ -126,10 +126,10 @@ def test_attention(run):
 def test_same_bits(run):
     rows = run("same_bits")["rows"]
     assert [(row["what"], row["level"]) for row in rows] == [
-        ("agree", "O0"), ("repeat", "O0"), ("repeat", "O2"), ("resume", "O0"), ("resume", "O2")
+        ("agree", "O0"), ("repeat", "O2"), ("resume", "O2")
     ]  # fmt: skip
     assert rows[0]["largest relative gap"] == 0
-    assert [row["differ"] for row in rows[1:]] == [0, 0, 0, 0]
+    assert [row["differ"] for row in rows[1:]] == [0, 0]
     assert all(row["arrays"] > 20 for row in rows[1:])
 
 
