@@ -57,9 +57,9 @@ KEPT_APART = {
     "safetensors": {
         "training.teacher_cache", "zoo.folders", "commands.weights",
     },
-    "torch": {"commands.weights", "zoo.onnx", "zoo.torch_twins"},
-    "transformers": {"zoo.torch_twins"},
-    "onnx": {"zoo.onnx"},
+    "torch": {"commands.weights", "zoo.onnx.__init__", "zoo.onnx.twins"},
+    "transformers": {"zoo.onnx.twins"},
+    "onnx": {"zoo.onnx.__init__"},
     "onnxruntime": set(),
     "sentence_transformers": set(),
     "textbrewer": set(),

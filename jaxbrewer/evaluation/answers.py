@@ -107,7 +107,7 @@ def best_span(
         start[firsts][:, None].astype(float) + end[lasts][None, :],
         -np.inf,
     )
-    i, j = np.unravel_index(sums.argmax(), sums.shape)
+    i, j = np.unravel_index(int(np.argmax(sums)), sums.shape)
     first, last = offsets[firsts[i]], offsets[lasts[j]]
     return float(sums[i, j]), (first[0], last[1])
 

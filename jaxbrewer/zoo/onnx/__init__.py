@@ -76,7 +76,7 @@ def export_onnx(model: nnx.Module, file: str | os.PathLike[str]) -> OnnxFile:
             f"{type(model).__name__} is no model of a folder: give the encoder or the classifier in it"
         )
     _check_installed()
-    from jaxbrewer.zoo.torch_twins import class_of
+    from jaxbrewer.zoo.onnx.twins import class_of
 
     class_of(model.base_model if model.task == "sentence-embedding" else model)
     twin: Any = nnx.merge(*nnx.split(model))
@@ -145,7 +145,7 @@ def _exported(model: Any, names: list[str]) -> tuple[bytes, tuple[dict[str, Any]
     import onnx
     import torch
 
-    from jaxbrewer.zoo.torch_twins import Twin
+    from jaxbrewer.zoo.onnx.twins import Twin
 
     inputs = _batch(model, *_within(model, *_TRACED))
     twin = Twin(model, list(inputs), names)
