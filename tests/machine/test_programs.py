@@ -23,7 +23,9 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv(compilation.SWITCH, raising=False)
-    jax.config.update("jax_compilation_cache_dir", None)
+    for option, value in {OPTIONS[0]: None, **compilation._DEFAULTS}.items():
+        jax.config.update(option, value)
+    compilation_cache.reset_cache()
     yield tmp_path
     compilation_cache.reset_cache()
     for option, value in before.items():
