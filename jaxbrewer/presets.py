@@ -7,6 +7,8 @@ before that counts, by assignment or with :func:`register_new`::
     FEATURES.append('values')                    # then matches and adaptors know 'values'
 """
 
+import functools
+import inspect
 from collections import UserDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -18,6 +20,16 @@ from jaxbrewer.losses.attention import (
     att_mse_loss,
     att_mse_sum_loss,
     relation_loss,
+)
+from jaxbrewer.losses.divergences import (
+    kd_dist_loss,
+    kd_dkd_loss,
+    kd_jsd_loss,
+    kd_kl_loss,
+    kd_reverse_kl_loss,
+    kd_skew_kl_loss,
+    kd_skew_reverse_kl_loss,
+    kd_tvd_loss,
 )
 from jaxbrewer.losses.hidden import (
     cos_loss,
@@ -34,13 +46,23 @@ from jaxbrewer.losses.logits import (
     kd_margin_mse_loss,
     kd_mse_loss,
 )
+from jaxbrewer.losses.relations import (
+    cka_loss,
+    infonce_loss,
+    rkd_angle_loss,
+    rkd_distance_loss,
+    similarity_loss,
+)
 from jaxbrewer.projections import linear_projection, projection_with_activation
 from jaxbrewer.schedulers import (
     constant_temperature_scheduler,
+    cosine_weight_scheduler,
     cwsm_temperature_scheduler_builder,
     flsw_temperature_scheduler_builder,
     linear_decay_weight_scheduler,
     linear_growth_weight_scheduler,
+    linear_weight_scheduler,
+    step_weight_scheduler,
 )
 
 
@@ -93,8 +115,21 @@ KD_LOSS_MAP: dict[str, Callable[..., Any]] = {
     "bce": kd_bce_loss,
     "margin_mse": kd_margin_mse_loss,
     "listwise_kl": kd_listwise_kl_loss,
+    "kl": kd_kl_loss,
+    "reverse_kl": kd_reverse_kl_loss,
+    "jsd": kd_jsd_loss,
+    "skew_kl": kd_skew_kl_loss,
+    "skew_reverse_kl": kd_skew_reverse_kl_loss,
+    "tvd": kd_tvd_loss,
+    "dkd": kd_dkd_loss,
+    "dist": kd_dist_loss,
 }
-"""Losses on logits: ``kd(logits_S, logits_T, temperature)``."""
+"""Losses on logits: ``kd(logits_S, logits_T, temperature, mask=None, *, …)``.
+
+``mask`` may be left out where the loss is the mean of its positions' losses. What follows ``*`` are the
+loss's options, which a config may set: ``["jsd", 0.5]``, ``["skew_kl", {"alpha": 0.2}]``. A loss that
+names ``labels`` gets those of the student's adaptor.
+"""
 
 MATCH_LOSS_MAP: dict[str, Callable[..., Any]] = {
     "attention_mse_sum": att_mse_sum_loss,
@@ -110,8 +145,16 @@ MATCH_LOSS_MAP: dict[str, Callable[..., Any]] = {
     "fsp": fsp_loss,
     "mmd": mmd_loss,
     "nst": mmd_loss,
+    "rkd_distance": rkd_distance_loss,
+    "rkd_angle": rkd_angle_loss,
+    "similarity": similarity_loss,
+    "cka": cka_loss,
+    "infonce": infonce_loss,
 }
-"""Losses on features: ``loss(S, T, mask=None)``; S and T are lists of two for two-layer losses."""
+"""Losses on features: ``loss(S, T, mask=None, *, …)``; S and T are lists of two for two-layer losses.
+
+What follows ``*`` are the loss's options, which a config may set: ``["infonce", {"temperature": 0.05}]``.
+"""
 
 PROJ_MAP: dict[str, Callable[..., Any]] = {
     "linear": linear_projection,
@@ -123,8 +166,12 @@ PROJ_MAP: dict[str, Callable[..., Any]] = {
 WEIGHT_SCHEDULER: dict[str, Callable[..., Any]] = {
     "linear_decay": linear_decay_weight_scheduler,
     "linear_growth": linear_growth_weight_scheduler,
+    "step": step_weight_scheduler,
+    "linear": linear_weight_scheduler,
+    "cosine": cosine_weight_scheduler,
 }
-"""Schedules of a loss weight: ``scheduler(x)``, x the finished fraction of the training."""
+"""Schedules of a loss weight, or of the base temperature: ``scheduler(x, *, …)``, x the finished fraction
+of the training. What follows ``*`` are its options: ``["linear", {"start": 1, "end": 0.1}]``."""
 
 TEMPERATURE_SCHEDULER = DynamicKeyDict(
     {
@@ -184,6 +231,60 @@ def lookup(map_name: str, name: str) -> Callable[..., Any]:
     return table[name]
 
 
+def bound(
+    table: Mapping[str, Callable[..., Any]], given: str | Sequence[Any]
+) -> Callable[..., Any]:
+    """Returns the function that a config names, with the options it gives bound to it.
+
+    Args:
+        table: one of the tables.
+        given: a name; or a list of a name and its options, in their order (``['jsd', 0.5]``) or by
+            name (``['jsd', {'beta': 0.5}]``). Options are what follows ``*`` in the function's
+            parameters, ``labels`` apart.
+
+    Raises:
+        UnknownNameError: a KeyError; there is no such name.
+        ValueError: the function has no such options, or fewer.
+    """
+    name, arguments = (given, ()) if isinstance(given, str) else (given[0], tuple(given[1:]))
+    if name not in table:
+        raise UnknownNameError(f"{name!r} is not known: {suggest(name, table)}")
+    function = table[name]
+    if not arguments:
+        return function
+    known = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "labels"
+    ]
+    if not known:
+        raise ValueError(f"{name!r} takes no options: its function has no parameters after *")
+    if len(arguments) == 1 and isinstance(arguments[0], Mapping):
+        options = dict(arguments[0])
+    elif len(arguments) > len(known):
+        raise ValueError(
+            f"{name!r} takes {len(known)} options, {', '.join(known)}; got {len(arguments)}"
+        )
+    else:
+        options = dict(zip(known, arguments, strict=False))
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name!r} has no option {option!r}: {suggest(option, known)}")
+    return functools.partial(function, **options)
+
+
+def in_words(given: str | Sequence[Any]) -> str:
+    """What a config gives where a name may have options, as text: ``jsd``, ``jsd(beta=0.5)``."""
+    if isinstance(given, str):
+        return given
+    name, arguments = given[0], given[1:]
+    if len(arguments) == 1 and isinstance(arguments[0], Mapping):
+        shown = [f"{key}={value}" for key, value in arguments[0].items()]
+    else:
+        shown = [str(value) for value in arguments]
+    return f"{name}({', '.join(shown)})" if shown else str(name)
+
+
 def _table(map_name: str) -> MutableMapping[str, Callable[..., Any]]:
     if map_name not in MAPS:
         raise UnknownNameError(f"no table is called {map_name!r}; {suggest(map_name, MAPS)}")
@@ -201,6 +302,8 @@ __all__ = [
     "TEMPERATURE_SCHEDULER",
     "WEIGHT_SCHEDULER",
     "DynamicKeyDict",
+    "bound",
+    "in_words",
     "lookup",
     "register_new",
 ]

@@ -30,6 +30,63 @@ def linear_decay_weight_scheduler(x):
     return 1 - x
 
 
+def step_weight_scheduler(x, *, at=0.5, before=0, after=1):
+    """Returns ``before`` until the fraction ``at`` is finished, and ``after`` from then on.
+
+    Raises:
+        ValueError: ``at`` is not from 0 to 1.
+    """
+    _fraction("at", at)
+    return before if x < at else after
+
+
+def linear_weight_scheduler(x, *, start=0, end=1, begin=0, until=1, warmup=0):
+    """Goes from ``start`` to ``end`` in a straight line, between the fractions ``begin`` and ``until``.
+
+    Before ``begin`` it is 0 if there is a ``warmup``, over which fraction it first rises from 0 to
+    ``start``; without one it is ``start``. After ``until`` it is ``end``. So a weight that starts
+    late is ``["linear", {"begin": 0.3, "until": 0.4}]``, and one with a warm-up that then stays
+    ``["linear", {"start": 1, "warmup": 0.1}]``.
+
+    Raises:
+        ValueError: the fractions are not in order, from 0 to 1.
+    """
+    return _ramp(x, start, end, begin, until, warmup, lambda part: part)
+
+
+def cosine_weight_scheduler(x, *, start=0, end=1, begin=0, until=1, warmup=0):
+    """As `linear_weight_scheduler`, along half a cosine: slowly at both ends.
+
+    Raises:
+        ValueError: the fractions are not in order, from 0 to 1.
+    """
+    return _ramp(
+        x, start, end, begin, until, warmup, lambda part: (1 - math.cos(math.pi * part)) / 2
+    )
+
+
+def _ramp(x, start, end, begin, until, warmup, shape):
+    for name, value in (("begin", begin), ("until", until), ("warmup", warmup)):
+        _fraction(name, value)
+    first = begin + warmup
+    if first > until:
+        raise ValueError(
+            f"begin={begin} and warmup={warmup} end after until={until}: expected begin + warmup up to until"
+        )
+    if x < begin:
+        return 0 if warmup else start
+    if x < first:
+        return start * (x - begin) / warmup
+    if x >= until:
+        return end
+    return start + (end - start) * shape((x - first) / (until - first))
+
+
+def _fraction(name, value):
+    if not 0 <= _finite(name, value) <= 1:
+        raise ValueError(f"{name} must be a fraction of the training, from 0 to 1, got {value}")
+
+
 # ----------------------------------------------------------------------------------- temperatures
 
 

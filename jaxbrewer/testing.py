@@ -115,10 +115,9 @@ def _run(program: Program, placement: Placement, batches: list[Batch]) -> dict[s
     state, frozen = program.parted(placement.enter(placement.start(program, 0)))
     teacher = placement.teacher(program.teacher.variables)
     step = placement.compile(program)
-    row = np.ones(3, jnp.result_type(float))
     seen = []
     for batch in batches:
-        state, metrics = step(state, teacher, placement.batch(batch), row, frozen)
+        state, metrics = step(state, teacher, placement.batch(batch), program.row, frozen)
         seen.append(np.asarray(metrics))
     held = placement.leave(state).opt_state
     held = placement.local(held.inner_opt_state if len(batches) > 1 else held)

@@ -9,8 +9,29 @@ from jaxbrewer.presets import MAPS, TEMPERATURE_SCHEDULER, lookup, register_new
 
 # Table → names that TextBrewer does not have.
 OURS: dict[str, set[str]] = {
-    "kd_loss": {"bce", "margin_mse", "listwise_kl"},
-    "match_Loss": {"l2", "relation"},
+    "kd_loss": {
+        "bce",
+        "margin_mse",
+        "listwise_kl",
+        "kl",
+        "reverse_kl",
+        "jsd",
+        "skew_kl",
+        "skew_reverse_kl",
+        "tvd",
+        "dkd",
+        "dist",
+    },
+    "match_Loss": {
+        "l2",
+        "relation",
+        "rkd_distance",
+        "rkd_angle",
+        "similarity",
+        "cka",
+        "infonce",
+    },
+    "weight_scheduler": {"step", "linear", "cosine"},
     "features": {"embedding", "query", "key", "value"},
 }
 

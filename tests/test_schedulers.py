@@ -32,6 +32,46 @@ def logits(*shape, seed=0, dtype=jnp.float32):
     return [3 * jax.random.normal(key, shape, dtype) for key in keys]
 
 
+# --------------------------------------------------------------------------------------- weights
+
+
+def test_shapes_of_weight_schedules():
+    points = np.linspace(0, 1, 11)
+    cases = {
+        (schedulers.step_weight_scheduler, ()): [0] * 5 + [1] * 6,
+        (schedulers.step_weight_scheduler, (("at", 0.25), ("before", 3), ("after", 1))): [3] * 3 + [1] * 8,
+        (schedulers.linear_weight_scheduler, ()): points,
+        (schedulers.linear_weight_scheduler, (("start", 8), ("end", 3), ("begin", 0.2), ("until", 0.7))): [
+            8, 8, 8, 7, 6, 5, 4, 3, 3, 3, 3,
+        ],
+        (schedulers.linear_weight_scheduler, (("start", 1), ("warmup", 0.2))): [0, 0.5] + [1] * 9,
+        (schedulers.cosine_weight_scheduler, ()): (1 - np.cos(np.pi * points)) / 2,
+        (schedulers.cosine_weight_scheduler, (("start", 2), ("end", 0), ("warmup", 0.5))): np.concatenate(
+            [4 * points[:5], 1 + np.cos(np.pi * (points[5:] - 0.5) / 0.5)]
+        ),
+        (schedulers.linear_weight_scheduler, (("start", 1), ("begin", 0.5), ("warmup", 0.2))): [
+            0, 0, 0, 0, 0, 0, 0.5, 1, 1, 1, 1,
+        ],
+    }  # fmt: skip
+    for (schedule, options), expected in cases.items():
+        found = tabulate(lambda x, s=schedule, o=options: s(x, **dict(o)), points)
+        np.testing.assert_allclose(found, expected, atol=1e-12, err_msg=str(options))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"begin": 0.5, "until": 0.4}, "end after until=0.4"),
+        ({"until": 2}, "until must be a fraction of the training, from 0 to 1, got 2"),
+        ({"warmup": "1"}, "warmup"),
+        ({"begin": math.nan}, "begin"),
+    ],
+)
+def test_weight_schedules_refuse_what_is_no_fraction(options, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        schedulers.cosine_weight_scheduler(0.5, **options)
+
+
 # ---------------------------------------------------------------------------------------- weights
 
 

@@ -261,12 +261,34 @@ def frozen(value: Any, depth: int = 0) -> Any:
         ) from None
 
 
-def weight_scheduler(value: Any) -> str:
-    """Accepts ``'none'`` or None, and names in ``presets.WEIGHT_SCHEDULER``."""
+def named(value: Any) -> str | tuple:
+    """Accepts a name, and a list of a name and its options; keeps that as a tuple."""
+    if isinstance(value, list | tuple):
+        if not value or not isinstance(value[0], str) or not value[0]:
+            raise ValueError("expected a name, or a list of a name and its options")
+        value = frozen(value)
+        return value if len(value) > 1 else value[0]
+    if not isinstance(value, str) or not value:
+        raise ValueError("expected a name, or a list of a name and its options")
+    return value
+
+
+def weight_scheduler(value: Any) -> str | tuple:
+    """Accepts ``'none'`` or None, names in ``presets.WEIGHT_SCHEDULER``, and lists of one and its options.
+
+    With options it is called once, to see whether it takes them.
+    """
     if value is None or (isinstance(value, str) and value == "none"):
         return "none"
-    if not isinstance(value, str) or value not in presets.WEIGHT_SCHEDULER:
-        raise ValueError(suggest(value, ["none", *presets.WEIGHT_SCHEDULER]))
+    value = named(value)
+    name = value if isinstance(value, str) else value[0]
+    if name not in presets.WEIGHT_SCHEDULER:
+        raise ValueError(suggest(name, ["none", *presets.WEIGHT_SCHEDULER]))
+    if not isinstance(value, str):
+        try:
+            presets.bound(presets.WEIGHT_SCHEDULER, value)(0.5)
+        except TypeError as error:
+            raise ValueError(f"{name!r} refuses its options: {error}") from error
     return value
 
 

@@ -163,11 +163,15 @@ class IntermediateMatch(Config):
             end), or two of them for the losses that take two layers (``fsp``, ``nst``).
         layer_S: the same for the student.
         weight: of this loss in the total.
-        loss: a name in ``presets.MATCH_LOSS_MAP``, looked up when a distiller is built.
+        loss: a name in ``presets.MATCH_LOSS_MAP``, looked up when a distiller is built; or a list of
+            a name and its options: ``['infonce', 0.05]``, ``['infonce', {'temperature': 0.05}]``.
         feature: a name in ``presets.FEATURES``.
         proj: ``[name, student's width, teacher's width]``, and a dict of optimizer options for it
             if wanted: a projection in ``presets.PROJ_MAP`` for widths that differ. Kept as a tuple
             of four, the last a (perhaps empty) read-only dict.
+        weight_scheduler: ``'none'``, or a name in ``presets.WEIGHT_SCHEDULER``, with options in a list if
+            wanted: ``['step', {'at': 0.3}]``. The first update uses ``weight``, the one after k updates
+            ``scheduler(k / all)``.
 
     Raises:
         ConfigError: a ValueError that lists everything wrong.
@@ -177,17 +181,20 @@ class IntermediateMatch(Config):
     layer_T: int | Sequence[int]
     layer_S: int | Sequence[int]
     weight: float
-    loss: str
+    loss: str | Sequence[Any]
     feature: str
     proj: Any = None
+    _: KW_ONLY
+    weight_scheduler: str | Sequence[Any] | None = "none"
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         "layer_T": checks.layers,
         "layer_S": checks.layers,
         "weight": checks.number,
-        "loss": checks.text,
+        "loss": checks.named,
         "feature": checks.one_of(presets.FEATURES),
         "proj": checks.projection,
+        "weight_scheduler": checks.weight_scheduler,
     }
 
     @classmethod
@@ -241,8 +248,10 @@ class DistillationConfig(Config):
             of a name and its arguments: ``['flsw', 1, 2]``, ``['cwsm', {'beta': 1}]``. A list is
             kept as a tuple.
         hard_label_weight: weight of the adaptor's ``losses``.
-        hard_label_weight_scheduler: ``'none'`` or a name in ``presets.WEIGHT_SCHEDULER``.
-        kd_loss_type: a name in ``presets.KD_LOSS_MAP``, looked up when a distiller is built.
+        hard_label_weight_scheduler: ``'none'`` or a name in ``presets.WEIGHT_SCHEDULER``, with options in
+            a list if wanted: ``['cosine', {'start': 1, 'end': 0}]``.
+        kd_loss_type: a name in ``presets.KD_LOSS_MAP``, looked up when a distiller is built; or a list
+            of a name and its options: ``['jsd', 0.1]``, ``['kl', {'scale_by_t2': True}]``.
         kd_loss_weight: weight of the KD loss.
         kd_loss_weight_scheduler: as for the hard labels.
         probability_shift: swap the teacher's largest logit with the label's.
@@ -254,6 +263,9 @@ class DistillationConfig(Config):
             ``is_caching_logits``.
         cache_dtype: the type their floats are kept in: ``'float32'`` (as the teacher gives them),
             ``'float16'`` or ``'bfloat16'``.
+        base_temperature_scheduler: schedules ``temperature`` by the finished part of the training, as a
+            weight is scheduled: ``['linear', {'start': 8, 'end': 2}]``. What it gives is the base of
+            ``temperature_scheduler``, if there is one.
 
     Raises:
         ConfigError: a ValueError that lists everything wrong.
@@ -263,23 +275,24 @@ class DistillationConfig(Config):
     temperature: float = 4
     temperature_scheduler: str | Sequence[Any] | None = "none"
     hard_label_weight: float = 0
-    hard_label_weight_scheduler: str | None = "none"
-    kd_loss_type: str = "ce"
+    hard_label_weight_scheduler: str | Sequence[Any] | None = "none"
+    kd_loss_type: str | Sequence[Any] = "ce"
     kd_loss_weight: float = 1
-    kd_loss_weight_scheduler: str | None = "none"
+    kd_loss_weight_scheduler: str | Sequence[Any] | None = "none"
     probability_shift: bool = False
     intermediate_matches: Any = None
     is_caching_logits: bool = False
     _: KW_ONLY
     cache_dir: str | os.PathLike[str] | None = None
     cache_dtype: str = "float32"
+    base_temperature_scheduler: str | Sequence[Any] | None = "none"
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         "temperature": checks.positive,
         "temperature_scheduler": checks.temperature_scheduler,
         "hard_label_weight": checks.number,
         "hard_label_weight_scheduler": checks.weight_scheduler,
-        "kd_loss_type": checks.text,
+        "kd_loss_type": checks.named,
         "kd_loss_weight": checks.number,
         "kd_loss_weight_scheduler": checks.weight_scheduler,
         "probability_shift": checks.boolean,
@@ -287,6 +300,7 @@ class DistillationConfig(Config):
         "is_caching_logits": checks.boolean,
         "cache_dir": checks.optional(checks.folder),
         "cache_dtype": checks.one_of(("float32", "float16", "bfloat16")),
+        "base_temperature_scheduler": checks.weight_scheduler,
     }
 
     @classmethod

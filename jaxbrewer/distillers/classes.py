@@ -106,7 +106,7 @@ class BasicDistiller(Trainable):
     @property
     def kd_loss(self) -> Callable:
         """The KD loss the config names."""
-        return presets.KD_LOSS_MAP[self.d_config.kd_loss_type]
+        return presets.bound(presets.KD_LOSS_MAP, self.d_config.kd_loss_type)
 
     def _tasks(self, args: Mapping[str, Any]) -> dict[str, Task]:
         student = Side("S", as_model(self.model_S, "model_S"), self.adaptor_S, args)

@@ -23,6 +23,16 @@ from .attention import (
     att_mse_sum_loss,
     relation_loss,
 )
+from .divergences import (
+    kd_dist_loss,
+    kd_dkd_loss,
+    kd_jsd_loss,
+    kd_kl_loss,
+    kd_reverse_kl_loss,
+    kd_skew_kl_loss,
+    kd_skew_reverse_kl_loss,
+    kd_tvd_loss,
+)
 from .hidden import cos_loss, fsp_loss, hid_mse_loss, l2_loss, mmd_loss, pkd_loss
 from .logits import (
     kd_bce_loss,
@@ -31,6 +41,23 @@ from .logits import (
     kd_margin_mse_loss,
     kd_mse_loss,
 )
+from .relations import (
+    cka_loss,
+    infonce_loss,
+    rkd_angle_loss,
+    rkd_distance_loss,
+    similarity_loss,
+)
+
+COUPLING = (
+    kd_dist_loss,
+    rkd_distance_loss,
+    rkd_angle_loss,
+    similarity_loss,
+    cka_loss,
+    infonce_loss,
+)
+"""The losses that compare the examples of a batch with each other, so are no means over examples."""
 
 __all__ = [
     "kd_ce_loss",
@@ -38,6 +65,14 @@ __all__ = [
     "kd_bce_loss",
     "kd_margin_mse_loss",
     "kd_listwise_kl_loss",
+    "kd_kl_loss",
+    "kd_reverse_kl_loss",
+    "kd_jsd_loss",
+    "kd_skew_kl_loss",
+    "kd_skew_reverse_kl_loss",
+    "kd_tvd_loss",
+    "kd_dkd_loss",
+    "kd_dist_loss",
     "att_mse_loss",
     "att_mse_sum_loss",
     "att_ce_loss",
@@ -49,4 +84,9 @@ __all__ = [
     "pkd_loss",
     "fsp_loss",
     "mmd_loss",
+    "rkd_distance_loss",
+    "rkd_angle_loss",
+    "similarity_loss",
+    "cka_loss",
+    "infonce_loss",
 ]

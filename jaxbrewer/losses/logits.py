@@ -1,4 +1,14 @@
-"""Losses on logits: knowledge distillation's own."""
+"""Losses on logits: knowledge distillation's own.
+
+Two options are those of all, as keywords or in a config: ``["kl", {"scale_by_t2": true}]``.
+
+``standardize``
+    Each position's logits lose their mean and are divided by their standard deviation before the
+    temperature (`Sun et al. 2024 <https://arxiv.org/abs/2403.01427>`_).
+``scale_by_t2``
+    Each position's loss is multiplied by the square of its temperature, whatever the loss
+    (Hinton et al. 2015, section 2). TextBrewer has no such factor.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +20,16 @@ from jaxbrewer.losses.shapes import (
     check_logits,
 )
 
-from .means import Scalar, as_selection, floats, log_softmax, mean, mean_square, softmax
+from .means import (
+    Scalar,
+    as_selection,
+    floats,
+    log_softmax,
+    mean,
+    mean_square,
+    root,
+    softmax,
+)
 
 
 def kd_ce_loss(
@@ -18,6 +37,9 @@ def kd_ce_loss(
     logits_T: Float[Array, "*positions classes"],
     temperature: float | Float[Array, "*positions"] = 1,
     mask: Shaped[Array, "*positions"] | None = None,
+    *,
+    standardize: bool = False,
+    scale_by_t2: bool = False,
 ) -> Scalar:
     r"""Cross-entropy of the student's softened predictions under the teacher's.
 
@@ -34,8 +56,9 @@ def kd_ce_loss(
         ValueError: Shapes of logits, temperature and mask do not fit together.
     """
     check_logits("kd_ce_loss", logits_S, logits_T, temperature, mask)
-    S, T, selected = _soften(logits_S, logits_T, temperature, mask)
-    return mean(-jnp.sum(softmax(T) * log_softmax(S), axis=-1), selected)
+    S, T, selected = soften(logits_S, logits_T, temperature, mask, standardize)
+    each = -jnp.sum(softmax(T) * log_softmax(S), axis=-1)
+    return mean(scaled(each, temperature, selected, scale_by_t2), selected)
 
 
 def kd_mse_loss(
@@ -43,6 +66,9 @@ def kd_mse_loss(
     logits_T: Float[Array, "*positions classes"],
     temperature: float | Float[Array, "*positions"] = 1,
     mask: Shaped[Array, "*positions"] | None = None,
+    *,
+    standardize: bool = False,
+    scale_by_t2: bool = False,
 ) -> Scalar:
     r"""Mean squared error between logits, both divided by the temperature.
 
@@ -58,8 +84,8 @@ def kd_mse_loss(
         ValueError: Shapes of logits, temperature and mask do not fit together.
     """
     check_logits("kd_mse_loss", logits_S, logits_T, temperature, mask)
-    S, T, selected = _soften(logits_S, logits_T, temperature, mask)
-    return mean_square(S - T, selected)
+    S, T, selected = soften(logits_S, logits_T, temperature, mask, standardize)
+    return _mean_square(S - T, temperature, selected, scale_by_t2)
 
 
 def kd_bce_loss(
@@ -67,6 +93,9 @@ def kd_bce_loss(
     logits_T: Float[Array, "*positions classes"],
     temperature: float | Float[Array, "*positions"] = 1,
     mask: Shaped[Array, "*positions"] | None = None,
+    *,
+    standardize: bool = False,
+    scale_by_t2: bool = False,
 ) -> Scalar:
     r"""Binary cross-entropy of each class under the teacher's: labels that do not exclude each other.
 
@@ -82,8 +111,9 @@ def kd_bce_loss(
         ValueError: Shapes of logits, temperature and mask do not fit together.
     """
     check_logits("kd_bce_loss", logits_S, logits_T, temperature, mask)
-    S, T, selected = _soften(logits_S, logits_T, temperature, mask)
-    return mean(jnp.mean(jax.nn.softplus(S) - S * jax.nn.sigmoid(T), axis=-1), selected)
+    S, T, selected = soften(logits_S, logits_T, temperature, mask, standardize)
+    each = jnp.mean(jax.nn.softplus(S) - S * jax.nn.sigmoid(T), axis=-1)
+    return mean(scaled(each, temperature, selected, scale_by_t2), selected)
 
 
 def kd_margin_mse_loss(
@@ -91,6 +121,9 @@ def kd_margin_mse_loss(
     logits_T: Float[Array, "*queries candidates"],
     temperature: float | Float[Array, "*queries"] = 1,
     mask: Shaped[Array, "*queries"] | None = None,
+    *,
+    standardize: bool = False,
+    scale_by_t2: bool = False,
 ) -> Scalar:
     r"""Mean squared error between the margins by which the first candidate leads the others.
 
@@ -110,9 +143,9 @@ def kd_margin_mse_loss(
     """
     check_logits("kd_margin_mse_loss", logits_S, logits_T, temperature, mask)
     check_candidates("kd_margin_mse_loss", logits_S)
-    S, T, selected = _soften(logits_S, logits_T, temperature, mask)
+    S, T, selected = soften(logits_S, logits_T, temperature, mask, standardize)
     margin_S, margin_T = (scores[..., :1] - scores[..., 1:] for scores in (S, T))
-    return mean_square(margin_S - margin_T, selected)
+    return _mean_square(margin_S - margin_T, temperature, selected, scale_by_t2)
 
 
 def kd_listwise_kl_loss(
@@ -122,6 +155,8 @@ def kd_listwise_kl_loss(
     mask: Shaped[Array, "*queries"] | None = None,
     *,
     temperature_T: float | Float[Array, "*queries"] | None = None,
+    standardize: bool = False,
+    scale_by_t2: bool = True,
 ) -> Scalar:
     r"""Kullback–Leibler divergence of the student's distribution over candidates from the teacher's.
 
@@ -150,28 +185,74 @@ def kd_listwise_kl_loss(
     if temperature_T is None:
         temperature_T = temperature
     check_logits("kd_listwise_kl_loss", logits_S, logits_T, temperature_T, mask)
-    S, _, selected = _soften(logits_S, logits_T, temperature, mask)
-    _, T, _ = _soften(logits_S, logits_T, temperature_T, mask)
+    S, _, selected = soften(logits_S, logits_T, temperature, mask, standardize)
+    _, T, _ = soften(logits_S, logits_T, temperature_T, mask, standardize)
     each = jnp.sum(softmax(T) * (log_softmax(T) - log_softmax(S)), axis=-1)
-    factor = jnp.square(jnp.asarray(temperature, S.dtype))
-    if selected is not None and factor.ndim:
-        factor = jnp.where(selected != 0, factor, 1)
-    return mean(factor * each, selected)
+    return mean(scaled(each, temperature, selected, scale_by_t2), selected)
 
 
-def _soften(
-    logits_S: Array, logits_T: Array, temperature: ArrayLike, mask: Array | None
+# ---------------------------------------------------------------------------- what they share
+
+
+def soften(
+    logits_S: Array,
+    logits_T: Array,
+    temperature: ArrayLike,
+    mask: Array | None,
+    standardize: bool = False,
 ) -> tuple[Array, Array, Array | None]:
-    """Both logits over the temperature, and the selection; zeros where nothing is selected."""
+    """Both logits over the temperature, and the selection; zeros where nothing is selected.
+
+    With ``standardize`` each position's logits lose their mean and are divided by their standard
+    deviation (of a sample, plus 1e-7) first, as in `Logit Standardization in Knowledge
+    Distillation <https://arxiv.org/abs/2403.01427>`_; classes at −inf stay there and do not count.
+    """
     S, T = floats(logits_S, logits_T)
     temperature = jnp.asarray(temperature, S.dtype)
     if temperature.ndim:
         temperature = temperature[..., None]
-    if mask is None:
-        return S / temperature, T / temperature, None
-    selected = as_selection(mask, S)
-    here = selected[..., None] != 0
-    if temperature.ndim:
-        temperature = jnp.where(here, temperature, 1)
-    S, T = (jnp.where(here, logits, 0) / temperature for logits in (S, T))
-    return S, T, selected
+    selected = None
+    if mask is not None:
+        selected = as_selection(mask, S)
+        here = selected[..., None] != 0
+        if temperature.ndim:
+            temperature = jnp.where(here, temperature, 1)
+        S, T = (jnp.where(here, logits, 0) for logits in (S, T))
+    if standardize:
+        S, T = _standard(S), _standard(T)
+    return S / temperature, T / temperature, selected
+
+
+def _standard(logits: Array) -> Array:
+    there = logits != -jnp.inf
+    count = jnp.sum(there, axis=-1, keepdims=True)
+    centred = jnp.where(there, logits, 0)
+    centred -= jnp.sum(centred, axis=-1, keepdims=True) / jnp.maximum(count, 1)
+    squares = jnp.sum(jnp.where(there, centred**2, 0), axis=-1, keepdims=True)
+    deviation = root(squares / jnp.maximum(count - 1, 1))
+    return jnp.where(there, centred / (deviation + 1e-7), -jnp.inf)
+
+
+def scaled(each: Array, temperature: ArrayLike, selected: Array | None, is_wanted: bool) -> Array:
+    """The positions' losses times the square of their temperatures, if that is wanted.
+
+    Gradients of a softmax over the temperature are as small as the inverse of that square (Hinton
+    et al. 2015, section 2), so with it they keep their size beside the hard labels'.
+    """
+    if not is_wanted:
+        return each
+    factor = jnp.square(jnp.asarray(temperature, each.dtype))
+    if selected is not None and factor.ndim:
+        factor = jnp.where(selected != 0, factor, 1)
+    return factor * each
+
+
+def _mean_square(
+    difference: Array, temperature: ArrayLike, selected: Array | None, scale_by_t2: bool
+) -> Array:
+    if scale_by_t2:
+        factor = scaled(
+            jnp.ones(difference.shape[:-1], difference.dtype), temperature, selected, True
+        )
+        difference = difference * jnp.sqrt(factor)[..., None]
+    return mean_square(difference, selected)

@@ -35,6 +35,11 @@ def ratio(total: Array, count: Array) -> Array:
     return total / jnp.where(count == 0, 1, count)
 
 
+def root(squares: Array) -> Array:
+    """The square root, with a gradient of 0 at 0 where the root's own is infinite."""
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+
+
 def mean(values: Array, weights: Array | None) -> Array:
     """The weighted mean of all values."""
     if weights is None:

@@ -13,9 +13,13 @@ import jax.numpy as jnp
 __all__ = [
     "check_attention",
     "check_candidates",
+    "check_classes",
+    "check_examples",
+    "check_labels",
     "check_layers",
     "check_logits",
     "check_mask",
+    "check_part",
     "check_relations",
     "check_same",
     "check_states",
@@ -122,6 +126,40 @@ def check_candidates(loss: str, logits: Any) -> None:
         )
 
 
+def check_classes(loss: str, logits: Any) -> None:
+    """Wants two or more classes on the last axis."""
+    if jnp.shape(logits)[-1] < 2:
+        raise ValueError(
+            f"{loss}: the logits have shape {jnp.shape(logits)}; expected 2 or more classes on the last "
+            "axis. For regression and scores use kd_mse_loss ('mse'), for a single yes or no kd_bce_loss "
+            "('bce')."
+        )
+
+
+def check_labels(loss: str, labels: Any, logits: Any) -> None:
+    """Wants one integer for each position of the logits."""
+    expected = jnp.shape(logits)[:-1]
+    if labels is None:
+        raise ValueError(
+            f"{loss}: labels is None; expected integers of shape {expected}. Return them from adaptor_S "
+            "under 'labels'."
+        )
+    kind = jnp.result_type(labels)
+    if jnp.shape(labels) != expected or not jnp.issubdtype(kind, jnp.integer):
+        raise ValueError(
+            f"{loss}: labels are {kind.name} of shape {jnp.shape(labels)}; expected integers of shape "
+            f"{expected}, one for each position of the logits {jnp.shape(logits)}."
+        )
+
+
+def check_part(loss: str, name: str, value: Any, below: float | None = None) -> None:
+    """Wants a number from 0 to 1, or to below ``below``."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (0 <= value <= 1 if below is None else 0 <= value < below):
+        limits = "from 0 to 1" if below is None else f"from 0 to below {below}"
+        raise ValueError(f"{loss}: {name} is {value!r}; expected a number {limits}.")
+
+
 def check_attention(
     loss: str, attention_S: Any, attention_T: Any, mask: Any, heads_reduced: bool
 ) -> None:
@@ -147,6 +185,28 @@ def check_attention(
             "the same positions. Leave the mask out for cross-attention."
         )
     check_mask(loss, mask, (shapes[0][0], shapes[0][-1]), "(batch, length)")
+
+
+def check_examples(
+    loss: str, state_S: Any, state_T: Any, mask: Any, *, positions: bool, same_width: bool
+) -> None:
+    """Wants (batch, width) of one batch size twice, or (batch, length, width) where these are taken."""
+    shapes = []
+    for name, state in (("state_S", state_S), ("state_T", state_T)):
+        shape = shape_of(loss, name, state)
+        if len(shape) != 2 and not (positions and len(shape) == 3):
+            also = (
+                " or (batch, length, width)."
+                if positions
+                else ", one vector for each example. Let the adaptor return one, such as the first token's, "
+                "under 'embedding', and match that."
+            )
+            raise ValueError(f"{loss}: {name} has shape {shape}; expected (batch, width){also}")
+        shapes.append(shape)
+    if not same_width:
+        shapes = [(*shape[:-1], 0) for shape in shapes]
+    check_same(loss, "state", shapes[0], shapes[1], _positions(len(shapes[0]), "width"))
+    check_mask(loss, mask, shapes[0][:-1], "the states' shape without the width")
 
 
 def check_relations(loss: str, vectors_S: Any, vectors_T: Any, mask: Any, heads: int | None) -> int:

@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 AXIS = "data"
 
-_ROW = np.ones(3, np.float32)  # what the schedule gives a step
-
 # Leaves with fewer elements stay whole on every device: cutting them would cost more than it saves.
 SMALLEST_CUT = 1024
 
@@ -177,7 +175,7 @@ class OneDevice:
         """See `Placement.lower`."""
         here = SingleDeviceSharding(self.devices[0])
         state = jax.eval_shape(lambda: program.init(0))
-        arguments = state, program.teacher.variables, batch, _ROW
+        arguments = state, program.teacher.variables, batch, program.row
         state, teacher, batch, row = jax.tree.map(partial(_shape, sharding=here), arguments)
         state, frozen = program.parted(state)
         step: Any = self.compile(program)
@@ -342,7 +340,7 @@ class Sharded(_Mesh):
             state,
             jax.tree.map(_shape, variables, cut),
             jax.tree.map(_shape, batch, places),
-            _shape(_ROW, self.whole),
+            _shape(program.row, self.whole),
             frozen,
         )
 

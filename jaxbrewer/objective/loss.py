@@ -16,16 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from ..models.adaptors import Results
 from ..models.handle import Model
-from .plan import KD, Match, Plan, Weight
+from .plan import KD, Match, Plan, Weight, Weights
 
 Project = Callable[[str, Array], Array]
-
-
-class Weights(NamedTuple):
-    """The scheduled weights at one update, scalars."""
-
-    kd: Any
-    hard_label: Any
 
 
 def full_weights() -> Weights:
@@ -75,16 +68,18 @@ def distillation_loss(
     terms: dict[str, Any] = {}
     surplus: Any = 0
     if plan.kd is not None and "logits" in results_S and "logits" in results_T:
-        value, surplus = kd_term(plan.kd, _detached_if(plan.kd_weight, results_S), results_T)
+        source = _detached_if(plan.kd_weight, results_S)
+        value, surplus = kd_term(plan.kd, source, results_T, weights.temperature)
         terms["unweighted_kd_loss"] = value
         if not plan.kd_weight.is_zero:
             total += value * weights.kd
-    for match in plan.matches:
-        source = results_S if match.weight else jax.lax.stop_gradient(results_S)
-        value = match_term(match, source, results_T, project)
+    scheduled = dict(enumerate(weights.matches))
+    for i, match in enumerate(plan.matches):
+        value = match_term(match, _detached_if(match.weight, results_S), results_T, project)
         terms[match.tag] = value
-        if match.weight:
-            total += value * match.weight
+        if not match.weight.is_zero:
+            now = scheduled.get(i)
+            total += value * (match.weight.initial if now is None else now)
     if "losses" in results_S:
         value = hard_label_term(_detached_if(plan.hard_label_weight, results_S))
         terms["unweighted_hard_label_loss"] = value
@@ -124,25 +119,34 @@ def match_term(match: Match, results_S: Results, results_T: Results, project: Pr
     return match.loss(feature_S, feature_T, mask=mask)
 
 
-def kd_term(kd: KD, results_S: Results, results_T: Results) -> tuple[Any, Any]:
-    """The KD losses of all logits, summed; and the surplus of `Loss`."""
+def kd_term(
+    kd: KD, results_S: Results, results_T: Results, temperature: Any = None
+) -> tuple[Any, Any]:
+    """The KD losses of all logits, summed; and the surplus of `Loss`.
+
+    `temperature` is the scheduled one; None: the configured.
+    """
     total: Any = 0.0
     surplus: Any = 0
-    shift_labels = results_S.get("labels") if kd.probability_shift else None
-    for pair in pairs(results_S, results_T, shift_labels):
+    base = kd.temperature.initial if temperature is None else temperature
+    all_labels = results_S.get("labels") if wants_labels(kd) else None
+    for pair in pairs(results_S, results_T, all_labels):
         logits_S, logits_T, mask, labels, difference = pair
         surplus = jnp.where(jnp.abs(difference) > jnp.abs(surplus), difference, surplus)
         if kd.probability_shift:
             if labels is None:
                 raise ValueError("probability_shift needs adaptor_S to return 'labels'")
             logits_T = probability_shift(logits_T, labels)
-        temperature: Any = kd.temperature
+        temperature = base
         if kd.temperature_scheduler is not None:
-            temperature = call_temperature(
-                kd.temperature_scheduler, logits_S, logits_T, temperature, mask
-            )
-        total += call_kd(kd.loss, logits_S, logits_T, temperature, mask)
+            temperature = call_temperature(kd.temperature_scheduler, logits_S, logits_T, base, mask)
+        total += call_kd(kd.loss, logits_S, logits_T, temperature, mask, labels)
     return total, surplus
+
+
+def wants_labels(kd: KD) -> bool:
+    """Whether a KD loss cannot do without the labels."""
+    return kd.probability_shift or takes_labels(kd.loss)
 
 
 class Pair(NamedTuple):
@@ -214,30 +218,47 @@ def probability_shift(
 
 
 def call_kd(
-    loss: Callable, logits_S: Array, logits_T: Array, temperature: Any, mask: Array | None
+    loss: Callable,
+    logits_S: Array,
+    logits_T: Array,
+    temperature: Any,
+    mask: Array | None,
+    labels: Array | None = None,
 ) -> Any:
     """Calls a KD loss, with the mean over selected positions if there is a mask.
 
     A loss that takes ``mask=`` gets it; any other is applied position by position, which is right
-    only for a mean over positions (`is_position_mean` tells).
+    only for a mean over positions (`is_position_mean` tells). One that names ``labels`` gets them.
     """
+    more = {"labels": labels} if takes_labels(loss) else {}
     if mask is None:
-        return loss(logits_S, logits_T, temperature)
+        return loss(logits_S, logits_T, temperature, **more)
     if takes_mask(loss):
-        return loss(logits_S, logits_T, temperature, mask=mask)
+        return loss(logits_S, logits_T, temperature, mask=mask, **more)
     keep = mask[:, None]
     logits_S, logits_T = jnp.where(keep, logits_S, 0), jnp.where(keep, logits_T, 0)
-    each = position_by_position(loss, logits_S, logits_T, temperature)
+    each = position_by_position(loss, logits_S, logits_T, temperature, **more)
     return jnp.sum(jnp.where(mask, each, 0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def position_by_position(
-    loss: Callable, logits_S: Array, logits_T: Array, temperature: Any
+    loss: Callable, logits_S: Array, logits_T: Array, temperature: Any, **more: Any
 ) -> Array:
-    """Applies a KD loss to each position of ``[positions, classes]`` as a batch of one."""
-    axes = (0, 0, 0 if jnp.ndim(temperature) else None)
-    temperature = temperature[:, None] if jnp.ndim(temperature) else temperature
-    return jax.vmap(loss, axes)(logits_S[:, None], logits_T[:, None], temperature)
+    """Applies a KD loss to each position of ``[positions, classes]`` as a batch of one.
+
+    So are the arrays of `more`, which it gets by name: ``[positions]``.
+    """
+    by_position = {"logits_S": logits_S, "logits_T": logits_T, **more}
+    if jnp.ndim(temperature):
+        by_position["temperature"] = temperature
+
+    def one(given: dict[str, Array]) -> Array:
+        S, T, t, *_ = (
+            given.pop(name, temperature) for name in ("logits_S", "logits_T", "temperature")
+        )
+        return loss(S, T, t, **given)
+
+    return jax.vmap(one)({name: x[:, None] for name, x in by_position.items()})
 
 
 def call_temperature(
@@ -256,6 +277,12 @@ def takes_mask(function: Callable) -> bool:
     """Whether a user's function can be given ``mask=``."""
     parameters = inspect.signature(function).parameters
     return "mask" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def takes_labels(function: Callable) -> bool:
+    """Whether a function names ``labels``, and has none bound to it."""
+    bound = getattr(function, "keywords", {})
+    return "labels" in inspect.signature(function).parameters and "labels" not in bound
 
 
 def _full(x: Array) -> Array:

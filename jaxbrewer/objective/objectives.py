@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 import jax
@@ -16,16 +16,13 @@ from ..models.handle import Model
 from .loss import (
     Loss,
     Project,
-    Weights,
     distillation_loss,
     full_weights,
     hard_label_term,
     project_by_shape,
 )
-from .plan import Match, Plan, Weight, plan_terms, resolve
+from .plan import Match, Plan, Scheduled, Weights, apart, plan_terms, resolve
 from .terms import check_plan
-
-Scheduled = tuple[Weight | None, Weight | None]
 
 
 class Objective(Protocol):
@@ -33,7 +30,7 @@ class Objective(Protocol):
 
     Attributes:
         missing: the names it looked up and did not find, each with its fix.
-        scheduled: the weights of the KD loss and of the hard labels, None where it has none.
+        scheduled: what its schedules give each update.
     """
 
     @property
@@ -100,7 +97,7 @@ class PlanObjective:
     @property
     def scheduled(self) -> Scheduled:
         """See `Objective`."""
-        return self.plan.kd_weight, self.plan.hard_label_weight
+        return self.plan.scheduled
 
     def __call__(
         self, results_S: Results, results_T: Results, project: Project, weights: Weights
@@ -121,7 +118,8 @@ class PlanObjective:
 
     def with_matches(self, matches: Sequence[Match]) -> Self:
         """See `Objective`."""
-        plan = replace(self.plan, matches=(*self.plan.matches, *matches))
+        mine = self.plan.matches
+        plan = replace(self.plan, matches=(*mine, *apart(matches, mine)))
         return replace(self, plan=plan)
 
     def terms(self, names: Sequence[str]) -> list[str]:
@@ -138,7 +136,7 @@ class HardLabels:
     """The model's own losses: supervised training."""
 
     missing: tuple[str, ...] = ()
-    scheduled: Scheduled = (None, None)
+    scheduled: Scheduled = field(default_factory=Scheduled)
 
     def __call__(
         self, results_S: Results, results_T: Results, project: Project, weights: Weights

@@ -1,8 +1,10 @@
 """A `DistillationConfig` resolved: names become functions, layers get their tags, once."""
 
+import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +20,7 @@ Layers = int | str | Sequence[int]
 
 @dataclass(frozen=True)
 class Weight:
-    """A loss weight: the configured value for the first update, then the scheduler's.
+    """A loss weight, or the temperature: the configured value for the first update, then the scheduler's.
 
     Attributes:
         initial: the configured value.
@@ -32,6 +34,9 @@ class Weight:
     def is_zero(self) -> bool:
         """Whether the weight is 0 throughout, so that its term is logged but not trained on."""
         return self.scheduler is None and self.initial == 0
+
+    def __str__(self) -> str:
+        return f"{self.initial:g}{', then by its scheduler' if self.scheduler else ''}"
 
     def table(self, total_steps: int) -> np.ndarray:
         """The weight after each number of updates, from 0 to all: ``[total_steps + 1]`` float64.
@@ -52,7 +57,7 @@ class KD:
     Attributes:
         loss: ``(logits_S, logits_T, temperature)``, and ``mask=`` if it takes one.
         loss_name: its name in `presets.KD_LOSS_MAP`.
-        temperature: the configured temperature.
+        temperature: the configured temperature, for the first update, and its schedule.
         temperature_scheduler: ``(logits_S, logits_T, temperature)``, and ``mask=`` if it takes
             one, → temperatures; or None.
         probability_shift: whether the teacher's largest logit and the label's are swapped.
@@ -61,7 +66,7 @@ class KD:
 
     loss: Callable
     loss_name: str
-    temperature: float
+    temperature: Weight
     temperature_scheduler: Callable | None
     probability_shift: bool
     required: bool
@@ -78,7 +83,7 @@ class Match:
         layer_T: the teacher's.
         loss: ``(feature_S, feature_T, mask=None)``; lists where several layers are matched.
         loss_name: its name in `presets.MATCH_LOSS_MAP`.
-        weight: its weight.
+        weight: its weight, and the schedule of that.
         projection: the name of its projection, or None.
         proj: ``(name, dim_S, dim_T)`` of that projection, or None.
         options: that projection's optimizer options.
@@ -90,7 +95,7 @@ class Match:
     layer_T: Layers
     loss: Callable
     loss_name: str
-    weight: float
+    weight: Weight
     projection: str | None
     proj: tuple[str, int, int] | None
     options: Any
@@ -98,6 +103,56 @@ class Match:
 
     def __str__(self) -> str:
         return f"{self.feature} T{_layers(self.layer_T)} → S{_layers(self.layer_S)} by {self.loss_name}"
+
+
+TEMPERATURE = 3
+"""The column of a schedule's row that holds the temperature, where it is scheduled."""
+
+
+class Weights(NamedTuple):
+    """The scheduled weights at one update, scalars.
+
+    Attributes:
+        kd: of the KD loss.
+        hard_label: of the hard labels.
+        temperature: the temperature; None where it is not scheduled.
+        matches: of each match, in order; None where it is not scheduled, and of those left out.
+    """
+
+    kd: Any
+    hard_label: Any
+    temperature: Any = None
+    matches: tuple[Any, ...] = ()
+
+
+class Scheduled(NamedTuple):
+    """What a schedule gives each update: one column of a row for each that is there.
+
+    Attributes:
+        kd: the weight of the KD loss.
+        hard_label: that of the hard labels.
+        temperature: the temperature, where it is scheduled.
+        matches: each match's weight, where it is scheduled.
+    """
+
+    kd: Weight | None = None
+    hard_label: Weight | None = None
+    temperature: Weight | None = None
+    matches: tuple[Weight | None, ...] = ()
+
+    @property
+    def columns(self) -> list[Weight | None]:
+        """A row's: the two weights, the learning rate (None), and what else is scheduled."""
+        others = [weight for weight in (self.temperature, *self.matches) if weight is not None]
+        return [self.kd, self.hard_label, None, *others]
+
+    def read(self, row: Any) -> Weights:
+        """The weights that a row holds."""
+        others = iter([row[i] for i in range(3, len(self.columns))])
+        temperature, *matches = (
+            None if weight is None else next(others) for weight in (self.temperature, *self.matches)
+        )
+        return Weights(row[0], row[1], temperature, tuple(matches))
 
 
 @dataclass(frozen=True)
@@ -119,6 +174,17 @@ class Plan:
     hard_label_weight: Weight
     losses_required: bool
 
+    @property
+    def scheduled(self) -> Scheduled:
+        """What has a schedule; the KD and the hard labels' weights always count."""
+        temperature = None if self.kd is None else self.kd.temperature
+        return Scheduled(
+            self.kd_weight,
+            self.hard_label_weight,
+            temperature if temperature is not None and temperature.scheduler else None,
+            tuple(match.weight if match.weight.scheduler else None for match in self.matches),
+        )
+
 
 def resolve(
     config: DistillationConfig, *, logits_required: bool, losses_required: bool = True
@@ -135,7 +201,7 @@ def resolve(
         what is wrong.
     """
     problems: list[str] = []
-    kd_loss = _look_up(presets.KD_LOSS_MAP, config.kd_loss_type, "kd_loss_type", problems)
+    kd_loss = named_loss(presets.KD_LOSS_MAP, config.kd_loss_type, "kd_loss_type", problems)
     temperature = None
     if config.temperature_scheduler != "none":
         temperature = presets.TEMPERATURE_SCHEDULER[config.temperature_scheduler]
@@ -144,52 +210,81 @@ def resolve(
     ]
     kd = KD(
         kd_loss,
-        config.kd_loss_type,
-        config.temperature,
+        presets.in_words(config.kd_loss_type),
+        weight_of(config.temperature, config.base_temperature_scheduler),
         temperature,
         config.probability_shift,
         logits_required,
     )
     return Plan(
         None if kd_loss is None else kd,
-        tuple(match for match in matches if match is not None),
-        _weight(config.kd_loss_weight, config.kd_loss_weight_scheduler),
-        _weight(config.hard_label_weight, config.hard_label_weight_scheduler),
+        apart([match for match in matches if match is not None]),
+        weight_of(config.kd_loss_weight, config.kd_loss_weight_scheduler),
+        weight_of(config.hard_label_weight, config.hard_label_weight_scheduler),
         losses_required,
     ), problems
 
 
 def _resolve_match(i: int, match: IntermediateMatch, problems: list[str]) -> Match | None:
     where = f"intermediate_matches[{i}].loss"
-    loss = _look_up(presets.MATCH_LOSS_MAP, match.loss, where, problems)
+    loss = named_loss(presets.MATCH_LOSS_MAP, match.loss, where, problems)
     if loss is None:
         return None
     layers = f"{_layers(match.layer_S)}_{_layers(match.layer_T)}"
+    name = match.loss if isinstance(match.loss, str) else match.loss[0]
     return Match(
         match.feature,
         match.layer_S,
         match.layer_T,
         loss,
-        match.loss,
-        match.weight,
+        presets.in_words(match.loss),
+        weight_of(match.weight, match.weight_scheduler),
         str(i) if match.proj is not None else None,
         tuple(match.proj[:3]) if match.proj is not None else None,
         match.proj[3] if match.proj is not None and len(match.proj) > 3 else {},
-        f"unweighted_{match.feature}_{match.loss}_{layers}",
+        f"unweighted_{match.feature}_{name}_{layers}",
     )
 
 
-def _look_up(table: Any, name: str, where: str, problems: list[str]) -> Any:
-    if name in table:
-        return table[name]
-    problems.append(f"{where}={name!r} is not a known loss: {suggest(name, table)}")
-    return None
+def apart(matches: Sequence[Match], others: Sequence[Match] = ()) -> tuple[Match, ...]:
+    """The matches with a tag each: the second of one tag gets ``_2``, the third ``_3``.
+
+    Args:
+        matches: those to be told apart.
+        others: further ones, which keep their tags.
+    """
+    seen = Counter(match.tag for match in others)
+    kept = []
+    for match in matches:
+        seen[match.tag] += 1
+        count = seen[match.tag]
+        kept.append(match if count == 1 else replace(match, tag=f"{match.tag}_{count}"))
+    return tuple(kept)
 
 
-def _weight(value: float, scheduler: str | None) -> Weight:
-    return Weight(
-        value, None if scheduler in ("none", None) else presets.WEIGHT_SCHEDULER[scheduler]
-    )
+def named_loss(table: Any, given: Any, where: str, problems: list[str]) -> Any:
+    """The loss that a config names, with its options; None, and a problem, where there is none."""
+    name = given if isinstance(given, str) else given[0]
+    if name not in table:
+        problems.append(f"{where}={name!r} is not a known loss: {suggest(name, table)}")
+        return None
+    try:
+        return presets.bound(table, given)
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
+        return None
+
+
+def without_options(function: Callable) -> Callable:
+    """A function of a table as it stands there, whatever options a config gives it."""
+    return function.func if isinstance(function, functools.partial) else function
+
+
+def weight_of(value: float, scheduler: str | Sequence[Any] | None) -> Weight:
+    """A configured weight with the schedule that a config names."""
+    if scheduler in ("none", None):
+        return Weight(value)
+    return Weight(value, presets.bound(presets.WEIGHT_SCHEDULER, scheduler))
 
 
 def _layers(layers: Layers) -> str:
@@ -231,17 +326,19 @@ def plan_terms(plan: Plan) -> list[str]:
         (plan.kd_weight, _kd(plan)),
         (plan.hard_label_weight, "the student's own losses"),
     ):
-        scheduled = ", then by its scheduler" if weight.scheduler else ""
         note = "  (logged only)" if weight.is_zero else ""
-        lines.append(f"{weight.initial:g}{scheduled} × {what}{note}")
+        lines.append(f"{weight} × {what}{note}")
     for match in plan.matches:
         proj = (
             f", projected {match.proj[1]} → {match.proj[2]} ({match.proj[0]})" if match.proj else ""
         )
-        note = "  (logged only)" if not match.weight else ""
-        lines.append(f"{match.weight:g} × {match}{proj}{note}")
+        note = "  (logged only)" if match.weight.is_zero else ""
+        lines.append(f"{match.weight} × {match}{proj}{note}")
     return lines
 
 
 def _kd(plan: Plan) -> str:
-    return f"KD by {plan.kd.loss_name!r}, temperature {plan.kd.temperature}" if plan.kd else "KD"
+    if plan.kd is None:
+        return "KD"
+    scheduled = ", then by its scheduler" if plan.kd.temperature.scheduler else ""
+    return f"KD by {plan.kd.loss_name!r}, temperature {plan.kd.temperature.initial}{scheduled}"

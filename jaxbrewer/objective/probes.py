@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .loss import position_by_position
+from .loss import position_by_position, takes_labels
+
+_LABELS = np.arange(6) % 5
 
 
 def is_position_mean(loss: Callable) -> bool:
     """Tries whether a KD loss of ``[positions, classes]`` is the mean of its positions' losses."""
+    more = {"labels": jnp.asarray(_LABELS)} if takes_labels(loss) else {}
     return _agree(
-        lambda S, T: jnp.mean(position_by_position(loss, S, T, 2.0)),
-        lambda S, T: loss(S, T, 2.0),
+        lambda S, T: jnp.mean(position_by_position(loss, S, T, 2.0, **more)),
+        lambda S, T: loss(S, T, 2.0, **more),
     )
 
 
@@ -32,9 +35,12 @@ def heeds_mask(function: Callable) -> bool:
     It may be a KD loss or a temperature scheduler. One that swallows the mask with ``**kwargs``
     does not.
     """
+    some, all_ = {}, {}
+    if takes_labels(function):
+        some, all_ = {"labels": jnp.asarray(_LABELS[::2])}, {"labels": jnp.asarray(_LABELS)}
     return _agree(
-        lambda S, T: function(S[::2], T[::2], 2.0, mask=jnp.ones(3, bool)),
-        lambda S, T: _every_other(function(S, T, 2.0, mask=jnp.arange(6) % 2 == 0)),
+        lambda S, T: function(S[::2], T[::2], 2.0, mask=jnp.ones(3, bool), **some),
+        lambda S, T: _every_other(function(S, T, 2.0, mask=jnp.arange(6) % 2 == 0, **all_)),
     )
 
 

@@ -10,7 +10,7 @@ from .. import presets
 from ..configurations import checks
 from ..errors import ConfigError, suggest
 from ..models.handle import Model
-from .plan import Match
+from .plan import Match, Weight, named_loss, weight_of
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,21 @@ class CustomMatch:
         module_S: the student's. Patterns must find as many on both sides; they are matched in
             order.
         weight: of each of the losses in the total.
-        loss: a name in `presets.MATCH_LOSS_MAP`, or a function ``loss(S, T, mask=None)``; `mask`
-            is the student's ``inputs_mask``.
+        loss: a name in `presets.MATCH_LOSS_MAP`, a list of a name and its options, or a function
+            ``loss(S, T, mask=None)``; `mask` is the student's ``inputs_mask``.
         proj_func: a projection of the student's side: ``[name, dim_S, dim_T]``, made anew for
             each pair, or an `nnx.Module`; None for none.
         proj_group: optimizer options of the projection, such as ``{'lr': 1e-3}``.
+        weight_scheduler: as of an `IntermediateMatch`.
     """
 
     module_T: Any
     module_S: Any
     weight: float
-    loss: str | Callable
+    loss: str | Sequence[Any] | Callable
     proj_func: Any = None
     proj_group: Mapping[str, Any] | None = None
+    weight_scheduler: str | Sequence[Any] | None = "none"
 
     @classmethod
     def from_dict(cls, dict_object: Mapping[str, Any]) -> "CustomMatch":
@@ -85,7 +87,8 @@ def resolve_custom(
         paths_T = _find(f"{where}.module_T", match.module_T, *model_T, problems)
         paths_S = _find(f"{where}.module_S", match.module_S, *model_S, problems)
         loss, name = _loss(where, match.loss, problems)
-        if not (paths_T and paths_S and loss):
+        weight = _weight(where, match, problems)
+        if not (paths_T and paths_S and loss and weight):
             continue
         if len(paths_T) != len(paths_S):
             problems.append(
@@ -100,24 +103,31 @@ def resolve_custom(
             projection = None if proj is None else str(first + len(projections))
             tag = f"unweighted_custom_{name}_{path_S}_{path_T}"
             found.append(
-                Match(
-                    "captured", path_S, path_T, loss, name, match.weight, projection, shape, {}, tag
-                )
+                Match("captured", path_S, path_T, loss, name, weight, projection, shape, {}, tag)
             )
             projections.append(proj)
             options.append(match.proj_group or {})
     return found, projections, options
 
 
-def _loss(where: str, loss: str | Callable, problems: list[str]) -> tuple[Callable | None, str]:
+def _loss(where: str, loss: Any, problems: list[str]) -> tuple[Callable | None, str]:
     if callable(loss):
         return loss, getattr(loss, "__name__", type(loss).__name__)
-    if loss in presets.MATCH_LOSS_MAP:
-        return presets.MATCH_LOSS_MAP[loss], loss
-    problems.append(
-        f"{where}.loss={loss!r} is not a known loss: {suggest(loss, presets.MATCH_LOSS_MAP)}"
-    )
-    return None, str(loss)
+    try:
+        loss = checks.named(loss)
+    except ValueError as error:
+        problems.append(f"{where}.loss is {loss!r}: {error}, or a function")
+        return None, str(loss)
+    name = loss if isinstance(loss, str) else loss[0]
+    return named_loss(presets.MATCH_LOSS_MAP, loss, f"{where}.loss", problems), name
+
+
+def _weight(where: str, match: CustomMatch, problems: list[str]) -> Weight | None:
+    try:
+        return weight_of(match.weight, checks.weight_scheduler(match.weight_scheduler))
+    except ValueError as error:
+        problems.append(f"{where}.weight_scheduler is {match.weight_scheduler!r}: {error}")
+        return None
 
 
 def _find(

@@ -10,19 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from .. import losses
 from ..data.batches import Batch
 from ..errors import Findings, explained
-from ..losses.logits import (
-    kd_bce_loss,
-    kd_ce_loss,
-    kd_listwise_kl_loss,
-    kd_margin_mse_loss,
-    kd_mse_loss,
-)
 from ..models.adaptors import Results
 from ..models.handle import Model
-from .loss import kd_term, match_term, project_by_shape, takes_mask
-from .plan import KD, Match, Plan
+from .loss import kd_term, match_term, project_by_shape, takes_mask, wants_labels
+from .plan import KD, Match, Plan, without_options
 from .probes import heeds_mask, is_position_mean, is_positionwise
 
 # Models of the zoo, and transformers', return these only when asked.
@@ -37,7 +31,17 @@ _MODEL_RETURNS = {
         "output_qkv=True), or config.replace(output_qkv=True)",
     ),
 }
-_BUILT_IN = (kd_ce_loss, kd_mse_loss, kd_bce_loss, kd_margin_mse_loss, kd_listwise_kl_loss)
+_BUILT_IN = tuple(getattr(losses, name) for name in losses.__all__)
+# A softmax over one class says nothing. (Where it takes two at least, the loss itself refuses one.)
+_OF_ONE_SOFTMAX = (
+    losses.kd_ce_loss,
+    losses.kd_kl_loss,
+    losses.kd_reverse_kl_loss,
+    losses.kd_jsd_loss,
+    losses.kd_skew_kl_loss,
+    losses.kd_skew_reverse_kl_loss,
+    losses.kd_tvd_loss,
+)
 
 
 def check_plan(
@@ -82,7 +86,7 @@ def check_plan(
 def trains_beside_kd(plan: Plan, results_S: Results) -> bool:
     """Whether a plan has another term than the KD loss that teaches anything."""
     learns = "losses" in results_S and not plan.hard_label_weight.is_zero
-    return learns or any(match.weight != 0 for match in plan.matches)
+    return learns or any(not match.weight.is_zero for match in plan.matches)
 
 
 def _check_something_to_train(
@@ -130,8 +134,10 @@ def _check_kd(
         return
     masked = _check_logits(kd, results_S, results_T, found)
     _check_classes(plan, results_S, found)
+    if wants_labels(kd):
+        _check_labels(kd, results_S, found)
     if kd.probability_shift:
-        _check_labels(results_S, masked, batch, found)
+        _check_shifted_padding(results_S, masked, batch, found)
     if masked:
         _check_under_mask(kd, found)
     if len(found.problems) == before:
@@ -147,20 +153,21 @@ def _check_kd(
 def _check_classes(plan: Plan, results_S: Results, found: Findings) -> None:
     """A softmax over one class is 1 whatever the logits are, and one over the batch means nothing."""
     kd = plan.kd
-    if kd is None or kd.loss is not kd_ce_loss or plan.kd_weight.is_zero:
+    if kd is None or without_options(kd.loss) not in _OF_ONE_SOFTMAX or plan.kd_weight.is_zero:
         return
+    name = kd.loss_name
     learns = trains_beside_kd(plan, results_S)
     for i, logits in enumerate(results_S["logits"]):
         if logits.ndim < 2:
             found.problems.append(
                 f"logits[{i}] are {list(logits.shape)}, without an axis of classes, over which "
-                "kd_loss_type='ce' takes a softmax: return [batch, classes]; of one number an "
+                f"kd_loss_type={name!r} takes a softmax: return [batch, classes]; of one number an "
                 "example, [batch, 1] with kd_loss_type='mse'"
             )
         elif logits.shape[-1] == 1:
             (found.warnings if learns else found.problems).append(
                 f"logits[{i}] are {list(logits.shape)}: a softmax over one class is always 1, so "
-                "the KD loss 'ce' and its gradient are 0. For regression and scores set "
+                f"the KD loss {name!r} and its gradient are 0. For regression and scores set "
                 "kd_loss_type='mse', for a single yes or no 'bce'"
             )
 
@@ -176,7 +183,7 @@ def _check_logits(kd: KD, results_S: Results, results_T: Results, found: Finding
         return False
     for i, (l_S, l_T) in enumerate(zip(logits_S, logits_T, strict=True)):
         # A loss of the user's own may know what to do: it is traced.
-        if l_S.shape[-1:] != l_T.shape[-1:] and kd.loss in _BUILT_IN:
+        if l_S.shape[-1:] != l_T.shape[-1:] and without_options(kd.loss) in _BUILT_IN:
             fewer = min(l_S.shape[-1], l_T.shape[-1])
             found.problems.append(
                 f"logits[{i}]: the student has {l_S.shape[-1]} classes {list(l_S.shape)}, the "
@@ -214,11 +221,12 @@ def _check_logits(kd: KD, results_S: Results, results_T: Results, found: Finding
     return True
 
 
-def _check_labels(results_S: Results, masked: bool, batch: Batch, found: Findings) -> None:
+def _check_labels(kd: KD, results_S: Results, found: Findings) -> None:
     labels, logits = results_S.get("labels"), results_S["logits"]
+    what = "probability_shift" if kd.probability_shift else f"the KD loss {kd.loss_name!r}"
     if labels is None:
         found.problems.append(
-            "probability_shift needs the labels: return them from adaptor_S under 'labels' "
+            f"{what} needs the labels: return them from adaptor_S under 'labels' "
             f"(it returns {_keys(results_S)})"
         )
         return
@@ -232,10 +240,14 @@ def _check_labels(results_S: Results, masked: bool, batch: Batch, found: Finding
             label.dtype, jax.numpy.integer
         ):
             found.problems.append(
-                f"labels[{i}] is {label.dtype}{list(label.shape)}; probability_shift needs integers "
+                f"labels[{i}] is {label.dtype}{list(label.shape)}; {what} needs integers "
                 f"of shape {list(l_S.shape[:-1])} for logits {list(l_S.shape)}"
             )
-    if not masked and any(x.ndim == 3 for x in logits) and not _has_negatives(batch):
+
+
+def _check_shifted_padding(results_S: Results, masked: bool, batch: Batch, found: Findings) -> None:
+    has_length = any(x.ndim == 3 for x in results_S["logits"])
+    if "labels" in results_S and not masked and has_length and not _has_negatives(batch):
         found.warnings.append(
             "probability_shift on logits with a length, without logits_mask: unless padding has "
             "negative labels, the teacher's logits there are shifted to a padding label too"
@@ -288,6 +300,7 @@ def _check_under_mask(kd: KD, found: Findings) -> None:
 
 
 def _is_ours(function: Callable) -> bool:
+    function = without_options(function)
     return str(getattr(function, "__module__", "")).startswith("jaxbrewer.")
 
 

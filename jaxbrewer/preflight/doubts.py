@@ -6,28 +6,41 @@ from typing import Any
 import jax
 import numpy as np
 
+from .. import losses
+from ..configurations.configs import TrainingConfig
 from ..data.batches import Batch, sides
 from ..errors import Findings, PreflightWarning, warn
-from ..losses.logits import kd_ce_loss
 from ..models.adaptors import Results, Side, model_name
 from ..objective.objectives import Extension, Objective, Overridden
-from ..objective.plan import Plan
+from ..objective.plan import Plan, without_options
 from ..objective.terms import trains_beside_kd
 from .job import Task
 
 # Inputs that count something else than words: a model may know more of them than another.
 _NO_WORDS = ("position_ids", "token_type_ids")
 _A_MODEL = 100_000  # parameters
+# What compares a position's classes as if each excluded the others.
+_DISTRIBUTIONS = tuple(
+    getattr(losses, name)
+    for name in losses.__all__
+    if name.startswith("kd_") and name not in ("kd_mse_loss", "kd_bce_loss", "kd_margin_mse_loss")
+)
 
 
 def doubt(
-    task: Task, objective: Objective, results_S: Results, batch: Batch, found: Findings
+    task: Task,
+    objective: Objective,
+    config: TrainingConfig,
+    results_S: Results,
+    batch: Batch,
+    found: Findings,
 ) -> None:
     """Looks at a task whose models run.
 
     Args:
         task: its two sides.
         objective: what is minimised.
+        config: how it is trained.
         results_S: the student's results by shape.
         batch: its first batch.
         found: gets what is found.
@@ -40,6 +53,7 @@ def doubt(
     plan = plan_of(objective)
     if plan is not None:
         _doubt_softmax(task.student, plan, results_S, found)
+        _doubt_coupling(plan, config, found)
 
 
 def plan_of(objective: Objective) -> Plan | None:
@@ -86,13 +100,34 @@ def _doubt_softmax(student: Side, plan: Plan, results_S: Results, found: Finding
     """Labels that exclude one another not are no softmax."""
     config = getattr(getattr(student.model, "module", None), "config", None)
     is_multi = getattr(config, "problem_type", None) == "multi_label_classification"
-    is_softmax = plan.kd is not None and plan.kd.loss is kd_ce_loss
-    if is_multi and is_softmax and not plan.kd_weight.is_zero:
+    if plan.kd is None or plan.kd_weight.is_zero:
+        return
+    loss = without_options(plan.kd.loss)
+    if is_multi and loss in _DISTRIBUTIONS:
         report = found.warnings if trains_beside_kd(plan, results_S) else found.problems
         report.append(
-            "the student has problem_type='multi_label_classification', and kd_loss_type='ce' "
-            "compares its labels by a softmax, as if each excluded the others: set "
-            "kd_loss_type='bce'"
+            "the student has problem_type='multi_label_classification', and "
+            f"kd_loss_type={plan.kd.loss_name!r} compares its labels by a softmax, as if each excluded the "
+            "others: set kd_loss_type='bce'"
+        )
+
+
+def _doubt_coupling(plan: Plan, config: TrainingConfig, found: Findings) -> None:
+    """Losses that compare the examples of a batch with each other depend on how it is cut."""
+    used = [] if plan.kd is None or plan.kd_weight.is_zero else [(plan.kd.loss_name, plan.kd.loss)]
+    used += [(m.loss_name, m.loss) for m in plan.matches if not m.weight.is_zero]
+    names = {repr(name): None for name, loss in used if without_options(loss) in losses.COUPLING}
+    cuts = []
+    if config.gradient_accumulation_steps > 1:
+        cuts.append("each of the accumulated micro-batches")
+    if config.mapping == "pmap":
+        cuts.append("each device's part of a batch (mapping='pmap')")
+    if names and cuts:
+        one = len(names) == 1
+        found.warnings.append(
+            f"{', '.join(names)} {'compares' if one else 'compare'} the examples of a batch with each "
+            f"other, and {' and '.join(cuts)} is compared by itself: not the loss of all examples "
+            "together. Where that matters, use larger batches, without accumulation"
         )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..data.batches import Batch, as_call, plain, sides, signature_of
 from ..errors import (
@@ -158,9 +157,8 @@ def _trace_step(program: Program, batch: Batch) -> None:
 
 
 def _step_by_shape(program: Program, batch: Batch) -> None:
-    row = np.ones(3, jnp.result_type(float))
     state, frozen = program.parted(jax.eval_shape(lambda: program.init(0)))
-    program.compiled.eval_shape(state, program.teacher.variables, batch, row, frozen)
+    program.compiled.eval_shape(state, program.teacher.variables, batch, program.row, frozen)
 
 
 def _check_loss_is_of_what_trains(
@@ -183,11 +181,10 @@ def _check_loss_is_of_what_trains(
 def _depends_on_trained(program: Program, batch: Batch) -> bool:
     """Whether the loss depends on a trained parameter of the student, by its trace."""
     state, frozen = program.parted(jax.eval_shape(lambda: program.init(0)))
-    row = jnp.ones(3)
 
     def total(student: Any, state: Any, teacher: Any, batch: Batch, frozen: Any) -> Any:
         params = program.whole({**state.params, "student": student}, frozen)
-        return program.loss(params, *program.inputs(state, teacher, batch, row))[0]
+        return program.loss(params, *program.inputs(state, teacher, batch, program.row))[0]
 
     arguments = state.params["student"], state, program.teacher.variables, batch, frozen
     jaxpr = jax.make_jaxpr(total)(*arguments).jaxpr
@@ -266,7 +263,7 @@ def _trace(
     if results_S is not None and results_T is not None:
         projections = job.projections.models()
         job.objective.check(results_S, results_T, student_batch, projections, found)
-        doubt(job.tasks[name], job.objective, results_S, batch, found)
+        doubt(job.tasks[name], job.objective, job.config, results_S, batch, found)
     return job, _Traced(task, results_S, results_T, parting)
 
 

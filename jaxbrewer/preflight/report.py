@@ -35,8 +35,7 @@ def describe(program: Program, batch: Batch, *, with_optimizer: bool) -> str:
 
 def _cost(program: Program, batch: Batch, with_optimizer: bool) -> list[str]:
     state, frozen = program.parted(jax.eval_shape(lambda: program.init(0)))
-    row = np.ones(3, np.float32)
-    arguments = state, program.teacher.variables, batch, row, frozen
+    arguments = state, program.teacher.variables, batch, program.row, frozen
     compiled = program.compiled.lower(*arguments).compile()
     lines = ["one step"]
     costs = compiled.cost_analysis()

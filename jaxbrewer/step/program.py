@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ..data.batches import Batch, sides
@@ -96,6 +97,11 @@ class Program:
         }
         return params, model_state
 
+    @property
+    def row(self) -> np.ndarray:
+        """A row of ones, for tracing: what a schedule gives an update, see `Scheduled`."""
+        return np.ones(len(self.objective.scheduled.columns), jnp.result_type(float))
+
     def init(self, seed: int, variables: Any = None) -> TrainState:
         """The state before the first step, in arrays of its own: nothing the user holds is donated.
 
@@ -176,7 +182,8 @@ class Program:
             state: before the step; donated.
             teacher_variables: the teacher's arrays.
             batch: from `batches.own`.
-            schedule: ``[3]``: weight of the KD loss, of the hard labels, learning-rate factor.
+            schedule: weight of the KD loss, of the hard labels, learning-rate factor, and what else
+                is scheduled: see `Scheduled.columns`.
             frozen: the student's frozen leaves, see `parted`; not donated.
 
         Returns:
@@ -233,7 +240,7 @@ class Program:
         return {**new, "student": self.parting.steady(old["student"], new["student"])}
 
     def inputs(
-        self, state: TrainState, teacher_variables: Any, batch: Batch, schedule: jax.Array
+        self, state: TrainState, teacher_variables: Any, batch: Batch, schedule: Any
     ) -> tuple[Any, ...]:
         """What `loss` gets in a step beside the parameters."""
         teacher_batch, student_batch, cache = sides(batch)
@@ -241,7 +248,7 @@ class Program:
         key = jax.random.fold_in(state.key, state.micro_step)
         if self.axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(self.axis))
-        weights = Weights(kd=schedule[0], hard_label=schedule[1])
+        weights = self.objective.scheduled.read(schedule)
         return state.model_state, key, student_batch, results_T, weights
 
     def values(self, loss: Loss) -> list[Any]:

@@ -22,7 +22,7 @@ from ..machine.memory import kept_memory
 from ..machine.placement import Placement, placement_for, placement_to_cache
 from ..machine.processes import Processes, joined
 from ..machine.programs import keep_programs
-from ..objective.plan import Weight
+from ..objective.plan import TEMPERATURE
 from ..objective.tables import tabulate
 from ..preflight.job import Job
 from ..preflight.prepare import Prepared, prepare
@@ -391,15 +391,22 @@ def _copies(placement: Placement, state: TrainState) -> Any:
 
 
 def _rows(job: Job, factor: Callable | None, total: int) -> np.ndarray:
-    """What the schedule gives after each number of updates, from 0 to all: ``[total + 1, 3]``.
+    """What the schedule gives after each number of updates, from 0 to all: ``[total + 1, columns]``.
 
     The last row is for batches that no update follows. Their losses are weighted all the same; a
     learning rate is not asked for there, where the schedule may have no value.
     """
-    rows = np.ones((total + 1, 3), np.float64)
-    for column, weight in enumerate(job.objective.scheduled):
-        if isinstance(weight, Weight):
+    scheduled = job.objective.scheduled
+    rows = np.ones((total + 1, len(scheduled.columns)), np.float64)
+    for column, weight in enumerate(scheduled.columns):
+        if weight is not None:
             rows[:, column] = weight.table(total)
+    if scheduled.temperature is not None and np.min(rows[:, TEMPERATURE]) <= 0:
+        step = int(np.argmin(rows[:, TEMPERATURE]))
+        raise ValueError(
+            f"base_temperature_scheduler gives {rows[step, TEMPERATURE]:g} after {step} of {total} updates: "
+            "a temperature is a number above 0"
+        )
     if factor is not None:
         rows[:total, 2] = tabulate(factor, np.arange(total))
         rows[total, 2] = rows[total - 1, 2]

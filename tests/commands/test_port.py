@@ -23,6 +23,8 @@ from jaxbrewer.preflight import prepare
 from jaxbrewer.training.request import make_factor, make_timeline
 from jaxbrewer.zoo import BertConfig
 
+from ..test_presets import OURS
+
 # ------------------------------------------------------------------ files as TextBrewer's users have
 
 TRAINING = {
@@ -373,9 +375,22 @@ def test_registered_losses_are_known(monkeypatch):
 
 
 def test_an_unknown_kd_loss_needs_a_hand():
-    assert verdicts(port.distillation_config({"kd_loss_type": "kl"})) == {
+    assert verdicts(port.distillation_config({"kd_loss_type": "kll"})) == {
         "kd_loss_type": Verdict.BY_HAND
     }
+
+
+def test_a_name_that_is_only_ours_may_be_another_loss_there():
+    match = {"layer_T": 1, "layer_S": 0, "feature": "hidden", "weight": 1, "loss": "cka"}
+    ported = port.distillation_config({"kd_loss_type": "kl", "intermediate_matches": [match]})
+    assert set(verdicts(ported).values()) == {Verdict.CHANGED}
+
+
+def test_the_losses_of_textbrewer_are_told_from_ours():
+    """What its tables hold, as the tests of the tables compare them live."""
+    theirs = set(port._THEIR_KD_LOSSES) | set(port._THEIR_MATCH_LOSSES)
+    everything = set(presets.KD_LOSS_MAP) | set(presets.MATCH_LOSS_MAP)
+    assert everything - theirs == OURS["kd_loss"] | OURS["match_Loss"]
 
 
 def test_attention_matches_say_how_layers_are_counted():

@@ -48,6 +48,14 @@ def padded_attention(x, junk):
     return np.pad(x, ((0, 0), (0, 0), (0, PADDING), (0, 0)), constant_values=junk)
 
 
+def with_labels(name, positions):
+    """A loss by its name; to one that wants labels, class 1 is the label of every position."""
+    loss = getattr(losses, name)
+    if name == "kd_dkd_loss":
+        return functools.partial(loss, labels=np.ones(positions, np.int32))
+    return loss
+
+
 @functools.cache
 def compiled(case):
     """Value and gradients; one function a loss, so that tests share what was compiled."""
@@ -64,12 +72,17 @@ class Case:
     junk: float = np.nan  # what may stand at masked positions
     masked: bool = True  # whether the mask has an effect
     zero_at_equal: bool = True  # cross-entropies are stationary there instead
+    still_at_equal: bool = True
+    flat: bool = False  # it compares vectors: here one for each position
 
     def __str__(self):
         return self.name
 
     def __call__(self, S, T, mask=None):
-        return getattr(losses, self.name)(S, T, mask=mask)
+        if self.flat:
+            S, T = (jnp.reshape(x, (-1, x.shape[-1])) for x in (S, T))
+            mask = None if mask is None else jnp.reshape(mask, -1)
+        return with_labels(self.name, jnp.shape(S)[:-1])(S, T, mask=mask)
 
     def inputs(self, seed=0, length=LENGTH):
         rng = np.random.default_rng(seed)
@@ -85,6 +98,14 @@ CASES = [
     Case("kd_bce_loss", zero_at_equal=False),
     Case("kd_margin_mse_loss"),
     Case("kd_listwise_kl_loss"),
+    Case("kd_kl_loss"),
+    Case("kd_reverse_kl_loss"),
+    Case("kd_jsd_loss"),
+    Case("kd_skew_kl_loss"),
+    Case("kd_skew_reverse_kl_loss"),
+    Case("kd_tvd_loss", still_at_equal=False),  # it has a kink there
+    Case("kd_dkd_loss"),
+    Case("kd_dist_loss"),
     Case("att_mse_loss", attention, padded_attention),
     Case("att_mse_sum_loss", attention, padded_attention),
     Case("att_ce_loss", attention, padded_attention, zero_at_equal=False),
@@ -96,6 +117,11 @@ CASES = [
     Case("pkd_loss", masked=False),
     Case("fsp_loss", two_layers, junk=1e3),
     Case("mmd_loss", two_layers, junk=1e3),
+    Case("rkd_distance_loss", flat=True),
+    Case("rkd_angle_loss", flat=True),
+    Case("similarity_loss"),
+    Case("cka_loss"),
+    Case("infonce_loss", zero_at_equal=False, still_at_equal=False, flat=True),
 ]
 MASKED = [case for case in CASES if case.masked]
 ATTENTION = [case for case in CASES if case.make is attention]
@@ -190,7 +216,7 @@ def test_many_masked_positions_are_counted_in_single_precision():
 @pytest.mark.parametrize("name", [name for name in losses.__all__ if name.startswith("kd_")])
 def test_the_temperature_at_masked_positions_does_not_count(name):
     rng = np.random.default_rng(0)
-    loss = getattr(losses, name)
+    loss = with_labels(name, (BATCH, LENGTH))
     S, T = states(rng, LENGTH), states(rng, LENGTH)
     temperature = rng.uniform(1, 4, RAGGED.shape).astype(np.float32)
     expected = jax.grad(loss)(S, T, temperature, RAGGED)
@@ -201,7 +227,8 @@ def test_the_temperature_at_masked_positions_does_not_count(name):
 
 def test_equal_temperatures_are_one_temperature():
     S, T = states(np.random.default_rng(0), LENGTH), states(np.random.default_rng(1), LENGTH)
-    for loss in (getattr(losses, name) for name in losses.__all__ if name.startswith("kd_")):
+    for name in (name for name in losses.__all__ if name.startswith("kd_")):
+        loss = with_labels(name, (BATCH, LENGTH))
         by_position = loss(S, T, jnp.full((BATCH, LENGTH), 4.0))
         assert by_position == loss(S, T, 4) == loss(S, T, jnp.float32(4))
 
@@ -215,7 +242,8 @@ def test_equal_sides(case):
     value, (gradient, _) = case.gradient(S, S)
     if case.zero_at_equal:
         assert abs(value) < 1e-6
-    assert all(np.abs(leaf).max() < 1e-6 for leaf in jax.tree.leaves(gradient))
+    if case.still_at_equal:
+        assert all(np.abs(leaf).max() < 1e-6 for leaf in jax.tree.leaves(gradient))
 
 
 @every
@@ -263,14 +291,23 @@ def test_the_lowest_scores_do_not_change_the_attention_losses():
             assert_close(value, expected)
 
 
-def test_logits_of_excluded_classes():
+SOFTMAX = [
+    name
+    for name in losses.__all__
+    if name.startswith("kd_") and "mse" not in name and name not in ("kd_bce_loss", "kd_dist_loss")
+]
+
+
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_logits_of_excluded_classes(name):
     """A class that both sides exclude adds nothing, however low its logit."""
     S, T = states(np.random.default_rng(0), LENGTH), states(np.random.default_rng(1), LENGTH)
-    expected = losses.kd_ce_loss(S, T, 0.5)
+    loss = with_labels(name, (BATCH, LENGTH))
+    expected = loss(S, T, 0.5)
     for low in (-1e4, LOWEST, -np.inf):
         low_class = np.full((BATCH, LENGTH, 1), low, np.float32)
         S_more, T_more = (np.concatenate([x, low_class], -1) for x in (S, T))
-        value, gradient = jax.value_and_grad(losses.kd_ce_loss)(S_more, T_more, 0.5)
+        value, gradient = jax.value_and_grad(loss)(S_more, T_more, 0.5)
         assert_close(value, expected)
         assert np.isfinite(gradient).all()
 

@@ -26,7 +26,7 @@ def logits(*shape, dtype="float64"):
 
 
 def kd(loss=losses.kd_ce_loss, temperature=3.0, scheduler=None, shift=False):
-    return KD(loss, "name", temperature, scheduler, shift, True)
+    return KD(loss, "name", Weight(temperature), scheduler, shift, True)
 
 
 def results(logits, mask=None, labels=None):
@@ -370,6 +370,7 @@ def test_what_functions_do_is_found_by_trying():
 
 
 def a_match(loss, layer_S=0, layer_T=0, weight=1.0, projection=None, tag="match"):
+    weight = weight if isinstance(weight, Weight) else Weight(weight)
     return Match("hidden", layer_S, layer_T, loss, "name", weight, projection, None, {}, tag)
 
 
@@ -570,3 +571,68 @@ def test_kd_of_token_logits_without_masks_takes_every_position():
 def by_mean_3d(S, T, temperature):
     assert S.ndim == 3
     return jnp.mean(jnp.abs(S - T))
+
+
+# ------------------------------------------------------------------------------ labels and schedules
+
+
+def test_a_loss_that_names_labels_gets_them():
+    S, T, labels = logits(6), logits(6), np.array([0, 1, -100, 2, 4, 3])
+    value, _ = term(kd(losses.kd_dkd_loss), results(S, labels=labels), results(T))
+    np.testing.assert_allclose(value, losses.kd_dkd_loss(S, T, 3.0, labels=labels), rtol=1e-6)
+    chosen = labels >= 0
+    alone = losses.kd_dkd_loss(S[chosen], T[chosen], 3.0, labels=labels[chosen])
+    np.testing.assert_allclose(value, alone, rtol=1e-6)
+    bound = functools.partial(losses.kd_dkd_loss, labels=labels)
+    assert not objective.takes_labels(bound) and objective.takes_labels(losses.kd_dkd_loss)
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_labels_go_with_their_positions_where_masks_select(has_mask):
+    """One that takes no mask gets them position by position; both sides are compacted by theirs."""
+
+    def by_label(logits_S, logits_T, temperature, mask=None, *, labels):
+        each = labels * jnp.square(logits_S - logits_T).sum(-1)
+        return jnp.mean(each) if mask is None else jnp.sum(each * mask) / jnp.sum(mask)
+
+    def without_mask(logits_S, logits_T, temperature, *, labels):
+        return by_label(logits_S, logits_T, temperature, labels=labels)
+
+    loss = by_label if has_mask else without_mask
+    S, T, labels = logits(2, 3), logits(2, 4), RNG.integers(0, CLASSES, (2, 3))
+    mask_S, mask_T = np.array([[1, 0, 1], [1, 1, 0]]), np.array([[1, 1, 0, 0], [0, 0, 1, 1]])
+    value, surplus = term(kd(loss), results(S, mask_S, labels), results(T, mask_T))
+    expected = by_label(S[mask_S == 1], T[mask_T == 1], 3.0, labels=labels[mask_S == 1])
+    assert surplus == 0
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert probes.is_position_mean(without_mask)
+    assert probes.heeds_mask(by_label)
+
+
+def test_scheduled_weights_and_temperatures_stand_in_for_the_configured_ones():
+    S, T = results(logits(4)), results(logits(4))
+    features = {"hidden": tuple(RNG.normal(size=(3, 2, 4)))}
+    S, T = S | features, T | {"hidden": tuple(RNG.normal(size=(3, 2, 4)))}
+    moving = Weight(0.0, lambda x: x)
+    matches = (
+        a_match(losses.hid_mse_loss, 0, 0, weight=2.0, tag="still"),
+        a_match(losses.cos_loss, 1, 1, weight=moving, tag="late"),
+    )
+    setting = dataclasses.replace(kd(), temperature=Weight(3.0, lambda x: 1 + x))
+    plan = Plan(setting, matches, Weight(1.0), Weight(0.0), False)
+    assert plan.scheduled.columns[3:] == [setting.temperature, moving]
+    weights = plan.scheduled.read(np.array([0.5, 0.0, 1.0, 2.0, 0.25]))
+    assert (weights.temperature, weights.matches) == (2.0, (None, 0.25))
+
+    def total(hidden_S, weights):
+        return distillation_loss(plan, S | {"hidden": hidden_S}, T, None, weights)
+
+    found = total(S["hidden"], weights)
+    kd_now = kd_term(kd(temperature=2.0), S, T)[0]
+    still, late = found.terms["still"], found.terms["late"]
+    np.testing.assert_allclose(found.total, 0.5 * kd_now + 2 * still + 0.25 * late, rtol=1e-6)
+    # A weight that is 0 now and grows later is in the graph from the start.
+    gradient = jax.grad(lambda x: total(x, weights).total)(S["hidden"])
+    assert np.abs(gradient[1]).max() > 0
+    plain = total(S["hidden"], Weights(0.5, 0.0))
+    assert plain.total == 0.5 * kd_term(kd(), S, T)[0] + 2 * still

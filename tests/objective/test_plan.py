@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxbrewer import DistillationConfig, TrainingConfig, presets
-from jaxbrewer.objective.plan import Weight, resolve
+from jaxbrewer.configurations.checks import Options
+from jaxbrewer.objective.plan import Weight, plan_terms, resolve
 from jaxbrewer.training.timeline import Timeline
 
 # -------------------------------------------------------------------------------------- weights
@@ -140,7 +141,11 @@ def test_names_become_functions_and_tags():
     plan, problems = resolve(config, logits_required=True)
     assert problems == []
     assert plan.kd.loss is presets.KD_LOSS_MAP["mse"]
-    assert (plan.kd.temperature, plan.kd.probability_shift, plan.kd.required) == (8, True, True)
+    assert (plan.kd.temperature.initial, plan.kd.probability_shift, plan.kd.required) == (
+        8,
+        True,
+        True,
+    )
     assert isinstance(plan.kd.temperature_scheduler, Callable)
     assert plan.hard_label_weight.initial == 0.5
     assert plan.hard_label_weight.scheduler is presets.WEIGHT_SCHEDULER["linear_decay"]
@@ -156,7 +161,7 @@ def test_names_become_functions_and_tags():
     assert projected.proj == ("linear", 312, 768)
     assert projected.options == {"lr": 1e-3}
     assert str(plan.matches[1]) == "hidden T0-12 → S0-3 by nst"
-    assert [m.weight for m in plan.matches] == [1, 0.5, 0, 1]
+    assert [m.weight.initial for m in plan.matches] == [1, 0.5, 0, 1]
     assert resolve(DistillationConfig(), logits_required=False)[0].kd.required is False
 
 
@@ -184,3 +189,71 @@ def test_losses_registered_after_the_config_count(monkeypatch):
     assert problems == []
     assert plan.kd.loss is len
     assert plan.matches[0].loss is max
+
+
+# --------------------------------------------------------------------------- options and schedules
+
+
+def test_options_are_bound_in_order_and_by_name():
+    for given in (["jsd", 0.25], ["jsd", {"beta": 0.25}]):
+        config = DistillationConfig(kd_loss_type=given)
+        plan, problems = resolve(config, logits_required=True)
+        assert problems == []
+        assert plan.kd.loss.func is presets.KD_LOSS_MAP["jsd"]
+        assert plan.kd.loss.keywords == {"beta": 0.25}
+        assert DistillationConfig.from_dict(config.to_dict()) == config
+        assert config.to_dict()["kd_loss_type"] == given
+    words = {
+        ("jsd", 0.25): "jsd(0.25)",
+        ("kl", Options({"scale_by_t2": True})): "kl(scale_by_t2=True)",
+        "ce": "ce",
+    }
+    assert {given: presets.in_words(given) for given in words} == words
+    assert DistillationConfig(kd_loss_type=["ce"]).kd_loss_type == "ce"
+
+
+def test_options_that_a_loss_has_not(monkeypatch):
+    monkeypatch.setitem(presets.KD_LOSS_MAP, "plain", lambda S, T, temperature: 0.0)
+    for given, said in (
+        (["jsd", {"betta": 1}], "'jsd' has no option 'betta': did you mean 'beta'?"),
+        (["jsd", 0.1, True, False, 1], "takes 3 options, beta, standardize, scale_by_t2; got 4"),
+        (["dkd", {"labels": 1}], "'dkd' has no option 'labels'"),
+        (["plain", 1], "'plain' takes no options: its function has no parameters after *"),
+        (["jds", 1], "kd_loss_type='jds' is not a known loss: did you mean 'jsd'?"),
+    ):
+        plan, problems = resolve(DistillationConfig(kd_loss_type=given), logits_required=True)
+        assert plan.kd is None
+        assert len(problems) == 1 and said in problems[0]
+    config = DistillationConfig(intermediate_matches=[match(loss=["infonce", {"t": 1}])])
+    _, problems = resolve(config, logits_required=True)
+    assert problems[0].startswith("intermediate_matches[0].loss: 'infonce' has no option 't'")
+
+
+def test_matches_of_one_tag_are_told_apart():
+    config = DistillationConfig(
+        intermediate_matches=[match(loss="cka"), match(loss="cka"), match(loss=["cka"])]
+    )
+    plan, _ = resolve(config, logits_required=True)
+    assert [m.tag.removeprefix("unweighted_hidden_") for m in plan.matches] == [
+        "cka_0_0", "cka_0_0_2", "cka_0_0_3",
+    ]  # fmt: skip
+
+
+def test_what_is_scheduled_has_a_column():
+    config = DistillationConfig(
+        temperature=8,
+        base_temperature_scheduler=["linear", {"start": 8, "end": 2}],
+        intermediate_matches=[match(), match(weight=0, weight_scheduler=["step", 0.5])],
+    )
+    plan, _ = resolve(config, logits_required=True)
+    scheduled = plan.scheduled
+    assert scheduled.matches[0] is None
+    np.testing.assert_allclose(scheduled.temperature.table(4), [8, 6.5, 5, 3.5, 2])
+    np.testing.assert_allclose(scheduled.matches[1].table(4), [0, 0, 1, 1, 1])
+    assert len(scheduled.columns) == 5
+    assert plan_terms(plan)[0] == "1 × KD by 'ce', temperature 8, then by its scheduler"
+    assert plan_terms(plan)[3].startswith("0, then by its scheduler × hidden")
+    assert "weight_scheduler" not in config.to_dict()["intermediate_matches"][0]
+    assert DistillationConfig.from_dict(config.to_dict()) == config
+    plain, _ = resolve(DistillationConfig(), logits_required=True)
+    assert len(plain.scheduled.columns) == 3

@@ -245,6 +245,38 @@ MISTAKES = {
         {},
         [r"logits\[0\] are \[3, 1\]: a softmax over one class is always 1.*kd_loss_type='mse'"],
     ),
+    "another divergence over one class": (
+        {"teacher": encoder(1, classes=1), "student": encoder(2, classes=1),
+         "config": {"kd_loss_type": ["jsd", 0.1]}},
+        {},
+        [r"over one class is always 1, so the KD loss 'jsd\(0\.1\)' and its gradient are 0"],
+    ),
+    "dkd over one class": (
+        {"teacher": encoder(1, classes=1), "student": encoder(2, classes=1),
+         "keys_S": ("logits", "labels"), "config": {"kd_loss_type": "dkd"}},
+        {},
+        [r"KD loss 'dkd': kd_dkd_loss: the logits have shape \(3, 1\); expected 2 or more classes"],
+    ),
+    "dkd without labels": (
+        {"config": {"kd_loss_type": "dkd"}},
+        {},
+        ["the KD loss 'dkd' needs the labels: return them from adaptor_S under 'labels'"],
+    ),
+    "an option out of its range": (
+        {"config": {"kd_loss_type": ["jsd", 2]}},
+        {},
+        ["the KD loss 'jsd\\(2\\)': kd_jsd_loss: beta is 2; expected a number from 0 to 1"],
+    ),
+    "an option that is not there": (
+        {"config": {"kd_loss_type": ["jsd", {"bta": 1}]}},
+        {},
+        ["kd_loss_type: 'jsd' has no option 'bta': did you mean 'beta'"],
+    ),
+    "a relation of examples on every position": (
+        {"keys": FEATURES, "config": matched(match(1, 1, "rkd_distance"))},
+        {},
+        [r"rkd_distance_loss: state_S has shape \(3, 4, 5\); expected \(batch, width\), one .*'embedding'"],
+    ),
     "logits without classes": (
         {"keys": adaptor(logits=lambda b, o: o["logits"][:, 0])},
         {},
@@ -767,6 +799,15 @@ SUSPECT = {
          "keys": ("logits", "hidden"), "config": matched(match(1, 1), match(2, 2))},
         {},
         [r"a softmax over one class is always 1, so the KD loss 'ce' and its gradient are 0"],
+    ),
+    "examples compared across micro-batches": (
+        {"keys": FEATURES, "gradient_accumulation_steps": 2,
+         "config": matched(match(1, 1, "cka")) | {"kd_loss_type": "dist"}},
+        {},
+        ["'dist', 'cka' compare the examples .* each of the accumulated micro-batches is compared by itself"],
+    ),
+    "examples compared in one batch": (
+        {"keys": FEATURES, "config": matched(match(1, 1, "cka"))}, {}, []
     ),
     "one class by mse": (
         {"teacher": encoder(1, classes=1), "student": encoder(2, classes=1),

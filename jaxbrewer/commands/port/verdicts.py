@@ -287,11 +287,26 @@ def distillation_config(values: Mapping[str, Any]) -> Ported:
     return ported
 
 
+_THEIR_KD_LOSSES = ("ce", "mse")
+_THEIR_MATCH_LOSSES = (
+    *("attention_mse", "attention_mse_sum", "attention_ce", "attention_ce_mean"),
+    *("hidden_mse", "cos", "pkd", "gram", "fsp", "mmd", "nst"),
+)
+
+
 def _kd_loss(value: str, config: DistillationConfig) -> tuple[Verdict, str]:
-    if value not in presets.KD_LOSS_MAP:
+    name = value if isinstance(value, str) else value[0]
+    if name not in presets.KD_LOSS_MAP:
         return Verdict.BY_HAND, (
-            f"no KD loss of this name ({suggest(value, presets.KD_LOSS_MAP)}). If it is yours, "
-            f"write it in jax.numpy and set KD_LOSS_MAP[{value!r}] before the distiller is built"
+            f"no KD loss of this name ({suggest(name, presets.KD_LOSS_MAP)}). If it is yours, "
+            f"write it in jax.numpy and set KD_LOSS_MAP[{name!r}] before the distiller is built"
+        )
+    if name not in _THEIR_KD_LOSSES and presets.KD_LOSS_MAP[name].__module__.startswith(
+        "jaxbrewer."
+    ):
+        return Verdict.CHANGED, (
+            f"TextBrewer has no KD loss of this name: jaxbrewer's own is taken. If you registered "
+            f"another, set KD_LOSS_MAP[{name!r}] before the distiller is built"
         )
     return Verdict.SAME, "the same value and gradient"
 
@@ -373,15 +388,21 @@ def _described(match: IntermediateMatch) -> str:
         f"{side}{list(layer) if isinstance(layer, tuple) else layer}"
         for side, layer in (("T", match.layer_T), ("S", match.layer_S))
     )
-    return f"{match.feature} {sides} by {match.loss}, weight {match.weight:g}"
+    return f"{match.feature} {sides} by {presets.in_words(match.loss)}, weight {match.weight:g}"
 
 
 def _match(match: IntermediateMatch) -> tuple[Verdict, str]:
-    loss = presets.MATCH_LOSS_MAP.get(match.loss)
+    name = match.loss if isinstance(match.loss, str) else match.loss[0]
+    loss = presets.MATCH_LOSS_MAP.get(name)
     if loss is None:
         return Verdict.BY_HAND, (
-            f"no match loss {match.loss!r} ({suggest(match.loss, presets.MATCH_LOSS_MAP)}). If it "
+            f"no match loss {name!r} ({suggest(name, presets.MATCH_LOSS_MAP)}). If it "
             "is yours, write loss(S, T, mask=None) in jax.numpy and set it in MATCH_LOSS_MAP"
+        )
+    if name not in _THEIR_MATCH_LOSSES and loss.__module__.startswith("jaxbrewer."):
+        return Verdict.CHANGED, (
+            f"TextBrewer has no match loss {name!r}: jaxbrewer's own is taken. If you registered another, "
+            f"set MATCH_LOSS_MAP[{name!r}] before the distiller is built"
         )
     wants_two = loss in (fsp_loss, mmd_loss)
     has_two = isinstance(match.layer_S, tuple)
@@ -394,8 +415,8 @@ def _match(match: IntermediateMatch) -> tuple[Verdict, str]:
         return Verdict.BY_HAND, f"{match.loss!r} takes one layer a side, not two"
     if match.proj is None:
         return Verdict.SAME, ""
-    name, dim_S, dim_T, options = match.proj
-    text = f"{name} projection of the student's {dim_S} to the teacher's {dim_T}"
+    kind, dim_S, dim_T, options = match.proj
+    text = f"{kind} projection of the student's {dim_S} to the teacher's {dim_T}"
     if options:
         return Verdict.CHANGED, (
             f"{text}. Its options {dict(options)} are given to your optimizer's factory, so pass a "

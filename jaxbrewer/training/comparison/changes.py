@@ -30,6 +30,7 @@ _HALVES = ("fp16", "fp16_opt_level", "half_dtype")
 _OF_CACHE = ("is_caching_logits", "cache_dir", "cache_dtype")
 _OF_LOSS = tuple(f.name for f in fields(DistillationConfig) if f.name not in _OF_CACHE)
 _WEIGHTS = ("kd_loss", "hard_label")
+_ALSO_SCHEDULED = ("temperature", "base_temperature_scheduler", "intermediate_matches")
 _COLUMNS = ("weight of the KD loss", "weight of the hard labels", "learning-rate factor")
 _TRACED = "its operations differ where the configs agree: another function, loss or library"
 
@@ -265,10 +266,15 @@ def _compare_schedule(then: Mapping[str, Any], rows: np.ndarray, found: Compared
     kept = {int(k): row for k, row in then["rows"].items() if int(k) <= steps}
     explained = [found.has((f"{k}_weight", f"{k}_weight_scheduler")) for k in _WEIGHTS]
     before = len(found.changes)
-    for column, name in enumerate(_COLUMNS):
+    columns = min([rows.shape[1], *map(len, kept.values())])
+    for column in range(columns):
+        name = _COLUMNS[column] if column < len(_COLUMNS) else f"scheduled number {column}"
         pairs = {k: (row[column], float(rows[k - 1][column])) for k, row in kept.items()}
         first = next((k for k, pair in pairs.items() if not np.isclose(*pair, 1e-6, 1e-7)), None)
-        if first is not None and not (column < 2 and explained[column]):
+        is_explained = (
+            explained[column] if column < 2 else column > 2 and found.has(_ALSO_SCHEDULED)
+        )
+        if first is not None and not is_explained:
             found.add("schedule", *pairs[first], f", {name} at step {first}")
     if len(found.changes) == before and not any(explained):
         found.unknown.append(f"the schedule, beyond 6 digits at {len(kept)} of {steps} steps")
