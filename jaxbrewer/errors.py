@@ -94,6 +94,10 @@ class PreflightWarning(UserWarning):
     """Something that trains, but is rarely what was meant."""
 
 
+class PortingWarning(UserWarning):
+    """Something that TextBrewer does not have."""
+
+
 def suggest(name: object, choices: Iterable[object]) -> str:
     """Returns the end of an error message about a name that is none of the choices.
 

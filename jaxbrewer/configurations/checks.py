@@ -150,6 +150,18 @@ def not_negative(value: Any) -> int | float:
     return value
 
 
+def proportions(value: Any) -> tuple[int | float, ...]:
+    """Accepts a list of finite numbers of 0 or more, one of which at least is above 0; keeps a tuple."""
+    expected = "expected a list of numbers of 0 or more, one at least above 0"
+    try:
+        kept = tuple(not_negative(item) for item in value)
+    except (TypeError, ValueError):
+        raise ValueError(expected) from None
+    if not any(kept):
+        raise ValueError(expected)
+    return kept
+
+
 def rate(value: Any) -> int | float:
     """Accepts a rate of dropout: a number of 0 or more and below 1."""
     value = number(value)

@@ -8,12 +8,12 @@ no disk and no device. Schedulers stay names here, and nothing the caller gave i
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from jaxbrewer import presets
 from jaxbrewer.configurations import checks
 from jaxbrewer.configurations.checks import device_name
-from jaxbrewer.errors import ConfigError
+from jaxbrewer.errors import ConfigError, PortingWarning, warn
 
 from .schema import Config, _thawed
 
@@ -26,7 +26,7 @@ PARTS = (
 FREE = (
     "ckpt_frequency", "ckpt_epoch_frequency", "ckpt_steps", "log_dir", "output_dir", "device",
     "data_parallel", "local_rank", "resume", "max_to_keep", "mapping", "sharding",
-    "max_nonfinite_steps", "resume_changes", "cache_dir",
+    "max_nonfinite_steps", "resume_changes", "cache_dir", "monitor",
 )  # fmt: skip
 """Fields that may differ where a run is resumed: they change no number of a run on sound data."""
 
@@ -266,6 +266,8 @@ class DistillationConfig(Config):
         base_temperature_scheduler: schedules ``temperature`` by the finished part of the training, as a
             weight is scheduled: ``['linear', {'start': 8, 'end': 2}]``. What it gives is the base of
             ``temperature_scheduler``, if there is one.
+        monitor: log how far the student is from the teacher, under ``monitor/``: KL divergence, agreement
+            and both sides' entropies at temperature 1, and the teacher's own loss on the labels.
 
     Raises:
         ConfigError: a ValueError that lists everything wrong.
@@ -286,6 +288,7 @@ class DistillationConfig(Config):
     cache_dir: str | os.PathLike[str] | None = None
     cache_dtype: str = "float32"
     base_temperature_scheduler: str | Sequence[Any] | None = "none"
+    monitor: bool = False
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         "temperature": checks.positive,
@@ -301,13 +304,43 @@ class DistillationConfig(Config):
         "cache_dir": checks.optional(checks.folder),
         "cache_dtype": checks.one_of(("float32", "float16", "bfloat16")),
         "base_temperature_scheduler": checks.weight_scheduler,
+        "monitor": checks.boolean,
     }
+
+    def to_json_file(self, json_filename: str | os.PathLike[str]) -> None:
+        """Writes the config as JSON: the whole file or, if that fails, nothing.
+
+        What TextBrewer does not have and could not read is named in a `PortingWarning`.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        super().to_json_file(json_filename)
+        ours = _only_here(self, "")
+        for i, match in enumerate(self.intermediate_matches):
+            ours += _only_here(match, f"intermediate_matches[{i}].")
+        if ours:
+            warn(
+                f"TextBrewer cannot read {os.fspath(json_filename)}: only jaxbrewer has {', '.join(ours)}",
+                PortingWarning,
+            )
 
     @classmethod
     def _check_together(cls, kept: Mapping[str, Any]) -> list[str]:
         if kept.get("cache_dir") is None or kept.get("is_caching_logits", True):
             return []
         return ["cache_dir is given, but is_caching_logits is False: set it to use the cache"]
+
+
+_PLAIN = ("loss", "kd_loss_type", "kd_loss_weight_scheduler", "hard_label_weight_scheduler")
+
+
+def _only_here(config: Config, where: str) -> list[str]:
+    """The fields that TextBrewer has not, and those that it wants as one name."""
+    given = config.to_dict()
+    own = [f.name for f in fields(cast(Any, config)) if f.kw_only and f.name in given]
+    lists = [f"a list as {where}{name}" for name in _PLAIN if isinstance(given.get(name), list)]
+    return [where + name for name in own] + lists
 
 
 def names_of_changes() -> tuple[str, ...]:

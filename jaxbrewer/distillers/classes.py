@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .. import presets
+from ..configurations import checks
 from ..configurations.configs import DistillationConfig, TrainingConfig
 from ..data.batches import own
 from ..models.adaptors import Adaptor, Side, check_adaptor
@@ -14,6 +15,7 @@ from ..models.nnx_model import refuse_shared_variables
 from ..models.teachers import Teacher
 from ..models.trainable import Selection
 from ..models.wrap import as_model
+from ..objective.monitor import Monitored
 from ..objective.objectives import HardLabels, Objective, PlanObjective
 from ..objective.submodules import CustomMatch
 from ..preflight.job import CacheOptions, Job, Projections, Task
@@ -127,7 +129,8 @@ class BasicDistiller(Trainable):
         if config.is_caching_logits:
             cache = CacheOptions(config.cache_dir, config.cache_dtype)
         about = {**job.about, "distill_config": config.to_dict()}
-        return replace(job, about=about, cache=cache)
+        objective = Monitored(job.objective) if config.monitor else job.objective
+        return replace(job, about=about, cache=cache, objective=objective)
 
 
 class GeneralDistiller(BasicDistiller):
@@ -185,7 +188,7 @@ class GeneralDistiller(BasicDistiller):
 
 
 class MultiTeacherDistiller(BasicDistiller):
-    """Distils several teachers of one task: their logits are averaged, then compared.
+    """Distils several teachers of one task: the mean of their logits is compared.
 
     The teachers may be of different architectures. The first one's ``logits_mask`` is used.
 
@@ -196,7 +199,33 @@ class MultiTeacherDistiller(BasicDistiller):
         model_S: the student.
         adaptor_T: one adaptor for all teachers, or a list with one for each.
         adaptor_S: the student's adaptor.
+        teacher_weights: how much each teacher counts in the mean, numbers of 0 or more; their sum makes
+            no difference. None: all alike.
     """
+
+    def __init__(
+        self,
+        train_config: TrainingConfig,
+        distill_config: DistillationConfig,
+        model_T: Sequence[Any],
+        model_S: Any,
+        adaptor_T: Adaptor | Sequence[Adaptor],
+        adaptor_S: Adaptor,
+        *,
+        teacher_weights: Sequence[float] | None = None,
+    ):
+        super().__init__(train_config, distill_config, model_T, model_S, adaptor_T, adaptor_S)
+        try:
+            self.teacher_weights = checks.optional(checks.proportions)(teacher_weights)
+        except ValueError as error:
+            raise ValueError(
+                f"teacher_weights is {checks.short(teacher_weights)}: {error}"
+            ) from None
+        if self.teacher_weights is not None and len(self.teacher_weights) != len(model_T):
+            raise ValueError(
+                f"there are {len(model_T)} teachers and {len(self.teacher_weights)} teacher_weights; give "
+                "one each"
+            )
 
     def _check_teacher(self) -> None:
         if not isinstance(self.model_T, list | tuple) or not self.model_T:
@@ -227,7 +256,7 @@ class MultiTeacherDistiller(BasicDistiller):
             Side(f"T[{i}]", as_model(model, f"model_T[{i}]"), adaptor, args)
             for i, (model, adaptor) in enumerate(pairs)
         )
-        return {"": Task(student, Teacher(teachers, averages=True))}
+        return {"": Task(student, Teacher(teachers, True, self.teacher_weights))}
 
 
 class MultiTaskDistiller(GeneralDistiller):

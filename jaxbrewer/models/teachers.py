@@ -1,5 +1,6 @@
 """A teacher: one model, the mean of several, or none. All are the same call inside the step."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,12 @@ class Teacher:
             the batch, or none.
         averages: whether it is several teachers (one, perhaps) whose logits are averaged; the first
             one's ``logits_mask`` is used.
+        weights: of each in that mean; None: all alike.
     """
 
     sides: tuple[Side, ...] = ()
     averages: bool = False
+    weights: tuple[float, ...] | None = None
 
     @property
     def variables(self) -> Any:
@@ -42,7 +45,7 @@ class Teacher:
         if not self.sides:
             return {} if cache is None else cache
         if self.averages:
-            return _mean(self._each(variables, batch, cache))
+            return _mean(self._each(variables, batch, cache), self.weights)
         return _results(self.sides[0], variables, batch, cache)
 
     def _each(self, variables: Any, batch: Batch, cache: Any) -> list[Results]:
@@ -67,8 +70,8 @@ def _results(side: Side, variables: Any, batch: Batch, outputs: Any) -> Results:
     return results
 
 
-def _mean(each: Sequence[Results]) -> Results:
-    """The mean of all logits; {} if a teacher returns none."""
+def _mean(each: Sequence[Results], weights: Sequence[float] | None) -> Results:
+    """The weighted mean of all logits; {} if a teacher returns none."""
     if not all("logits" in results for results in each):
         return {}
     shapes = [[logits.shape for logits in results["logits"]] for results in each]
@@ -78,7 +81,12 @@ def _mean(each: Sequence[Results]) -> Results:
             f"{', '.join(map(str, shapes))}; all need the same classes, and as many logits each"
         )
     lists = zip(*(results["logits"] for results in each), strict=True)
-    mean: Results = {"logits": tuple(sum(logits) / len(logits) for logits in lists)}
+    if weights is None:
+        means = tuple(sum(logits) / len(logits) for logits in lists)
+    else:
+        parts = [weight / math.fsum(weights) for weight in weights]
+        means = tuple(sum(p * x for p, x in zip(parts, logits, strict=True)) for logits in lists)
+    mean: Results = {"logits": means}
     if "logits_mask" in each[0]:
         mean["logits_mask"] = each[0]["logits_mask"]
     return mean

@@ -266,7 +266,10 @@ def _distiller(recipe: Recipe, teachers: Sequence[Any], student: Any) -> Any:
         return BasicTrainer(training, student, adapt)
     how = recipe.distillation or DistillationConfig()
     if len(teachers) > 1:
-        return MultiTeacherDistiller(training, how, list(teachers), student, adapt, adapt)
+        weights = recipe.teacher_weights
+        return MultiTeacherDistiller(
+            training, how, list(teachers), student, adapt, adapt, teacher_weights=weights
+        )
     return GeneralDistiller(training, how, teachers[0], student, adapt, adapt)
 
 

@@ -336,6 +336,7 @@ class Recipe(Config):
         training: a `TrainingConfig`, or a table of its fields.
         teacher: a folder in Hugging Face's format, with the head of the task; several are averaged.
             Without it the student learns from labels alone.
+        teacher_weights: how much each of several teachers counts in that mean; all alike if left out.
         distillation: a `DistillationConfig`, or a table of its fields.
         scheduler: the name and arguments of a factor in `jaxbrewer.schedulers`. ``num_training_steps``
             is the run's; ``num_warmup_steps`` below 1 is a part of it.
@@ -365,6 +366,7 @@ class Recipe(Config):
     metrics: Any = None
     best_metric: str | None = None
     eval_steps: int | None = None
+    teacher_weights: Any = None
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         "task": checks.one_of(TASKS),
@@ -381,6 +383,7 @@ class Recipe(Config):
         "metrics": checks.optional(_metrics),
         "best_metric": checks.optional(checks.text),
         "eval_steps": checks.optional(checks.integer(1)),
+        "teacher_weights": checks.optional(checks.proportions),
     }
 
     @classmethod
@@ -415,6 +418,9 @@ def _side_problems(kept: Mapping[str, Any]) -> list[str]:
                 problems.append(f"student.{name} is for a student of a teacher, and there is none")
     if teacher is not None and len(teacher) > 1 and how is not None and how.intermediate_matches:
         problems.append("several teachers are averaged, which no intermediate_matches go with")
+    weights, teachers = kept.get("teacher_weights"), len(teacher or ())
+    if weights is not None and "teacher" in kept and (teachers < 2 or len(weights) != teachers):
+        problems.append(f"teacher_weights has {len(weights)} numbers for {teachers} teachers")
     return problems
 
 

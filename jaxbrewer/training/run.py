@@ -22,6 +22,7 @@ from ..machine.memory import kept_memory
 from ..machine.placement import Placement, placement_for, placement_to_cache
 from ..machine.processes import Processes, joined
 from ..machine.programs import keep_programs
+from ..objective.monitor import PREFIX
 from ..objective.plan import TEMPERATURE
 from ..objective.tables import tabulate
 from ..preflight.job import Job
@@ -382,7 +383,10 @@ def _compiled(program: Program, placement: Placement, teacher: Any) -> CompiledT
 def _tags(program: Program) -> tuple[str, ...]:
     """The names of a step's numbers in the logs."""
     scaled = ("loss_scale", "skipped_windows") if program.precision.is_scaled else ()
-    return _TOTAL, *(f"scalar/{name}" for name in (*program.names, *scaled))
+    names = [
+        name if name.startswith(PREFIX) else f"scalar/{name}" for name in (*program.names, *scaled)
+    ]
+    return _TOTAL, *names
 
 
 def _copies(placement: Placement, state: TrainState) -> Any:

@@ -225,6 +225,19 @@ def test_an_input_is_never_overwritten(files, run):
     assert (files / "train.json").read_text() == before
 
 
+@pytest.mark.torch
+def test_textbrewer_reads_every_config_that_is_written(files, run):
+    import textbrewer
+
+    code, _ = run("port", "train.json", "distill.json", "student.json", "--out", "new")
+    assert code == 0
+    textbrewer.TrainingConfig.from_json_file(str(files / "new" / "train.json"))
+    theirs = textbrewer.DistillationConfig.from_json_file(str(files / "new" / "distill.json"))
+    ours = DistillationConfig.from_json_file(files / "new" / "distill.json")
+    assert theirs.temperature == ours.temperature
+    assert len(theirs.intermediate_matches) == len(ours.intermediate_matches) > 0
+
+
 def test_an_invalid_config_is_not_written(files, run):
     (files / "bad.json").write_text('{"temperature": -1, "kd_loss_typ": "ce"}')
     code, printed = run("port", "bad.json", "--out", "new")

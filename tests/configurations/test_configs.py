@@ -16,7 +16,7 @@ import pytest
 
 from jaxbrewer import presets
 from jaxbrewer.configurations.configs import DistillationConfig, IntermediateMatch, TrainingConfig
-from jaxbrewer.errors import ConfigError
+from jaxbrewer.errors import ConfigError, PortingWarning
 
 MATCH = {"layer_T": 8, "layer_S": 2, "weight": 1, "loss": "hidden_mse", "feature": "hidden"}
 NST = {"layer_T": [0, 0], "layer_S": [0, 0], "weight": 0.5, "loss": "nst", "feature": "hidden"}
@@ -182,6 +182,7 @@ def test_a_jax_device_is_kept_as_text():
 # ------------------------------------------------------------------------- frozen, equal, printable
 
 
+@pytest.mark.filterwarnings("ignore::jaxbrewer.errors.PortingWarning")
 @pytest.mark.parametrize(("cls", "given"), EXAMPLES)
 def test_round_trips(cls, given, tmp_path):
     config = cls.from_dict(given)
@@ -629,6 +630,7 @@ def mutate(rng, value):
         value[key] = copy.deepcopy(junk)
 
 
+@pytest.mark.filterwarnings("ignore::jaxbrewer.errors.PortingWarning")
 def test_a_thousand_mutated_dicts_give_a_config_or_a_report(tmp_path):
     rng = random.Random(0)
     outcomes = {"config": 0, "report": 0}
@@ -674,3 +676,37 @@ def test_a_thousand_mutated_files_give_a_config_or_a_report(tmp_path):
             assert isinstance(cls.from_json_file(path), cls)
         except ConfigError as error:
             assert str(path) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"kd_loss_type": ["jsd", 0.1]}, "a list as kd_loss_type"),
+        ({"monitor": True}, "monitor"),
+        ({"base_temperature_scheduler": "linear"}, "base_temperature_scheduler"),
+        ({"hard_label_weight_scheduler": ["step", 0.5]}, "a list as hard_label_weight_scheduler"),
+        (
+            {
+                "intermediate_matches": [
+                    {"layer_T": 1, "layer_S": 1, "feature": "hidden", "loss": ["cka"], "weight": 1},
+                    {
+                        "layer_T": 1,
+                        "layer_S": 1,
+                        "feature": "hidden",
+                        "loss": ["infonce", 1],
+                        "weight": 1,
+                    }
+                    | {"weight_scheduler": "linear_decay"},
+                ]
+            },
+            r"intermediate_matches\[1\].weight_scheduler, a list as intermediate_matches\[1\].loss",
+        ),
+    ],
+)
+def test_what_textbrewer_could_not_read_is_named(given, named, tmp_path):
+    config = DistillationConfig.from_dict(given)
+    with pytest.warns(
+        PortingWarning, match=rf"TextBrewer cannot read .*: only jaxbrewer has {named}$"
+    ):
+        config.to_json_file(tmp_path / "config.json")
+    assert DistillationConfig.from_json_file(tmp_path / "config.json") == config

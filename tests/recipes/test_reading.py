@@ -109,6 +109,14 @@ WRONG = {
         "best_metric is there, but no data.eval",
     ),
     "a folder": ({"teacher": "nowhere"}, "teacher: there is no folder 'nowhere'"),
+    "weights of one teacher": (
+        {"teacher_weights": [1, 2]},
+        "teacher_weights has 2 numbers for 1 teachers",
+    ),
+    "weights of nothing": (
+        {"teacher_weights": [0]},
+        "teacher_weights is [0]: expected a list of numbers of 0 or more, one at",
+    ),
     "several teachers": ({"teacher": ["a", "b"]}, "no intermediate_matches go with"),
 }
 

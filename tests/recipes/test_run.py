@@ -123,6 +123,8 @@ def test_teachers_are_averaged(tiny, tmp_path):
     values = tiny(teacher=both, distillation={"temperature": 2}, student={"layers": [0, 1]})
     assert type(prepared(read_recipe(values)).distiller).__name__ == "MultiTeacherDistiller"
     assert run_recipe(values).student.keys() == {"accuracy"}
+    weighted = prepared(read_recipe(values | {"teacher_weights": [1, 3]})).distiller
+    assert weighted.teacher_weights == (1, 3)
 
 
 def test_labels_may_be_names_numbers_and_quantities():

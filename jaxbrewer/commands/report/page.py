@@ -20,6 +20,7 @@ _NONE = "–"
 _EMPTY = Curve(np.zeros(0), np.zeros(0))
 _GROUPS = (
     ("scalar/", "The loss and its terms, by micro-step"),
+    ("monitor/", "Beside the loss: the student and the teacher"),
     ("eval/", "Metrics"),
     ("", "Other points of the log"),
 )

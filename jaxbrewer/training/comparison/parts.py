@@ -15,6 +15,7 @@ import numpy as np
 from ...data.batches import Batch, sides
 from ...machine.placement import has_rows
 from ...objective.loss import Loss, Weights
+from ...objective.monitor import unmonitored
 from ...step.program import Program
 from ..digests import json_digest, kind_of, named
 from .traces import trace
@@ -97,7 +98,7 @@ def _loss(
     given: Any = lambda params, state, key, batch, train: (batch, state)  # noqa: E731
     model_state = {"student": (), "projections": state}
     params = {"student": (), "projections": params}
-    alone = replace(program, student=given)
+    alone = replace(program, student=given, objective=unmonitored(program.objective))
     _, (loss, new) = alone.loss(params, model_state, key, results_S, results_T, weights)
     return loss, new["projections"]
 
