@@ -53,6 +53,7 @@ from jaxbrewer.losses.relations import (
     rkd_distance_loss,
     similarity_loss,
 )
+from jaxbrewer.losses.stateful import Taid
 from jaxbrewer.projections import linear_projection, projection_with_activation
 from jaxbrewer.schedulers import (
     constant_temperature_scheduler,
@@ -123,12 +124,14 @@ KD_LOSS_MAP: dict[str, Callable[..., Any]] = {
     "tvd": kd_tvd_loss,
     "dkd": kd_dkd_loss,
     "dist": kd_dist_loss,
+    "taid": Taid,
 }
 """Losses on logits: ``kd(logits_S, logits_T, temperature, mask=None, *, …)``.
 
 ``mask`` may be left out where the loss is the mean of its positions' losses. What follows ``*`` are the
 loss's options, which a config may set: ``["jsd", 0.5]``, ``["skew_kl", {"alpha": 0.2}]``. A loss that
-names ``labels`` gets those of the student's adaptor.
+names ``labels`` gets those of the student's adaptor. One with a state is a class, see
+`jaxbrewer.losses.stateful`.
 """
 
 MATCH_LOSS_MAP: dict[str, Callable[..., Any]] = {
@@ -251,7 +254,7 @@ def bound(
         raise UnknownNameError(f"{name!r} is not known: {suggest(name, table)}")
     function = table[name]
     if not arguments:
-        return function
+        return function() if isinstance(function, type) else function
     known = [
         parameter.name
         for parameter in inspect.signature(function).parameters.values()
@@ -270,7 +273,11 @@ def bound(
     for option in options:
         if option not in known:
             raise ValueError(f"{name!r} has no option {option!r}: {suggest(option, known)}")
-    return functools.partial(function, **options)
+    return (
+        function(**options)
+        if isinstance(function, type)
+        else functools.partial(function, **options)
+    )
 
 
 def in_words(given: str | Sequence[Any]) -> str:

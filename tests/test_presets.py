@@ -21,6 +21,7 @@ OURS: dict[str, set[str]] = {
         "tvd",
         "dkd",
         "dist",
+        "taid",
     },
     "match_Loss": {
         "l2",

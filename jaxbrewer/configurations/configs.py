@@ -268,6 +268,9 @@ class DistillationConfig(Config):
             ``temperature_scheduler``, if there is one.
         monitor: log how far the student is from the teacher, under ``monitor/``: KL divergence, agreement
             and both sides' entropies at temperature 1, and the teacher's own loss on the labels.
+        balance: ``'hard_label'``: the KD loss and each match are scaled, before their weights, to the size
+            of the hard labels' loss: by running means over the optimizer steps so far, with a decay of
+            0.99. ``'none'``: they are not.
 
     Raises:
         ConfigError: a ValueError that lists everything wrong.
@@ -289,6 +292,7 @@ class DistillationConfig(Config):
     cache_dtype: str = "float32"
     base_temperature_scheduler: str | Sequence[Any] | None = "none"
     monitor: bool = False
+    balance: str = "none"
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         "temperature": checks.positive,
@@ -305,6 +309,7 @@ class DistillationConfig(Config):
         "cache_dtype": checks.one_of(("float32", "float16", "bfloat16")),
         "base_temperature_scheduler": checks.weight_scheduler,
         "monitor": checks.boolean,
+        "balance": checks.one_of(("none", "hard_label")),
     }
 
     def to_json_file(self, json_filename: str | os.PathLike[str]) -> None:

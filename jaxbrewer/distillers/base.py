@@ -138,7 +138,8 @@ class Trainable:
             results_S: what adaptor_S returned, checked (`adaptors.freeze`): lists are tuples.
             results_T: what adaptor_T returned.
             project: ``project(str(i), feature)`` applies the projection of match i.
-            weights: the scheduled ``kd`` and ``hard_label`` weights at this update.
+            weights: the scheduled ``kd`` and ``hard_label`` weights at this update, and what else is
+                scheduled; ``weights.state`` is what `init_loss_state` began.
 
         Returns:
             A `Loss`, or the pair ``(total, {name: term})``; the terms are logged.
@@ -149,6 +150,28 @@ class Trainable:
             ValueError: when called outside of training.
         """
         return base_loss(results_S, results_T, project, weights)
+
+    def init_loss_state(self) -> Any:
+        """The state that an objective of your own starts with: a pytree of arrays; it has none.
+
+        In `compute_loss` it is ``weights.state``; `advance_loss_state` moves it on, once an optimizer
+        step. It is saved in checkpoints.
+        """
+        return ()
+
+    def advance_loss_state(self, state: Any, means: Mapping[str, Any], weights: Weights) -> Any:
+        """The state after an optimizer step: override it beside `init_loss_state`.
+
+        Must be a pure function of its arguments, since it is compiled. A step that is dropped for a
+        number that is not finite leaves the state as it was.
+
+        Args:
+            state: before the step.
+            means: term → the mean of its values over the step's micro-batches and all devices, ``total``
+                among them; NaN where no micro-batch had it, in another task.
+            weights: as for `compute_loss`; ``weights.progress`` is the finished part of the training.
+        """
+        return state
 
     # The surface ------------------------------------------------------------------------------
 
@@ -353,9 +376,12 @@ class Trainable:
         """
         objective = self._objective()
         named = (vars(self), *(vars(c) for c in type(self).__mro__ if c is not Trainable))
-        if any("compute_loss" in names for names in named):
+        own = ("compute_loss", "init_loss_state", "advance_loss_state")
+        if any(name in names for names in named for name in own):
             _check_compute_loss(self.compute_loss, type(self).__name__)
-            objective = Overridden(objective, self.compute_loss)
+            objective = Overridden(
+                objective, self.compute_loss, self.init_loss_state, self.advance_loss_state
+            )
         return Job(
             config=self.t_config,
             tasks=self._tasks(args),

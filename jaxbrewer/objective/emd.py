@@ -83,7 +83,9 @@ class EMD(Extension):
         project = project_by_shape(projections)
         try:
             jax.eval_shape(
-                lambda s, t: self(s, t, project, full_weights()).total, results_S, results_T
+                lambda s, t: self(s, t, project, full_weights(self.init())).total,
+                results_S,
+                results_T,
             )
         except ValueError as error:
             found.problems.append(f"emd: {error}")

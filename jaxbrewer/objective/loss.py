@@ -6,6 +6,7 @@ Pure functions of arrays. A term whose weight is 0 throughout is computed for th
 of the gradient, and the compiler drops what only its gradient would have needed.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,14 +17,14 @@ from jaxtyping import Array, Float, Int
 
 from ..models.adaptors import Results
 from ..models.handle import Model
-from .plan import KD, Match, Plan, Weight, Weights
+from .plan import HARD_TERM, KD, KD_TERM, Match, Plan, Weight, Weights, has_state
 
 Project = Callable[[str, Array], Array]
 
 
-def full_weights() -> Weights:
-    """Weights of 1, to trace with."""
-    return Weights(jnp.ones(()), jnp.ones(()))
+def full_weights(state: Any = ()) -> Weights:
+    """Weights of 1, to trace with; `state` is the objective's."""
+    return Weights(jnp.ones(()), jnp.ones(()), progress=jnp.zeros(()), state=state)
 
 
 def project_by_shape(projections: Mapping[str, Model]) -> Project:
@@ -67,25 +68,36 @@ def distillation_loss(
     total: Any = 0.0
     terms: dict[str, Any] = {}
     surplus: Any = 0
+    state = weights.state if isinstance(weights.state, Mapping) else {}
     if plan.kd is not None and "logits" in results_S and "logits" in results_T:
         source = _detached_if(plan.kd_weight, results_S)
-        value, surplus = kd_term(plan.kd, source, results_T, weights.temperature)
-        terms["unweighted_kd_loss"] = value
+        value, surplus = kd_term(plan.kd, source, results_T, weights.temperature, state.get("kd"))
+        terms[KD_TERM] = value
         if not plan.kd_weight.is_zero:
-            total += value * weights.kd
+            total += _balanced(value, state, KD_TERM) * weights.kd
     scheduled = dict(enumerate(weights.matches))
     for i, match in enumerate(plan.matches):
         value = match_term(match, _detached_if(match.weight, results_S), results_T, project)
         terms[match.tag] = value
         if not match.weight.is_zero:
             now = scheduled.get(i)
+            value = _balanced(value, state, match.tag)
             total += value * (match.weight.initial if now is None else now)
     if "losses" in results_S:
         value = hard_label_term(_detached_if(plan.hard_label_weight, results_S))
-        terms["unweighted_hard_label_loss"] = value
+        terms[HARD_TERM] = value
         if not plan.hard_label_weight.is_zero:
             total += value * weights.hard_label
     return Loss(total, terms, surplus)
+
+
+def _balanced(value: Any, state: Mapping[str, Any], name: str) -> Any:
+    """A term scaled to the running size of the hard labels' loss, by its own; as it is before both."""
+    if "balance" not in state:
+        return value
+    mine, wanted = (state["balance"][key] for key in (name, HARD_TERM))
+    is_known = (mine > 0) & (wanted > 0)
+    return value * jnp.where(is_known, wanted / jnp.where(is_known, mine, 1), 1)
 
 
 def _detached_if(weight: Weight, results: Results) -> Results:
@@ -120,12 +132,16 @@ def match_term(match: Match, results_S: Results, results_T: Results, project: Pr
 
 
 def kd_term(
-    kd: KD, results_S: Results, results_T: Results, temperature: Any = None
+    kd: KD, results_S: Results, results_T: Results, temperature: Any = None, state: Any = None
 ) -> tuple[Any, Any]:
     """The KD losses of all logits, summed; and the surplus of `Loss`.
 
-    `temperature` is the scheduled one; None: the configured.
+    `temperature` is the scheduled one; None: the configured. `state` is that of a loss that has one;
+    None: as it starts.
     """
+    loss = kd.loss
+    if has_state(loss):
+        loss = functools.partial(loss, state=loss.init() if state is None else state)
     total: Any = 0.0
     surplus: Any = 0
     base = kd.temperature.initial if temperature is None else temperature
@@ -140,7 +156,7 @@ def kd_term(
         temperature = base
         if kd.temperature_scheduler is not None:
             temperature = call_temperature(kd.temperature_scheduler, logits_S, logits_T, base, mask)
-        total += call_kd(kd.loss, logits_S, logits_T, temperature, mask, labels)
+        total += call_kd(loss, logits_S, logits_T, temperature, mask, labels)
     return total, surplus
 
 

@@ -21,7 +21,18 @@ from .loss import (
     hard_label_term,
     project_by_shape,
 )
-from .plan import Match, Plan, Scheduled, Weights, apart, plan_terms, resolve
+from .plan import (
+    HARD_TERM,
+    KD_TERM,
+    PROGRESS,
+    Match,
+    Plan,
+    Scheduled,
+    Weights,
+    apart,
+    plan_terms,
+    resolve,
+)
 from .terms import check_plan
 
 
@@ -48,6 +59,26 @@ class Objective(Protocol):
             results_S: the student's results, as `adaptors.freeze` gives them.
             results_T: the teacher's.
             project: ``(name, feature_S) -> feature`` applies a projection.
+            weights: the scheduled weights at this update.
+        """
+        ...
+
+    @property
+    def needs(self) -> Sequence[str]:
+        """The terms by which its state moves on."""
+        ...
+
+    def init(self) -> Any:
+        """The state that it starts with; an empty one has none."""
+        ...
+
+    def advance(self, state: Any, means: Mapping[str, Any], weights: Weights) -> Any:
+        """The state after an optimizer step.
+
+        Args:
+            state: before it; in the step's calls it is ``weights.state``.
+            means: term → the mean of its values over the step's micro-batches, ``total`` among them;
+                NaN where none of them had it.
             weights: the scheduled weights at this update.
         """
         ...
@@ -105,6 +136,19 @@ class PlanObjective:
         """See `Objective`."""
         return distillation_loss(self.plan, results_S, results_T, project, weights)
 
+    @property
+    def needs(self) -> Sequence[str]:
+        """See `Objective`."""
+        return self.plan.needs
+
+    def init(self) -> Any:
+        """See `Objective`."""
+        return self.plan.init()
+
+    def advance(self, state: Any, means: Mapping[str, Any], weights: Weights) -> Any:
+        """See `Objective`."""
+        return self.plan.advance(state, means, weights.progress)
+
     def check(
         self,
         results_S: Results,
@@ -124,7 +168,7 @@ class PlanObjective:
 
     def terms(self, names: Sequence[str]) -> list[str]:
         """See `Objective`; the KD and hard-label terms only where they are computed."""
-        first_two = ("unweighted_kd_loss", "unweighted_hard_label_loss")
+        first_two = (KD_TERM, HARD_TERM)
         lines = plan_terms(self.plan)
         computed = [name in names for name in first_two]
         kept = [line for line, is_there in zip(lines, computed, strict=False) if is_there]
@@ -143,6 +187,19 @@ class HardLabels:
     ) -> Loss:
         """The sum of the means of the model's losses."""
         return Loss(hard_label_term(results_S), {}, 0)
+
+    @property
+    def needs(self) -> Sequence[str]:
+        """See `Objective`."""
+        return ()
+
+    def init(self) -> Any:
+        """See `Objective`: it has none."""
+        return ()
+
+    def advance(self, state: Any, means: Mapping[str, Any], weights: Weights) -> Any:
+        """See `Objective`."""
+        return state
 
     def check(
         self,
@@ -185,6 +242,19 @@ class Extension:
         """See `Objective`."""
         return self.base.scheduled
 
+    @property
+    def needs(self) -> Sequence[str]:
+        """See `Objective`."""
+        return self.base.needs
+
+    def init(self) -> Any:
+        """See `Objective`."""
+        return self.base.init()
+
+    def advance(self, state: Any, means: Mapping[str, Any], weights: Weights) -> Any:
+        """See `Objective`."""
+        return self.base.advance(state, means, weights)
+
     def with_matches(self, matches: Sequence[Match]) -> Self:
         """See `Objective`."""
         return replace(self, base=self.base.with_matches(matches))
@@ -208,9 +278,29 @@ class Overridden(Extension):
         base: the distiller's own objective.
         method: ``(results_S, results_T, project, weights) -> Loss``, or the pair
             ``(total, {name: term})``.
+        begin: gives the state of the user's own that it starts with.
+        move: ``(state, means, weights) -> state``, see `Objective.advance`.
     """
 
     method: Callable[..., Any]
+    begin: Callable[[], Any] = tuple
+    move: Callable[..., Any] = lambda state, means, weights: state
+
+    @property
+    def scheduled(self) -> Scheduled:
+        """See `Objective`."""
+        has_state = bool(jax.tree.leaves(self.begin()))
+        return self.base.scheduled._replace(progress=PROGRESS) if has_state else self.base.scheduled
+
+    def init(self) -> Any:
+        """See `Objective`: the user's own, and that of `base`."""
+        return {"own": self.begin(), "base": self.base.init()}
+
+    def advance(self, state: Any, means: Mapping[str, Any], weights: Weights) -> Any:
+        """See `Objective`."""
+        own = self.move(state["own"], means, weights._replace(state=state["own"]))
+        base = self.base.advance(state["base"], means, weights._replace(state=state["base"]))
+        return {"own": own, "base": base}
 
     def __call__(
         self, results_S: Results, results_T: Results, project: Project, weights: Weights
@@ -223,9 +313,16 @@ class Overridden(Extension):
         return self._run(self.base, results_S, results_T, project, weights)
 
     def _run(self, base: Callable[..., Loss], *arguments: Any) -> Loss:
-        token = _base.set(base)
+        *results, weights = arguments
+        state = weights.state or {"own": (), "base": ()}
+
+        def inner(*arguments: Any) -> Loss:
+            *results, weights = arguments
+            return base(*results, weights._replace(state=state["base"]))
+
+        token = _base.set(inner)
         try:
-            loss = self.method(*arguments)
+            loss = self.method(*results, weights._replace(state=state["own"]))
         finally:
             _base.reset(token)
         if isinstance(loss, Loss):
@@ -254,7 +351,7 @@ class Overridden(Extension):
 
         def run(results_S: Results, results_T: Results) -> Any:
             project = project_by_shape(projections)
-            return self._run(base, results_S, results_T, project, full_weights()).total
+            return self._run(base, results_S, results_T, project, full_weights(self.init())).total
 
         # What fails here fails again, and is told, when the whole loss is traced.
         with contextlib.suppress(Exception):

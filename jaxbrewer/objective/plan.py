@@ -2,11 +2,12 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -16,6 +17,8 @@ from ..errors import suggest
 from .tables import tabulate
 
 Layers = int | str | Sequence[int]
+KD_TERM, HARD_TERM = "unweighted_kd_loss", "unweighted_hard_label_loss"
+_DECAY = 0.99  # of the running means that balance terms
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class KD:
     """The distillation loss on logits.
 
     Attributes:
-        loss: ``(logits_S, logits_T, temperature)``, and ``mask=`` if it takes one.
+        loss: ``(logits_S, logits_T, temperature)``, and ``mask=`` if it takes one; it may have a state,
+            see `losses.stateful`.
         loss_name: its name in `presets.KD_LOSS_MAP`.
         temperature: the configured temperature, for the first update, and its schedule.
         temperature_scheduler: ``(logits_S, logits_T, temperature)``, and ``mask=`` if it takes
@@ -64,7 +68,7 @@ class KD:
         required: whether logits must be there, or are used only if both sides have them.
     """
 
-    loss: Callable
+    loss: Any
     loss_name: str
     temperature: Weight
     temperature_scheduler: Callable | None
@@ -109,6 +113,10 @@ TEMPERATURE = 3
 """The column of a schedule's row that holds the temperature, where it is scheduled."""
 
 
+PROGRESS = Weight(0.0, lambda x: x)
+"""The schedule of the finished part itself."""
+
+
 class Weights(NamedTuple):
     """The scheduled weights at one update, scalars.
 
@@ -117,12 +125,16 @@ class Weights(NamedTuple):
         hard_label: of the hard labels.
         temperature: the temperature; None where it is not scheduled.
         matches: of each match, in order; None where it is not scheduled, and of those left out.
+        progress: the finished part of the training, where the objective has a state.
+        state: the objective's own, if it has one.
     """
 
     kd: Any
     hard_label: Any
     temperature: Any = None
     matches: tuple[Any, ...] = ()
+    progress: Any = None
+    state: Any = ()
 
 
 class Scheduled(NamedTuple):
@@ -133,26 +145,34 @@ class Scheduled(NamedTuple):
         hard_label: that of the hard labels.
         temperature: the temperature, where it is scheduled.
         matches: each match's weight, where it is scheduled.
+        progress: the finished part of the training, for an objective with a state.
     """
 
     kd: Weight | None = None
     hard_label: Weight | None = None
     temperature: Weight | None = None
     matches: tuple[Weight | None, ...] = ()
+    progress: Weight | None = None
 
     @property
     def columns(self) -> list[Weight | None]:
         """A row's: the two weights, the learning rate (None), and what else is scheduled."""
-        others = [weight for weight in (self.temperature, *self.matches) if weight is not None]
-        return [self.kd, self.hard_label, None, *others]
+        others = (self.temperature, *self.matches, self.progress)
+        return [
+            self.kd,
+            self.hard_label,
+            None,
+            *(weight for weight in others if weight is not None),
+        ]
 
     def read(self, row: Any) -> Weights:
         """The weights that a row holds."""
         others = iter([row[i] for i in range(3, len(self.columns))])
-        temperature, *matches = (
-            None if weight is None else next(others) for weight in (self.temperature, *self.matches)
+        temperature, *matches, progress = (
+            None if weight is None else next(others)
+            for weight in (self.temperature, *self.matches, self.progress)
         )
-        return Weights(row[0], row[1], temperature, tuple(matches))
+        return Weights(row[0], row[1], temperature, tuple(matches), progress)
 
 
 @dataclass(frozen=True)
@@ -166,6 +186,7 @@ class Plan:
         hard_label_weight: the weight of the student's own losses.
         losses_required: whether a hard-label weight without ``losses`` is a mistake; with several
             tasks it may be meant for some of them.
+        is_balanced: whether each term is scaled to the size of the hard labels' loss.
     """
 
     kd: KD | None
@@ -173,6 +194,7 @@ class Plan:
     kd_weight: Weight
     hard_label_weight: Weight
     losses_required: bool
+    is_balanced: bool = False
 
     @property
     def scheduled(self) -> Scheduled:
@@ -183,7 +205,44 @@ class Plan:
             self.hard_label_weight,
             temperature if temperature is not None and temperature.scheduler else None,
             tuple(match.weight if match.weight.scheduler else None for match in self.matches),
+            PROGRESS if self.init() else None,
         )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The terms by which the state moves on."""
+        kd = self.kd is not None and has_state(self.kd.loss)
+        return (*((KD_TERM,) if kd else ()), *((HARD_TERM,) if self.is_balanced else ()))
+
+    def init(self) -> dict[str, Any]:
+        """The state that training starts with: of a KD loss that has one, and of the balance."""
+        state: dict[str, Any] = {}
+        if self.kd is not None and has_state(self.kd.loss):
+            state["kd"] = self.kd.loss.init()
+        if self.is_balanced:
+            names = (KD_TERM, HARD_TERM, *(match.tag for match in self.matches))
+            state["balance"] = {name: jnp.zeros((), jnp.float32) for name in names}
+        return state
+
+    def advance(self, state: Mapping[str, Any], means: Mapping[str, Any], progress: Any) -> Any:
+        """The state after an optimizer step whose terms had these means; NaN: it had no such term."""
+        after = dict(state)
+        if "kd" in state:
+            loss = means.get(KD_TERM, jnp.nan)
+            moved = self.kd.loss.advance(state["kd"], loss, progress)  # type: ignore[union-attr]
+            after["kd"] = jax.tree.map(
+                lambda old, new: jnp.where(jnp.isnan(loss), old, new), state["kd"], moved
+            )
+        if "balance" in state:
+            after["balance"] = {
+                name: jnp.where(
+                    jnp.isnan(means.get(name, jnp.nan)),
+                    size,
+                    _DECAY * size + (1 - _DECAY) * means.get(name, 0.0),
+                )
+                for name, size in state["balance"].items()
+            }
+        return after
 
 
 def resolve(
@@ -222,6 +281,7 @@ def resolve(
         weight_of(config.kd_loss_weight, config.kd_loss_weight_scheduler),
         weight_of(config.hard_label_weight, config.hard_label_weight_scheduler),
         losses_required,
+        config.balance == "hard_label",
     ), problems
 
 
@@ -275,8 +335,15 @@ def named_loss(table: Any, given: Any, where: str, problems: list[str]) -> Any:
         return None
 
 
+def has_state(loss: Any) -> bool:
+    """Whether a KD loss learns from the losses before, see `losses.stateful`."""
+    return hasattr(loss, "init") and hasattr(loss, "advance")
+
+
 def without_options(function: Callable) -> Callable:
     """A function of a table as it stands there, whatever options a config gives it."""
+    if has_state(function):
+        return type(function)
     return function.func if isinstance(function, functools.partial) else function
 
 
@@ -322,8 +389,9 @@ def make_projection(proj: Any, key: jax.Array) -> nnx.Module | None:
 def plan_terms(plan: Plan) -> list[str]:
     """The terms of a plan in words; those that are only logged say so."""
     lines = []
+    balanced = ", scaled to the size of the hard labels' loss" if plan.is_balanced else ""
     for weight, what in (
-        (plan.kd_weight, _kd(plan)),
+        (plan.kd_weight, _kd(plan) + balanced),
         (plan.hard_label_weight, "the student's own losses"),
     ):
         note = "  (logged only)" if weight.is_zero else ""
@@ -333,7 +401,7 @@ def plan_terms(plan: Plan) -> list[str]:
             f", projected {match.proj[1]} → {match.proj[2]} ({match.proj[0]})" if match.proj else ""
         )
         note = "  (logged only)" if match.weight.is_zero else ""
-        lines.append(f"{match.weight} × {match}{proj}{note}")
+        lines.append(f"{match.weight} × {match}{proj}{balanced}{note}")
     return lines
 
 

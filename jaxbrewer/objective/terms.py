@@ -72,6 +72,11 @@ def check_plan(
             "returns no 'losses'. Return the student's loss under 'losses' (does the batch hold "
             "the labels?), or set hard_label_weight=0 without a scheduler"
         )
+    if plan.is_balanced and "losses" not in results_S:
+        found.problems.append(
+            "balance='hard_label' scales the terms to the student's own losses, and adaptor_S returns no "
+            "'losses'. Return them (does the batch hold the labels?), or leave balance out"
+        )
     if not found.problems:
         _check_something_to_train(plan, results_S, results_T, found)
     _warn_of_layers(good, results_S, results_T, found)

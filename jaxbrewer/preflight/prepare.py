@@ -100,6 +100,17 @@ def prepare(
         )
         for name, one in traced.items()
     }
+    if jax.tree.leaves(job.objective.init()):
+        observed = tuple(sorted({name for p in programs.values() for name in p.names}))
+        if missing := [name for name in job.objective.needs if name not in observed]:
+            raise PreflightError(
+                [
+                    f"compute_loss returns no {' and no '.join(map(repr, missing))} among its terms, "
+                    "by which the state of the config's objective moves on: hand on what "
+                    "super().compute_loss(…) gave, return total, {…, **loss.terms}"
+                ]
+            )
+        programs = {name: replace(p, observed=observed) for name, p in programs.items()}
     for name, program in programs.items():
         _trace_step(program, batches[name])
     _check_loss_is_of_what_trains(job, programs, batches)
@@ -362,7 +373,8 @@ def _with_names(program: Program, traced: _Traced) -> Program:
     project = project_by_shape(program.projections)
 
     def whole(results_T: Results, results_S: Results) -> Any:
-        loss = program.objective(results_S, results_T, project, full_weights())
+        weights = full_weights(program.objective.init())
+        loss = program.objective(results_S, results_T, project, weights)
         names.extend(loss.terms)
         return jnp.asarray(loss.total), {k: jnp.asarray(v) for k, v in loss.terms.items()}
 

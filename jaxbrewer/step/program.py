@@ -20,7 +20,7 @@ from ..models.trainable import Parting
 from ..objective.loss import Loss, Weights
 from ..objective.objectives import Objective
 from . import guard as guards
-from . import loss_scale
+from . import loss_scale, memory
 from .optimizer import accumulates, closes_window, drop_window, without_update
 
 
@@ -38,7 +38,7 @@ class TrainState:
         micro_step: int32 scalar, micro-batches seen.
         scaling: the loss scale's state, see `loss_scale.Scaling`; `()` where none is needed.
         guard: the guard's state, see `guard.Guard`.
-        objective: the objective's own state, by name; `()` where it has none.
+        objective: the objective's own state, see `memory`; `()` where it has none.
     """
 
     params: Any
@@ -69,6 +69,7 @@ class Program:
             where there is none, and the batch is seen whole.
         max_nonfinite_steps: see `guard.Guard.limit`.
         parting: which of the student's parameters are trained; None: all.
+        observed: the terms of all tasks, where the objective has a state that moves on by them.
     """
 
     student: Side
@@ -83,6 +84,7 @@ class Program:
     reads: frozenset[str] = frozenset()
     max_nonfinite_steps: int | None = 1
     parting: Parting | None = None
+    observed: tuple[str, ...] = ()
 
     @property
     def variables(self) -> tuple[Any, Any]:
@@ -116,7 +118,10 @@ class Program:
         opt_state = self.optimizer.init(self.trained(params))
         before = model_state if accumulates(opt_state) else ()
         guard = guards.start(self.max_nonfinite_steps, before)
-        return TrainState(params, model_state, opt_state, key, jnp.int32(0), scaling, guard)
+        objective = memory.start(self.objective.init(), self.observed)
+        return TrainState(
+            params, model_state, opt_state, key, jnp.int32(0), scaling, guard, objective
+        )
 
     def trained(self, params: Any) -> Any:
         """Parameters without the student's frozen leaves: what gradients and optimizer see."""
@@ -221,12 +226,19 @@ class Program:
             return optax.apply_updates(params, updates), opt_state
 
         params, opt_state = guards.unless(held, update, (state.params, state.opt_state))
+        seen = {memory.TOTAL: metrics[0], **dict(zip(self.names, metrics[2:], strict=True))}
         new = replace(
             state,
             params=params,
             model_state=model_state,
             opt_state=opt_state,
             micro_step=state.micro_step + 1,
+            objective=memory.advance(
+                state.objective,
+                seen,
+                closes_window(opt_state),
+                lambda value, means: self.objective.advance(value, means, inputs[-1]),
+            ),
         )
         new, verdict = guarded(state, new, finite)
         last: Sequence[Any] = (scale, new.scaling.skipped) if self.precision.is_scaled else ()
@@ -249,6 +261,7 @@ class Program:
         if self.axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(self.axis))
         weights = self.objective.scheduled.read(schedule)
+        weights = weights._replace(state=memory.value_of(state.objective))
         return state.model_state, key, student_batch, results_T, weights
 
     def values(self, loss: Loss) -> list[Any]:
@@ -376,6 +389,7 @@ def guarded(old: TrainState, new: TrainState, finite: jax.Array) -> tuple[TrainS
         micro_step=guards.keep(old.micro_step, new.micro_step, stopped),
         scaling=guards.keep(old.scaling, scaling, stopped),
         guard=replace(guards.keep(old.guard, guard, stopped), stopped=stopped),
+        objective=memory.guarded(old.objective, new.objective, dropped, stopped),
     )
     verdict = jnp.where(faultless, guards.GOOD, guards.BAD)
     verdict = jnp.where(guard.stopped, guards.STOPPED, verdict)
@@ -395,6 +409,7 @@ def forget_window(state: TrainState) -> TrainState:
         opt_state=drop_window(state.opt_state),
         scaling=loss_scale.forget_window(state.scaling),
         guard=guards.forget_window(state.guard, state.model_state),
+        objective=memory.forget_window(state.objective),
     )
 
 

@@ -361,7 +361,10 @@ def test_what_functions_do_is_found_by_trying():
     assert probes.is_positionwise(presets.TEMPERATURE_SCHEDULER["constant"])
     assert not probes.is_positionwise(lambda S, T, base: base + jnp.mean(S))
     assert not probes.is_positionwise(lambda S, T, base: jnp.max(S, -1) - jnp.mean(S))
-    for function in (with_mask, masked_mean, *presets.KD_LOSS_MAP.values(), SCHEDULES["flsw"]):
+    taid = presets.bound(presets.KD_LOSS_MAP, "taid")
+    ours = [loss for loss in presets.KD_LOSS_MAP.values() if not isinstance(loss, type)]
+    ours.append(functools.partial(taid, state=taid.init()))
+    for function in (with_mask, masked_mean, *ours, SCHEDULES["flsw"]):
         assert probes.heeds_mask(function)
     assert not probes.heeds_mask(swallowing)
 

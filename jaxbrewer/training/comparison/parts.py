@@ -16,6 +16,7 @@ from ...data.batches import Batch, sides
 from ...machine.placement import has_rows
 from ...objective.loss import Loss, Weights
 from ...objective.monitor import unmonitored
+from ...step import memory
 from ...step.program import Program
 from ..digests import json_digest, kind_of, named
 from .traces import trace
@@ -35,13 +36,15 @@ def traces(program: Program, batch: Batch) -> tuple[dict[str, Any], dict[str, An
     state = jax.eval_shape(lambda: program.init(0))
     teacher, results_T = _teacher(program, batch)
     student, results_S = _student(program, state, batch)
+    row = jax.ShapeDtypeStruct(program.row.shape, np.float32)
+    weights = jax.eval_shape(program.objective.scheduled.read, row)
     inputs = {
         "params": state.params["projections"],
         "state": state.model_state["projections"],
         "key": state.key,
         "results_S": results_S,
         "results_T": results_T,
-        "weights": Weights(_SCALAR, _SCALAR),
+        "weights": weights._replace(state=memory.value_of(state.objective)),
     }
     loss, _ = trace(lambda **inputs: _with_gradient(program, **inputs), **inputs)
     loss["inputs"] = json_digest({name: kind_of(x) for name, x in named(inputs).items()})
