@@ -145,7 +145,7 @@ def test_a_dropped_window_leaves_the_state_as_it_was(tmp_path):
 
     def last(folder, batches):
         distiller = fn_job.distiller(
-            folder, config=TAID, keys=adapt, log_dir=folder / "log", ckpt_steps=1, cls=Scaled,
+            folder, config={"temperature": 2}, keys=adapt, log_dir=folder / "log", ckpt_steps=1, cls=Scaled,
             max_nonfinite_steps=3,
         )  # fmt: skip
         with distiller:
