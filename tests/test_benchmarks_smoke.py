@@ -41,6 +41,19 @@ def test_overhead(run):
     assert rows[0]["loss gap"] is None
 
 
+@pytest.mark.torch
+def test_exported(run):
+    rows = run("exported")["rows"]
+    assert [row["by"] for row in rows] == [
+        "transformers",
+        "onnxruntime",
+        "StableHLO",
+        "jaxbrewer.predict",
+    ]
+    assert {row["same labels"] for row in rows} == {1.0}
+    assert {row["rows"] for row in rows} == {20}
+
+
 def test_the_bert_by_hand_has_the_same_objective(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     import bare
