@@ -157,7 +157,7 @@ def test_all_of_a_gpu(tmp_path, monkeypatch, capsys):
         "late": ["attention.py"],
     }
     monkeypatch.setattr(gpu, "PARTS", parts)
-    left = iter([60.0, 60.0, 1.0])
+    left = iter([600.0, 600.0, 1.0])
     monkeypatch.setattr(gpu, "time_left", lambda args, start: next(left))
     given = [
         "gpu.py",

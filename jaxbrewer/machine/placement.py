@@ -320,7 +320,29 @@ class Sharded(_Mesh):
         """See `Placement.compile`."""
         out = (program.parted(self._state_shardings(program))[0], self.whole)
         options = compiler_options(self.devices)
+        if self.sharding is not None:
+            program = replace(program, together=self._together)
         return jax.jit(program.step, donate_argnums=0, out_shardings=out, compiler_options=options)
+
+    def _together(self, side: str, arrays: Any) -> Any:
+        """A side's arrays whole on every device, in a step; their gradients come back in pieces.
+
+        Left to itself, the compiler may cut what is computed of a parameter as the parameter is cut,
+        within the heads of attention too, and send more than that is.
+        """
+
+        def gathered(x: Any, place: NamedSharding) -> Any:
+            if place is self.whole:
+                return x
+            gather = jax.custom_vjp(lambda x: jax.lax.with_sharding_constraint(x, self.whole))
+            gather.defvjp(
+                lambda x: (jax.lax.with_sharding_constraint(x, self.whole), None),
+                lambda _, g: (jax.lax.with_sharding_constraint(g, place),),
+            )
+            return gather(x)
+
+        is_cut = self.sharding == "all" or (self.sharding is not None and side == "teacher")
+        return jax.tree.map(gathered, arrays, self.shardings(arrays, cut=is_cut))
 
     def lower(self, program: Program, batch: Batch) -> jax.stages.Lowered:
         """See `Placement.lower`: rows are shared out where they can be, and repeated elsewhere."""

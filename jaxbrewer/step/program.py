@@ -70,6 +70,8 @@ class Program:
         max_nonfinite_steps: see `guard.Guard.limit`.
         parting: which of the student's parameters are trained; None: all.
         observed: the terms of all tasks, where the objective has a state that moves on by them.
+        together: ``(side, arrays) -> arrays``: brings those of a side, ``'student'`` (the projections'
+            too) or ``'teacher'``, together before they are used, where they lie in pieces on devices.
     """
 
     student: Side
@@ -85,6 +87,7 @@ class Program:
     max_nonfinite_steps: int | None = 1
     parting: Parting | None = None
     observed: tuple[str, ...] = ()
+    together: Callable[[str, Any], Any] = lambda side, arrays: arrays
 
     @property
     def variables(self) -> tuple[Any, Any]:
@@ -198,7 +201,7 @@ class Program:
         """
         inputs = self.inputs(state, teacher_variables, batch, schedule)
         total, backward, (loss, model_state) = jax.vjp(
-            lambda params: self.loss(self.whole(params, frozen), *inputs),
+            lambda params: self.loss(self.together("student", self.whole(params, frozen)), *inputs),
             state.params,
             has_aux=True,
         )
@@ -256,7 +259,8 @@ class Program:
     ) -> tuple[Any, ...]:
         """What `loss` gets in a step beside the parameters."""
         teacher_batch, student_batch, cache = sides(batch)
-        results_T = jax.lax.stop_gradient(self.teacher(teacher_variables, teacher_batch, cache))
+        variables = self.together("teacher", teacher_variables)
+        results_T = jax.lax.stop_gradient(self.teacher(variables, teacher_batch, cache))
         key = jax.random.fold_in(state.key, state.micro_step)
         if self.axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(self.axis))
