@@ -154,6 +154,10 @@ def _trace_step(program: Program, batch: Batch) -> None:
         raise PreflightError([str(error)]) from error
     except Exception as error:
         doubt = (
+            "Is one of the optimizer's numbers text (optax.adamw('1e-4'))? "
+            if isinstance(error, TypeError)
+            else ""
+        ) + (
             "Does the optimizer need arguments of its own in update (value=…, as line searches do)? "
             "Those have none here"
         )
@@ -163,7 +167,7 @@ def _trace_step(program: Program, batch: Batch) -> None:
                 "from dotted name to array of what is trained: make them by a function, as "
                 "mask=jaxbrewer.decay_mask does"
             )
-        said = f"{type(error).__name__}: {error}"
+        said = f"{type(error).__name__}: {str(error).rstrip('.')}"
         raise PreflightError([f"the train step cannot be built: {said}. {doubt}"]) from error
 
 

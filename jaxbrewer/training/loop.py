@@ -456,10 +456,11 @@ def _stop_message(
     where = f"at global step {at.global_step + 1} (micro-batch {at.micro_step})"
     where += f", batch {event.batch + 1} of epoch {event.epoch + 1}"
     where += f", task {event.task!r}" if event.task else ""
-    found = "; ".join([", ".join(bad), *clauses] if bad else clauses)
+    found = "; ".join([", ".join(bad), *clauses] if bad else clauses) or "the reason was not found"
+    found += "" if found.endswith("?") else "."
     return (
-        f"{what} {where}: {found or 'the reason was not found'}. Look at that batch (labels in "
-        "range? an empty mask?) and the learning rate"
+        f"{what} {where}: {found} Look at that batch (labels in range? an empty mask?) and the learning "
+        "rate"
     )
 
 

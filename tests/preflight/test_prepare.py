@@ -952,3 +952,9 @@ def test_check_finds_what_train_would_find(tmp_path, compiled):
     with pytest.raises(PreflightError, match="model_S gets 'mask' twice"):
         distiller.check(fn_job.batches(1)[0], mask=None)
     assert compiled == []
+
+
+def test_an_optimizer_that_was_made_with_text(tmp_path):
+    distiller = fn_job.distiller(tmp_path)
+    with distiller, pytest.raises(PreflightError, match=r"text \(optax\.adamw\('1e-4'\)\)\?"):
+        distiller.train(optax.adamw("1e-4"), fn_job.batches(2), num_epochs=1)
