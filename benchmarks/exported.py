@@ -100,11 +100,11 @@ def tiny(folder: Path) -> tuple[Path, Path]:
 
 def predicted(folder: Path, file: Path, text: str) -> tuple[np.ndarray, float]:
     """The labels by `jaxbrewer.predict`, as numbers, and the seconds."""
-    numbers = {name: i for i, name in enumerate(zoo.read_config(folder).label_names)}
     start = time.perf_counter()
     found = jaxbrewer.predict(folder, file, text=text)
     seconds = time.perf_counter() - start
-    return np.array([numbers[row["label"]] for row in found]), seconds
+    names = list(found[0]["probabilities"])  # of all classes, in their order
+    return np.array([names.index(row["label"]) for row in found]), seconds
 
 
 def main() -> None:
