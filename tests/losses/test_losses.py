@@ -82,7 +82,8 @@ class Case:
         if self.flat:
             S, T = (jnp.reshape(x, (-1, x.shape[-1])) for x in (S, T))
             mask = None if mask is None else jnp.reshape(mask, -1)
-        return with_labels(self.name, jnp.shape(S)[:-1])(S, T, mask=mask)
+        positions = jnp.shape(S)[:-1] if self.name.startswith("kd_") else ()
+        return with_labels(self.name, positions)(S, T, mask=mask)
 
     def inputs(self, seed=0, length=LENGTH):
         rng = np.random.default_rng(seed)
