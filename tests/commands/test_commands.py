@@ -395,7 +395,7 @@ def test_check_takes_the_task_from_the_configs(run, job, quick):
     [
         ("distill.json", {"intermediate_matches": [MATCH]}, "Add 'proj': ['linear', 8, 12]"),
         ("distill.json", {"intermediate_matches": [MATCH | {"layer_S": 2}]}, "layer_S=2 is not"),
-        ("distill.json", {"kd_loss_type": "kl"}, "kd_loss_type='kl' is not a known loss"),
+        ("distill.json", {"kd_loss_type": "kll"}, "kd_loss_type='kll' is not a known loss"),
         ("distill.json", {"temperature": 0}, "expected a number above 0"),
         ("train.json", {"ckpt_freq": 1}, "did you mean 'ckpt_frequency'?"),
         ("student.json", SHAPE | {"num_labels": 5}, "the student has 5 classes"),
