@@ -1,71 +1,138 @@
-"""The mean of several teachers' logits, all alike or by weights."""
+"""Teachers: one, several averaged, none; outputs that a batch brought; always in evaluation mode."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxbrewer
+from jaxbrewer import FunctionModel
 from jaxbrewer.data.batches import own
-from jaxbrewer.errors import CheckpointError
-from tests import fn_job
+from jaxbrewer.errors import AdaptorError
+from jaxbrewer.models.adaptors import Side
+from jaxbrewer.models.teachers import Teacher
+
+from .. import fn_job
+
+BATCH = own({"x": np.arange(6, dtype=np.float32).reshape(2, 3), "mask": np.ones((2, 3))})
 
 
-def distiller(folder, weights=None, teachers=None, **training):
-    """Of three teachers."""
-    teachers = [fn_job.encoder(i) for i in range(3)] if teachers is None else teachers
-    return jaxbrewer.MultiTeacherDistiller(
-        jaxbrewer.TrainingConfig(output_dir=folder / "out", device="cpu", **training),
-        jaxbrewer.DistillationConfig(temperature=2),
-        teachers,
-        fn_job.encoder(5),
-        fn_job.adaptor("logits"),
-        fn_job.adaptor("logits"),
-        teacher_weights=weights,
-    )
+def model(factor, modes=None):
+    def apply(params, state, x, mask, key, train):
+        if modes is not None:
+            modes.append(train)
+        return {"logits": x * params, "hidden": [x]}, {"calls": state["calls"] + 1}
+
+    return FunctionModel(apply, jnp.float32(factor), {"calls": jnp.int32(0)})
 
 
-def logits_of(distiller, batch):
-    teacher = distiller.job().tasks[""].teacher
-    return teacher(teacher.variables, own(batch), None)["logits"][0]
+def give(*keys):
+    def adaptor(batch, outputs):
+        every = {**outputs, "logits_mask": batch["mask"], "labels": batch["mask"]}
+        return {key: every[key] for key in keys}
+
+    return adaptor
 
 
-@pytest.mark.parametrize(
-    "weights", [None, (1, 1, 1), (0, 5, 0), (0.2, 0.3, 0.1), np.array([1, 2, 3])]
-)
-def test_the_mean_is_weighted(weights, tmp_path):
-    batch = fn_job.batches(1)[0]
-    each = [fn_job.encode(fn_job.encoder(i).params, batch["ids"])["logits"] for i in range(3)]
-    expected = np.average(each, axis=0, weights=weights)
-    np.testing.assert_allclose(
-        logits_of(distiller(tmp_path, weights), batch), expected, rtol=1e-5, atol=1e-6
-    )
+def side(role, factor, keys=("logits",), modes=None):
+    return Side(role, model(factor, modes), give(*keys), {})
 
 
-@pytest.mark.parametrize(
-    ("weights", "said"),
-    [
-        ([1, 2], "3 teachers and 2 teacher_weights"),
-        ([1, -1, 1], "expected a list of numbers of 0 or more"),
-        ([0, 0, 0], "one at least above 0"),
-        (["1", 1, 1], "expected a list of numbers"),
-        (3, "expected a list of numbers"),
-        ([1, float("nan"), 1], "expected a list of numbers"),
-    ],
-)
-def test_weights_that_are_none(weights, said, tmp_path):
-    with pytest.raises(ValueError, match=said):
-        distiller(tmp_path, weights)
+def test_no_teacher_has_no_results():
+    teacher = Teacher()
+    assert teacher.sides == ()
+    assert teacher(teacher.variables, BATCH, None) == {}
 
 
-def test_other_weights_are_no_resume(tmp_path):
-    for weights, steps in ((None, 2), ((1, 1, 2), 4)):
-        more = {"resume": True} if steps == 4 else {}
-        job = distiller(tmp_path, weights, ckpt_steps=1, **more)
-        with job:
-            if steps == 2:
-                job.train(fn_job.SGD, fn_job.batches(2), num_steps=4)
-                continue
-            (tmp_path / "out" / "gs4").rename(tmp_path / "gs4")
-            with pytest.raises(CheckpointError, match="teacher"):
-                job.train(fn_job.SGD, fn_job.batches(2), num_steps=4)
-    assert jax.tree.leaves(job.model_S.params)
+def test_one_teacher_runs_in_evaluation_mode():
+    modes = []
+    teacher = Teacher((side("T", 2, ("logits", "hidden"), modes),))
+    results = jax.jit(lambda v, b: teacher(v, b, None))(teacher.variables, BATCH)
+    np.testing.assert_array_equal(results["logits"][0], BATCH["x"] * 2)
+    np.testing.assert_array_equal(results["hidden"][0], BATCH["x"])
+    assert modes == [False]
+
+
+def test_the_arrays_are_an_argument():
+    teacher = Teacher((side("T", 2),))
+    _, state = teacher.variables
+    (logits,) = teacher((jnp.float32(5), state), BATCH, None)["logits"]
+    np.testing.assert_array_equal(logits, BATCH["x"] * 5)
+
+
+def test_outputs_that_the_batch_brought_go_through_the_adaptor():
+    modes = []
+    teacher = Teacher((side("T", 2, ("logits", "logits_mask"), modes),))
+    cache = own({"logits": np.full((2, 3), 7.0), "hidden": None, "is_cache": True})
+    results = teacher(teacher.variables, BATCH, cache)
+    np.testing.assert_array_equal(results["logits"][0], 7)
+    np.testing.assert_array_equal(results["logits_mask"][0], 1)
+    assert modes == []
+
+
+def test_several_teachers_are_averaged_under_the_firsts_mask():
+    masked = side("T[0]", 1, ("logits", "logits_mask"))
+    teacher = Teacher((masked, side("T[1]", 4), side("T[2]", 4, ("logits",))), averages=True)
+    results = jax.jit(lambda v, b: teacher(v, b, None))(teacher.variables, BATCH)
+    assert set(results) == {"logits", "logits_mask"}
+    np.testing.assert_allclose(results["logits"][0], BATCH["x"] * 3, rtol=1e-6)
+    np.testing.assert_array_equal(results["logits_mask"][0], BATCH["mask"])
+
+
+def test_several_logits_are_averaged_one_by_one():
+    twice = lambda batch, outputs: {"logits": [outputs["logits"], -outputs["logits"]]}  # noqa: E731
+    teacher = Teacher(tuple([Side(f"T[{i}]", model(i), twice, {}) for i in (1, 3)]), averages=True)
+    first, second = teacher(teacher.variables, BATCH, None)["logits"]
+    np.testing.assert_array_equal(first, BATCH["x"] * 2)
+    np.testing.assert_array_equal(second, BATCH["x"] * -2)
+
+
+def test_several_teachers_take_outputs_that_the_batch_brought():
+    teacher = Teacher(tuple([side("T[0]", 1), side("T[1]", 1)]), averages=True)
+    cache = own(({"logits": np.full((2, 3), 1.0)}, {"logits": np.full((2, 3), 3.0)}))
+    np.testing.assert_array_equal(teacher(teacher.variables, BATCH, cache)["logits"][0], 2)
+    with pytest.raises(AdaptorError, match="holds 1 outputs for 2 teachers"):
+        teacher(teacher.variables, BATCH, cache[:1])
+
+
+def test_logits_that_do_not_fit_together_are_refused():
+    halves = lambda batch, outputs: {"logits": outputs["logits"][:, :2]}  # noqa: E731
+    twice = lambda batch, outputs: {"logits": [outputs["logits"]] * 2}  # noqa: E731
+    for adaptor in (halves, twice):
+        teacher = Teacher(
+            tuple([side("T[0]", 1), Side("T[1]", model(1), adaptor, {})]), averages=True
+        )
+        with pytest.raises(AdaptorError, match=r"cannot be averaged.*\(2, 3\)"):
+            teacher(teacher.variables, BATCH, None)
+
+
+def test_a_teacher_without_logits_leaves_none():
+    teacher = Teacher(tuple([side("T[0]", 1), side("T[1]", 1, ("hidden",))]), averages=True)
+    assert teacher(teacher.variables, BATCH, None) == {}
+
+
+def test_batches_that_feed_each_side_its_own(tmp_path):
+    """The teacher's inputs apart, and its outputs computed before: the same training."""
+    loader = fn_job.batches(3)
+    teacher = fn_job.encoder(1)
+    cached = [
+        {"logits": np.asarray(teacher.function(teacher.params, **batch)["logits"])}
+        for batch in loader
+    ]
+    forms = {
+        "one for both": loader,
+        "apart": [{"teacher": (b["ids"],), "student": b} for b in loader],
+        "cached": [
+            {"teacher": {"ids": b["ids"] * 0}, "student": b, "teacher_cache": outputs}
+            for b, outputs in zip(loader, cached, strict=True)
+        ],
+    }
+    trained = []
+    for name, batches in forms.items():
+        distiller = fn_job.distiller(tmp_path / name, teacher=teacher)
+        with distiller:
+            distiller.train(fn_job.SGD, batches, num_epochs=1)
+        trained.append(distiller.model_S.params)
+    for other in trained[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), trained[0], other
+        )
