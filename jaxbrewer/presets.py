@@ -107,7 +107,9 @@ FEATURES: list[str] = ["hidden", "attention", "embedding", "query", "key", "valu
 ``[batch, heads, length, width of a head]``.
 """
 
-ADAPTOR_KEYS: list[str] = ["logits", "logits_mask", "losses", "inputs_mask", "labels", *FEATURES]
+ADAPTOR_KEYS: list[str] = [
+    "logits", "logits_mask", "losses", "inputs_mask", "labels", *FEATURES, "losses_mask", "sample_weight",
+]  # fmt: skip
 """The keys of the dict an adaptor returns. What is appended to FEATURES counts besides."""
 
 KD_LOSS_MAP: dict[str, Callable[..., Any]] = {

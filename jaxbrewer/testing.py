@@ -13,6 +13,7 @@ from .data.batches import Batch, own
 from .distillers.base import Trainable
 from .machine.devices import resolve_devices
 from .machine.placement import OneDevice, Placement, Sharded, has_rows, rows_of
+from .objective.counted import with_shares
 from .preflight.job import Job
 from .preflight.prepare import prepare
 from .step.program import Program
@@ -47,8 +48,10 @@ def assert_invariant(
         padding: input → value: the second axis of these inputs is lengthened by eight positions of
             that value, such as ``{'input_ids': 0, 'attention_mask': 0}``. None: not compared.
         accumulation: the batch is cut into so many micro-batches of equal size, whose accumulated
-            gradient is compared. For means over unmasked positions, all micro-batches must select
-            equally many: otherwise the mean of their means is another number, here as in torch.
+            gradient is compared. With ``gradient_accumulation='exact'`` they must agree however much
+            each selects. By default, of means over unmasked positions, all micro-batches must select
+            equally many: otherwise the mean of their means is another number, here as in torch; and
+            losses that compare examples with each other are others in each micro-batch.
         task: of a `MultiTaskDistiller`, the task the batch is for.
         rtol: relative tolerance; double precision allows a far smaller one.
         **args: further keyword arguments for the models, as for ``train``.
@@ -115,9 +118,15 @@ def _run(program: Program, placement: Placement, batches: list[Batch]) -> dict[s
     state, frozen = program.parted(placement.enter(placement.start(program, 0)))
     teacher = placement.teacher(program.teacher.variables)
     step = placement.compile(program)
+    placed = [placement.batch(batch) for batch in batches]
+    rows = [program.row] * len(batches)
+    if program.objective.scheduled.parts:
+        count = placement.counter(program)
+        counts = [count(state, teacher, batch, frozen) for batch in placed]
+        rows = with_shares(program.objective.scheduled.row, counts, ("",) * len(counts))
     seen = []
-    for batch in batches:
-        state, metrics = step(state, teacher, placement.batch(batch), program.row, frozen)
+    for batch, row in zip(placed, rows, strict=True):
+        state, metrics = step(state, teacher, batch, row, frozen)
         seen.append(np.asarray(metrics))
     held = placement.leave(state).opt_state
     held = placement.local(held.inner_opt_state if len(batches) > 1 else held)

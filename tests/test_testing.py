@@ -1,6 +1,7 @@
 import functools
 
 import jax
+import optax
 import pytest
 
 import jaxbrewer
@@ -34,6 +35,25 @@ def test_accumulation_of_micro_batches_that_select_equally_many(tmp_path):
     batch["attention_mask"][:4, 1:] = 0
     with pytest.raises(AssertionError, match=r"in 4 accumulated micro-batches(.*\n)*.*hidden_mse"):
         assert_invariant(distiller, batch, devices=(), sharding=False, accumulation=4)
+
+
+def test_exact_accumulation_of_micro_batches_that_select_unevenly(tmp_path):
+    def adaptor(batch, outputs):
+        each = optax.softmax_cross_entropy_with_integer_labels(outputs["logits"], batch["labels"])
+        return nnx_job.adaptor(batch, outputs) | {"losses": each}
+
+    config = every.config(tmp_path, gradient_accumulation_steps=4, gradient_accumulation="exact")
+    distiller = jaxbrewer.GeneralDistiller(
+        config,
+        every.distillation(intermediate_matches=every.HIDDEN),
+        every.teacher(),
+        every.student(),
+        adaptor,
+        adaptor,
+    )
+    batch = every.batches(1)[0]
+    batch["attention_mask"][:4, 1:] = 0
+    assert_invariant(distiller, batch, devices=(), sharding=False, accumulation=4)
 
 
 def test_what_depends_on_padding_is_named(tmp_path):

@@ -77,6 +77,10 @@ class TrainingConfig(Config):
         resume_changes: what may have changed since the checkpoint that a run goes on from, by the names
             that the error gives: fields of the configs, and `PARTS` (``['temperature', 'teacher']``);
             ``'any'``: everything. By default nothing may.
+        gradient_accumulation: what the micro-batches of an optimizer step add up to. ``'means'``: the
+            mean of their losses, as in torch, which depends on how examples fell into them where
+            masks or sizes differ. ``'exact'``: the loss of all their examples as one batch; what is
+            no mean over examples, positions or labels is refused.
 
     Raises:
         ConfigError: a ValueError that lists everything wrong.
@@ -103,6 +107,7 @@ class TrainingConfig(Config):
     sharding: str | None = None
     max_nonfinite_steps: int | None = 1
     resume_changes: Any = ()
+    gradient_accumulation: str = "means"
 
     _checks: ClassVar[Mapping[str, checks.Check]] = {
         "gradient_accumulation_steps": checks.integer(1),
@@ -124,6 +129,7 @@ class TrainingConfig(Config):
         "sharding": checks.optional(checks.one_of(("teacher", "all"))),
         "max_nonfinite_steps": checks.optional(checks.integer(1)),
         "resume_changes": checks.names(lambda: names_of_changes()),
+        "gradient_accumulation": checks.one_of(("means", "exact")),
     }
 
     @classmethod
@@ -150,6 +156,11 @@ class TrainingConfig(Config):
             problems.append(
                 f"sharding is {kept['sharding']!r} and mapping is 'pmap', in which each device "
                 "holds everything: expected mapping='sharded'"
+            )
+        if kept.get("gradient_accumulation") == "exact" and kept.get("mapping") == "pmap":
+            problems.append(
+                "gradient_accumulation is 'exact' and mapping is 'pmap', in which the mean of the "
+                "devices' losses is taken: expected mapping='sharded'"
             )
         return problems
 

@@ -76,6 +76,10 @@ class Placement(Protocol):
         """`Program.examine`, as `compile` has the step: takes what it takes, and changes nothing."""
         ...
 
+    def counter(self, program: Program) -> Callable:
+        """`Program.counts`, compiled: ``(state, teacher_variables, batch, frozen) -> counts``."""
+        ...
+
     def check(self, batch: Batch) -> None:
         """Refuses a first batch with fewer rows than this process has devices."""
         ...
@@ -184,6 +188,10 @@ class OneDevice:
     def examine(self, program: Program, term: str | None) -> Callable:
         """See `Placement.examine`."""
         return jax.jit(partial(program.examine, term=term))
+
+    def counter(self, program: Program) -> Callable:
+        """See `Placement.counter`."""
+        return jax.jit(program.counts)
 
     def check(self, batch: Batch) -> None:
         """See `Placement.check`: any batch will do."""
@@ -370,6 +378,10 @@ class Sharded(_Mesh):
         """See `Placement.examine`."""
         return jax.jit(partial(program.examine, term=term), out_shardings=self.whole)
 
+    def counter(self, program: Program) -> Callable:
+        """See `Placement.counter`."""
+        return jax.jit(program.counts, out_shardings=self.whole)
+
 
 class Pmapped(_Mesh):
     """The step under `jax.pmap`: each device computes the loss of its own rows.
@@ -463,6 +475,14 @@ class Pmapped(_Mesh):
         raise ValueError(
             "mapping='pmap' cannot be looked at for devices that are not there: use mapping='sharded'"
         )
+
+    def counter(self, program: Program) -> Callable:
+        """See `Placement.counter`.
+
+        Raises:
+            ValueError: always: each device has the loss of its own rows, whatever the window has.
+        """
+        raise ValueError("gradient_accumulation='exact' needs mapping='sharded'")
 
     def examine(self, program: Program, term: str | None) -> Callable:
         """See `Placement.examine`."""

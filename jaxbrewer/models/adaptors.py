@@ -3,18 +3,23 @@
 An adaptor is the user's function ``(batch, model_outputs) -> dict``, which says what in a model's
 outputs is what. It runs inside the compiled step, so it must be pure. Its keys, all optional:
 
-========== ==========================================================================
-logits      ``[batch, classes]`` or ``[batch, length, classes]``, one array or a list
-logits_mask ``[batch, length]``: the positions whose logits count; one array or a list
-losses      the model's own losses, scalars or arrays (their means are summed)
-labels      ``[batch]`` or ``[batch, length]`` int: for ``probability_shift``
-inputs_mask ``[batch, length]``: the positions whose features count
-hidden      list of ``[batch, length, width]``, one a layer; the embeddings' output first
-attention   list of ``[batch, heads, length, length]``, one a layer
-query       list of ``[batch, heads, length, width of a head]``, one a layer; ``key`` and
-            ``value`` likewise
-embedding   ``[batch, width]``, one array or a list: a sentence encoder's vectors
-========== ==========================================================================
+============= ==========================================================================
+logits        ``[batch, classes]`` or ``[batch, length, classes]``, one array or a list
+logits_mask   ``[batch, length]``: the positions whose logits count; one array or a list
+losses        the model's own losses, scalars or arrays (their means are summed)
+losses_mask   ``[batch]`` or ``[batch, length]``, as `losses`: which of their entries count
+labels        ``[batch]`` or ``[batch, length]`` int: for ``probability_shift``
+inputs_mask   ``[batch, length]``: the positions whose features count
+hidden        list of ``[batch, length, width]``, one a layer; the embeddings' output first
+attention     list of ``[batch, heads, length, length]``, one a layer
+query         list of ``[batch, heads, length, width of a head]``, one a layer; ``key`` and
+              ``value`` likewise
+embedding     ``[batch, width]``, one array or a list: a sentence encoder's vectors
+sample_weight ``[batch]``, the student's: how much each example counts, in every term
+============= ==========================================================================
+
+A batch that is a dict may have a ``sample_weight`` for the adaptor alone: a model that does not name it
+is not given it.
 
 A name appended to `presets.FEATURES` is a further list of arrays, one a layer.
 
@@ -25,7 +30,7 @@ keeps it: the tuple of all values.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from dataclasses import fields as fields_of
 from typing import Any
@@ -44,7 +49,9 @@ Adaptor = Callable[..., Mapping[str, Any]]
 _OUT_OF_REACH = (
     ", or only within nnx.scan, nnx.remat or the like, from where the model must return it itself"
 )
-_LISTS = ("logits", "logits_mask", "losses", "labels")
+WEIGHT = "sample_weight"
+_LISTS = ("logits", "logits_mask", "losses", "losses_mask", "labels")
+_ARRAYS = {"inputs_mask": "[batch, length]", WEIGHT: "[batch]"}
 _SLIPS = {
     "loss": "losses",
     "attentions": "attention",
@@ -54,6 +61,9 @@ _SLIPS = {
     "attention_mask": "inputs_mask",
     "input_mask": "inputs_mask",
     "label": "labels",
+    "loss_mask": "losses_mask",
+    "sample_weights": "sample_weight",
+    "weights": "sample_weight",
     "logit": "logits",
     "queries": "query",
     "keys": "key",
@@ -113,7 +123,7 @@ class Side:
         self, params: Any, state: Any, key: jax.Array, batch: Batch, train: bool
     ) -> tuple[Any, Captured | None, Any]:
         """Runs the model alone; returns its outputs, what was captured of it, and its new state."""
-        args, kwargs = as_call(plain(batch), self.args)
+        args, kwargs = self.call(batch)
         inputs = params, state, key, args, kwargs, train
         paths = [name.partition(":")[0] for name in self.capture]
         if self.takes_captured:
@@ -125,6 +135,13 @@ class Side:
         model: Any = self.model
         (outputs, captured), state = model.apply(*inputs, capture=tuple(dict.fromkeys(paths)))
         return outputs, Captured(captured, self.role), state
+
+    def call(self, batch: Batch) -> tuple[tuple, dict]:
+        """The model's arguments: the batch, without a ``sample_weight`` that the model does not name."""
+        args, kwargs = as_call(plain(batch), self.args)
+        if WEIGHT in kwargs and WEIGHT not in self.model.signature().parameters:
+            del kwargs[WEIGHT]
+        return args, kwargs
 
     @property
     def takes_captured(self) -> bool:
@@ -289,16 +306,41 @@ def freeze(results: Any, role: str) -> Results:
             wrong.append(f"{adaptor_name(role)} returned an unknown key {name!r}: {fix}")
         elif value is not None:
             frozen[name] = _one_form(name, value, role, wrong)
+    wrong += (
+        [f"{adaptor_name(role)}: {problem}" for problem in _misfits(frozen)] if not wrong else []
+    )
     if wrong:
         raise AdaptorError("\n".join(wrong))
     return frozen
 
 
+def _misfits(frozen: Results) -> Iterator[str]:
+    """What is wrong with the shapes of the weights of examples, and of the losses' masks."""
+    losses, masks = frozen.get("losses", ()), frozen.get("losses_mask", ())
+    if len(masks) not in (0, 1, len(losses)):
+        yield f"'losses_mask' has {len(masks)} arrays for {len(losses)} 'losses'; give one, or one each"
+        masks = ()
+    masks = masks * len(losses) if len(masks) == 1 else masks
+    for i, (loss, mask) in enumerate(zip(losses, masks, strict=False)):
+        if loss.shape != mask.shape:
+            yield (
+                f"'losses_mask'[{i}] is {list(mask.shape)}, expected {list(loss.shape)} as 'losses'[{i}]: "
+                "each entry's own loss, and whether it counts"
+            )
+    weight = frozen.get(WEIGHT)
+    if weight is None:
+        return
+    rows = next((len(x) for x in (*frozen.get("logits", ()), *losses) if x.ndim), None)
+    if weight.ndim != 1 or (rows is not None and len(weight) != rows):
+        wanted = "[batch]" if rows is None else f"[{rows}]"
+        yield f"'sample_weight' is {list(weight.shape)}, expected {wanted}: a number for each example"
+
+
 def _one_form(name: str, value: Any, role: str, wrong: list[str]) -> Any:
     what = f"{adaptor_name(role)}: {name!r}"
-    if name == "inputs_mask":
+    if name in _ARRAYS:
         if not _is_array(value):
-            wrong.append(f"{what} must be one array [batch, length], not a {type(value).__name__}")
+            wrong.append(f"{what} must be one array {_ARRAYS[name]}, not a {type(value).__name__}")
             return None
         return value
     if name in _LISTS:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ class EMD(Extension):
 
     options: Mapping[str, Any]
     is_projected: bool
+    adds: ClassVar[str] = "the earth mover's distance"
 
     def __call__(
         self, results_S: Results, results_T: Results, project: Project, weights: Weights

@@ -8,15 +8,17 @@ of the gradient, and the compiler drops what only its gradient would have needed
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..losses.means import mean
 from ..models.adaptors import Results
 from ..models.handle import Model
+from .counted import EXAMPLE, counts, weighted
 from .plan import HARD_TERM, KD, KD_TERM, Match, Plan, Weight, Weights, has_state
 
 Project = Callable[[str, Array], Array]
@@ -69,22 +71,35 @@ def distillation_loss(
     terms: dict[str, Any] = {}
     surplus: Any = 0
     state = weights.state if isinstance(weights.state, Mapping) else {}
+    units, shares = plan.units, weights.shares
     if plan.kd is not None and "logits" in results_S and "logits" in results_T:
         source = _detached_if(plan.kd_weight, results_S)
-        value, surplus = kd_term(plan.kd, source, results_T, weights.temperature, state.get("kd"))
+        value, surplus = kd_term(
+            plan.kd,
+            source,
+            results_T,
+            weights.temperature,
+            state.get("kd"),
+            units.get(KD_TERM),
+            shares.get(KD_TERM),
+        )
         terms[KD_TERM] = value
         if not plan.kd_weight.is_zero:
             total += _balanced(value, state, KD_TERM) * weights.kd
     scheduled = dict(enumerate(weights.matches))
     for i, match in enumerate(plan.matches):
-        value = match_term(match, _detached_if(match.weight, results_S), results_T, project)
+        source = _detached_if(match.weight, results_S)
+        value = match_term(match, source, results_T, project, *units.get(match.tag, ()))
+        if match.tag in shares:
+            value *= shares[match.tag][0]
         terms[match.tag] = value
         if not match.weight.is_zero:
             now = scheduled.get(i)
             value = _balanced(value, state, match.tag)
             total += value * (match.weight.initial if now is None else now)
     if "losses" in results_S:
-        value = hard_label_term(_detached_if(plan.hard_label_weight, results_S))
+        source = _detached_if(plan.hard_label_weight, results_S)
+        value = hard_label_term(source, shares.get(HARD_TERM))
         terms[HARD_TERM] = value
         if not plan.hard_label_weight.is_zero:
             total += value * weights.hard_label
@@ -104,16 +119,59 @@ def _detached_if(weight: Weight, results: Results) -> Results:
     return jax.lax.stop_gradient(results) if weight.is_zero else results
 
 
-def hard_label_term(results_S: Results) -> Float[Array, ""]:
-    """The sum of the means of the student's own losses."""
-    return sum((jnp.mean(_full(loss)) for loss in results_S["losses"]), start=jnp.float32(0.0))
+def hard_label_term(results_S: Results, shares: Array | None = None) -> Float[Array, ""]:
+    """The sum of the means of the student's own losses, over what ``losses_mask`` selects."""
+    total = jnp.float32(0.0)
+    for i, (loss, mask) in enumerate(own_losses(results_S)):
+        value = mean(_full(loss), None if mask is None else mask.astype(_full(loss).dtype))
+        total += value if shares is None else value * shares[i]
+    return total
 
 
-def match_term(match: Match, results_S: Results, results_T: Results, project: Project) -> Any:
+def own_losses(results_S: Results) -> Iterator[tuple[Array, Array | None]]:
+    """The student's own losses, each with the weights of its entries; None: they count alike.
+
+    They are those of ``losses_mask`` times ``sample_weight``. What a mask leaves out may be anything.
+    """
+    losses, sample = results_S["losses"], results_S.get("sample_weight")
+    for loss, mask in zip(losses, _spread(results_S.get("losses_mask"), len(losses)), strict=True):
+        if mask is not None:
+            loss = jnp.where(mask != 0, loss, 0)
+        if sample is not None:
+            by_row = jnp.expand_dims(sample, range(1, loss.ndim))
+            mask = jnp.broadcast_to(by_row if mask is None else mask * by_row, loss.shape)
+        yield loss, mask
+
+
+def match_term(
+    match: Match,
+    results_S: Results,
+    results_T: Results,
+    project: Project,
+    unit: str = EXAMPLE,
+) -> Any:
     """The loss of one match, before its weight.
 
-    Only the student's ``inputs_mask`` is used, and none for embeddings, which have no positions.
+    Only the student's ``inputs_mask`` is used, and none for embeddings, which have no positions. With
+    a ``sample_weight`` each example's loss counts by that; `unit` is what the loss is a mean over.
     """
+    rows = match_rows(match, results_S, results_T, project)
+    sample = results_S.get("sample_weight")
+    if sample is None:
+        return match_value(match, rows)
+    count = counts(len(sample), rows["mask"])[unit]
+    return weighted(functools.partial(match_value, match), rows, count, sample)
+
+
+def match_value(match: Match, rows: Mapping[str, Any]) -> Any:
+    """The loss of a match on what `match_rows` gives."""
+    return match.loss(rows["S"], rows["T"], mask=rows["mask"])
+
+
+def match_rows(
+    match: Match, results_S: Results, results_T: Results, project: Project
+) -> dict[str, Any]:
+    """What a match compares: ``S`` and ``T``, arrays or lists of them, and the ``mask`` or None."""
 
     def pick(results: Results, layers: Any) -> Any:
         feature = results[match.feature]
@@ -128,36 +186,66 @@ def match_term(match: Match, results_S: Results, results_T: Results, project: Pr
             [apply(x) for x in feature_S] if isinstance(feature_S, list) else apply(feature_S)
         )
     mask = None if match.feature == "embedding" else results_S.get("inputs_mask")
-    return match.loss(feature_S, feature_T, mask=mask)
+    return {"S": feature_S, "T": feature_T, "mask": mask}
 
 
 def kd_term(
-    kd: KD, results_S: Results, results_T: Results, temperature: Any = None, state: Any = None
+    kd: KD,
+    results_S: Results,
+    results_T: Results,
+    temperature: Any = None,
+    state: Any = None,
+    units: Sequence[str] | None = None,
+    shares: Array | None = None,
 ) -> tuple[Any, Any]:
     """The KD losses of all logits, summed; and the surplus of `Loss`.
 
     `temperature` is the scheduled one; None: the configured. `state` is that of a loss that has one;
-    None: as it starts.
+    None: as it starts. `units` are what the loss of each logits is a mean over, which a
+    ``sample_weight`` needs; `shares` those of `Weights`.
     """
-    loss = kd.loss
-    if has_state(loss):
-        loss = functools.partial(loss, state=loss.init() if state is None else state)
     total: Any = 0.0
     surplus: Any = 0
-    base = kd.temperature.initial if temperature is None else temperature
-    all_labels = results_S.get("labels") if wants_labels(kd) else None
-    for pair in pairs(results_S, results_T, all_labels):
-        logits_S, logits_T, mask, labels, difference = pair
-        surplus = jnp.where(jnp.abs(difference) > jnp.abs(surplus), difference, surplus)
-        if kd.probability_shift:
-            if labels is None:
-                raise ValueError("probability_shift needs adaptor_S to return 'labels'")
-            logits_T = probability_shift(logits_T, labels)
-        temperature = base
-        if kd.temperature_scheduler is not None:
-            temperature = call_temperature(kd.temperature_scheduler, logits_S, logits_T, base, mask)
-        total += call_kd(loss, logits_S, logits_T, temperature, mask, labels)
+    for i, pair in enumerate(pairs(results_S, results_T, labels_of(kd, results_S))):
+        surplus = jnp.where(jnp.abs(pair.surplus) > jnp.abs(surplus), pair.surplus, surplus)
+        rows = kd_rows(pair)
+        value_of = functools.partial(kd_value, kd, temperature=temperature, state=state)
+        if pair.weights is None:
+            value = value_of(rows)
+        else:
+            count = counts(len(pair.weights), pair.mask, pair.labels)[
+                units[i] if units else EXAMPLE
+            ]
+            value = weighted(value_of, rows, count, pair.weights)
+        total += value if shares is None else value * shares[i]
     return total, surplus
+
+
+def kd_rows(pair: "Pair") -> dict[str, Any]:
+    """What the KD loss of one pair of logits is computed of."""
+    return {"S": pair.logits_S, "T": pair.logits_T, "mask": pair.mask, "labels": pair.labels}
+
+
+def kd_value(kd: KD, rows: Mapping[str, Any], temperature: Any = None, state: Any = None) -> Any:
+    """The KD loss of one pair of logits, as `kd_rows` gives it; see `kd_term`."""
+    loss, logits_S, logits_T = kd.loss, rows["S"], rows["T"]
+    mask, labels = rows["mask"], rows["labels"]
+    if has_state(loss):
+        loss = functools.partial(loss, state=loss.init() if state is None else state)
+    if kd.probability_shift:
+        if labels is None:
+            raise ValueError("probability_shift needs adaptor_S to return 'labels'")
+        logits_T = probability_shift(logits_T, labels)
+    base = kd.temperature.initial if temperature is None else temperature
+    temperature = base
+    if kd.temperature_scheduler is not None:
+        temperature = call_temperature(kd.temperature_scheduler, logits_S, logits_T, base, mask)
+    return call_kd(loss, logits_S, logits_T, temperature, mask, labels)
+
+
+def labels_of(kd: KD, results_S: Results) -> Any:
+    """The student's labels, where a KD loss cannot do without; else None."""
+    return results_S.get("labels") if wants_labels(kd) else None
 
 
 def wants_labels(kd: KD) -> bool:
@@ -166,13 +254,17 @@ def wants_labels(kd: KD) -> bool:
 
 
 class Pair(NamedTuple):
-    """Logits to compare: ``[…, classes]`` each, with the mask and labels of their positions."""
+    """Logits to compare: ``[…, classes]`` each, with the mask and labels of their positions.
+
+    `weights` are of the rows, where there is a ``sample_weight``.
+    """
 
     logits_S: Array
     logits_T: Array
     mask: Array | None
     labels: Array | None
     surplus: Any
+    weights: Array | None = None
 
 
 def pairs(results_S: Results, results_T: Results, labels: tuple | None = None) -> Iterator[Pair]:
@@ -187,15 +279,17 @@ def pairs(results_S: Results, results_T: Results, labels: tuple | None = None) -
     masks_S = _spread(results_S.get("logits_mask"), len(logits_S))
     masks_T = _spread(results_T.get("logits_mask"), len(logits_T))
     labels = labels or (None,) * len(logits_S)
+    sample = results_S.get("sample_weight")
     for l_S, l_T, m_S, m_T, label in zip(logits_S, logits_T, masks_S, masks_T, labels, strict=True):
         l_S, l_T = _full(l_S), _full(l_T)
         if l_S.ndim != 3 or (m_S is None and m_T is None):
-            yield Pair(l_S, l_T, None, label, 0)
+            yield Pair(l_S, l_T, None, label, 0, sample)
             continue
         flat_S, flat_T = (x.reshape(-1, x.shape[-1]) for x in (l_S, l_T))
         label = None if label is None else label.reshape(-1)
+        weights = None if sample is None else jnp.repeat(sample, l_S.shape[1])
         if m_S is m_T:
-            yield Pair(flat_S, flat_T, m_S.reshape(-1) != 0, label, 0)
+            yield Pair(flat_S, flat_T, m_S.reshape(-1) != 0, label, 0, weights)
             continue
         chosen_S, chosen_T = (m.reshape(-1) != 0 for m in (m_S, m_T))
         size = min(flat_S.shape[0], flat_T.shape[0])
@@ -207,6 +301,7 @@ def pairs(results_S: Results, results_T: Results, labels: tuple | None = None) -
             jnp.arange(size) < count_S,
             None if label is None else label[order_S],
             count_S - count_T,
+            None if weights is None else weights[order_S],
         )
 
 

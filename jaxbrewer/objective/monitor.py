@@ -1,8 +1,8 @@
 """Numbers that are logged beside the loss and train nothing: how far the student is from the teacher."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,19 @@ class Monitored(Extension):
                 "under 'logits', or leave monitor out"
             )
 
+    def counted(
+        self,
+        results_S: Results,
+        results_T: Results,
+        projections: Mapping[str, Model],
+        problems: list[str],
+        *,
+        is_exact: bool,
+    ) -> Self:
+        """See `Objective`: what is logged beside it trains nothing."""
+        arguments = results_S, results_T, projections, problems
+        return replace(self, base=self.base.counted(*arguments, is_exact=is_exact))
+
     def terms(self, names: Sequence[str]) -> list[str]:
         """See `Objective`: those of `base`."""
         return self.base.terms([name for name in names if not name.startswith(PREFIX)])
@@ -81,7 +94,7 @@ def monitored(results_S: Results, results_T: Results) -> dict[str, Array]:
     if labels is not None and not _are_classes(labels, results_S["logits"]):
         labels = None
     found: list[dict[str, Array]] = []
-    for logits_S, logits_T, mask, label, _ in pairs(results_S, results_T, labels):
+    for logits_S, logits_T, mask, label, *_ in pairs(results_S, results_T, labels):
         log_q, log_p = log_softmax(logits_S), log_softmax(logits_T)
         weights = None if mask is None else mask.astype(log_q.dtype)
         if mask is not None:  # whatever lies there must not be NaN

@@ -4,15 +4,18 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from ..configurations.configs import DistillationConfig
 from ..data.batches import Batch
 from ..errors import Findings
 from ..models.adaptors import Results
 from ..models.handle import Model
+from .exact import hard_label_counts, hard_label_units, plan_counts, plan_units
 from .loss import (
     Loss,
     Project,
@@ -32,6 +35,7 @@ from .plan import (
     apart,
     plan_terms,
     resolve,
+    shared_parts,
 )
 from .terms import check_plan
 
@@ -96,6 +100,30 @@ class Objective(Protocol):
 
     def with_matches(self, matches: Sequence[Match]) -> "Objective":
         """The same objective with further matches, those of submodules."""
+        ...
+
+    def counted(
+        self,
+        results_S: Results,
+        results_T: Results,
+        projections: Mapping[str, Model],
+        problems: list[str],
+        *,
+        is_exact: bool,
+    ) -> "Objective":
+        """The same objective, which knows over what each part of it is a mean: see `exact`.
+
+        Args:
+            results_S: the student's results by shape.
+            results_T: the teacher's.
+            projections: name → projection.
+            problems: gets what is no such mean.
+            is_exact: whether its rows hold the parts' shares, see `plan.Weights.shares`.
+        """
+        ...
+
+    def counts(self, results_S: Results, results_T: Results) -> Array:
+        """What each part of it, once `counted`, is a mean over in this batch: ``[parts]``."""
         ...
 
     def terms(self, names: Sequence[str]) -> list[str]:
@@ -166,6 +194,24 @@ class PlanObjective:
         plan = replace(self.plan, matches=(*mine, *apart(matches, mine)))
         return replace(self, plan=plan)
 
+    def counted(
+        self,
+        results_S: Results,
+        results_T: Results,
+        projections: Mapping[str, Model],
+        problems: list[str],
+        *,
+        is_exact: bool,
+    ) -> Self:
+        """See `Objective`."""
+        project = project_by_shape(projections)
+        units = plan_units(self.plan, results_S, results_T, project, problems)
+        return replace(self, plan=replace(self.plan, units=units, is_exact=is_exact))
+
+    def counts(self, results_S: Results, results_T: Results) -> Array:
+        """See `Objective`."""
+        return plan_counts(self.plan, self.plan.units, results_S, results_T)
+
     def terms(self, names: Sequence[str]) -> list[str]:
         """See `Objective`; the KD and hard-label terms only where they are computed."""
         first_two = (KD_TERM, HARD_TERM)
@@ -186,7 +232,7 @@ class HardLabels:
         self, results_S: Results, results_T: Results, project: Project, weights: Weights
     ) -> Loss:
         """The sum of the means of the model's losses."""
-        return Loss(hard_label_term(results_S), {}, 0)
+        return Loss(hard_label_term(results_S, weights.shares.get(HARD_TERM)), {}, 0)
 
     @property
     def needs(self) -> Sequence[str]:
@@ -221,6 +267,23 @@ class HardLabels:
         """The same: nothing is matched without a teacher."""
         return self
 
+    def counted(
+        self,
+        results_S: Results,
+        results_T: Results,
+        projections: Mapping[str, Model],
+        problems: list[str],
+        *,
+        is_exact: bool,
+    ) -> Self:
+        """See `Objective`."""
+        parts = shared_parts(hard_label_units(results_S, problems), is_exact)
+        return replace(self, scheduled=self.scheduled._replace(parts=parts))
+
+    def counts(self, results_S: Results, results_T: Results) -> Array:
+        """See `Objective`."""
+        return jnp.stack(hard_label_counts(results_S))
+
     def terms(self, names: Sequence[str]) -> list[str]:
         """See `Objective`."""
         return ["the sum of the losses the adaptor returns"]
@@ -228,9 +291,15 @@ class HardLabels:
 
 @dataclass(frozen=True)
 class Extension:
-    """What objectives share that extend another, `base`."""
+    """What objectives share that extend another, `base`.
+
+    Attributes:
+        base: the other.
+        adds: what they add to it, for messages.
+    """
 
     base: Objective
+    adds: ClassVar[str] = "compute_loss"
 
     @property
     def missing(self) -> Sequence[str]:
@@ -258,6 +327,27 @@ class Extension:
     def with_matches(self, matches: Sequence[Match]) -> Self:
         """See `Objective`."""
         return replace(self, base=self.base.with_matches(matches))
+
+    def counted(
+        self,
+        results_S: Results,
+        results_T: Results,
+        projections: Mapping[str, Model],
+        problems: list[str],
+        *,
+        is_exact: bool,
+    ) -> Self:
+        """See `Objective`: of what is added to `base` nothing says what it is a mean over."""
+        problems.append(
+            f"{self.adds} is no mean over examples, positions or labels that could be told: neither "
+            "gradient_accumulation='exact' nor 'sample_weight' can be had with it. Leave these out; or "
+            "write what it adds as a loss, in presets.KD_LOSS_MAP or MATCH_LOSS_MAP"
+        )
+        return self
+
+    def counts(self, results_S: Results, results_T: Results) -> Array:
+        """See `Objective`."""
+        return self.base.counts(results_S, results_T)
 
     def terms(self, names: Sequence[str]) -> list[str]:
         """The names of its terms: how it weighs them, only its code says."""

@@ -3,7 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from ..errors import suggest
 from .tables import tabulate
 
 Layers = int | str | Sequence[int]
+Units = Mapping[str, tuple[str, ...]]
 KD_TERM, HARD_TERM = "unweighted_kd_loss", "unweighted_hard_label_loss"
 _DECAY = 0.99  # of the running means that balance terms
 
@@ -127,6 +128,8 @@ class Weights(NamedTuple):
         matches: of each match, in order; None where it is not scheduled, and of those left out.
         progress: the finished part of the training, where the objective has a state.
         state: the objective's own, if it has one.
+        shares: term → what each of its parts is multiplied by, so that the mean over a window's
+            micro-batches is that of all their examples; empty where means are accumulated.
     """
 
     kd: Any
@@ -135,6 +138,7 @@ class Weights(NamedTuple):
     matches: tuple[Any, ...] = ()
     progress: Any = None
     state: Any = ()
+    shares: Mapping[str, Any] = {}
 
 
 class Scheduled(NamedTuple):
@@ -146,6 +150,7 @@ class Scheduled(NamedTuple):
         temperature: the temperature, where it is scheduled.
         matches: each match's weight, where it is scheduled.
         progress: the finished part of the training, for an objective with a state.
+        parts: term → how many parts of it have a share, see `Weights.shares`; their columns come last.
     """
 
     kd: Weight | None = None
@@ -153,6 +158,7 @@ class Scheduled(NamedTuple):
     temperature: Weight | None = None
     matches: tuple[Weight | None, ...] = ()
     progress: Weight | None = None
+    parts: Mapping[str, int] = {}
 
     @property
     def columns(self) -> list[Weight | None]:
@@ -165,6 +171,16 @@ class Scheduled(NamedTuple):
             *(weight for weight in others if weight is not None),
         ]
 
+    @property
+    def width(self) -> int:
+        """The length of the row that a step gets: the columns, and a share for each part."""
+        return len(self.columns) + sum(self.parts.values())
+
+    @property
+    def row(self) -> np.ndarray:
+        """A row of ones, without shares."""
+        return np.ones(len(self.columns), jnp.result_type(float))
+
     def read(self, row: Any) -> Weights:
         """The weights that a row holds."""
         others = iter([row[i] for i in range(3, len(self.columns))])
@@ -172,7 +188,10 @@ class Scheduled(NamedTuple):
             None if weight is None else next(others)
             for weight in (self.temperature, *self.matches, self.progress)
         )
-        return Weights(row[0], row[1], temperature, tuple(matches), progress)
+        shares, at = {}, len(self.columns)
+        for term, count in self.parts.items():
+            shares[term], at = row[at : at + count], at + count
+        return Weights(row[0], row[1], temperature, tuple(matches), progress, shares=shares)
 
 
 @dataclass(frozen=True)
@@ -187,6 +206,8 @@ class Plan:
         losses_required: whether a hard-label weight without ``losses`` is a mistake; with several
             tasks it may be meant for some of them.
         is_balanced: whether each term is scaled to the size of the hard labels' loss.
+        units: term → over what each of its parts is a mean, see `counted`; empty where nobody asks.
+        is_exact: whether the parts have shares, see `Weights.shares`.
     """
 
     kd: KD | None
@@ -195,6 +216,8 @@ class Plan:
     hard_label_weight: Weight
     losses_required: bool
     is_balanced: bool = False
+    units: Units = field(default_factory=dict)
+    is_exact: bool = False
 
     @property
     def scheduled(self) -> Scheduled:
@@ -206,6 +229,7 @@ class Plan:
             temperature if temperature is not None and temperature.scheduler else None,
             tuple(match.weight if match.weight.scheduler else None for match in self.matches),
             PROGRESS if self.init() else None,
+            shared_parts(self.units, self.is_exact),
         )
 
     @property
@@ -243,6 +267,11 @@ class Plan:
                 for name, size in state["balance"].items()
             }
         return after
+
+
+def shared_parts(units: Units, is_exact: bool) -> dict[str, int]:
+    """Term → its parts that have a share; none where means are accumulated."""
+    return {term: len(each) for term, each in units.items()} if is_exact else {}
 
 
 def resolve(

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..data.batches import Batch, as_call, plain, sides, signature_of
+from ..data.batches import Batch, plain, sides, signature_of
 from ..errors import (
     BatchError,
     Findings,
@@ -24,6 +24,7 @@ from ..models.adaptors import Results, model_name
 from ..models.precision import Precision, at_level, resolve
 from ..models.trainable import Parting, part
 from ..objective.loss import full_weights, project_by_shape
+from ..objective.objectives import Objective
 from ..objective.submodules import resolve_custom
 from ..step import optimizer as optimizers
 from ..step.optimizer import Optimizer
@@ -82,13 +83,14 @@ def prepare(
     _check_something_trains(job, traced, found)
     transformation = _optimizer(job, optimizer, max_grad_norm, accumulation, precision, found)
     _tell(found)
+    objectives = _counted(job, traced)
     programs = {
         name: _with_names(
             Program(
                 one.task.student,
                 one.task.teacher,
                 {k: at_level(p, precision) for k, p in job.projections.models().items()},
-                job.objective,
+                objectives[name],
                 transformation,
                 (),
                 job.train_mode,
@@ -251,6 +253,23 @@ class _Traced:
     parting: Parting | None
 
 
+def _counted(job: Job, traced: Mapping[str, _Traced]) -> dict[str, Objective]:
+    """Task → its objective, which knows over what its parts are means where that is needed."""
+    config, found = job.config, Findings()
+    is_exact = config.gradient_accumulation == "exact" and config.gradient_accumulation_steps > 1
+    objectives: dict[str, Objective] = {}
+    for name, one in traced.items():
+        objectives[name], mine = job.objective, Findings()
+        if is_exact or "sample_weight" in one.results_S:
+            projections = job.projections.models()
+            objectives[name] = job.objective.counted(
+                one.results_S, one.results_T, projections, mine.problems, is_exact=is_exact
+            )
+        found.extend(mine, f"task {name!r}: " if name else "")
+    _tell(found)
+    return objectives
+
+
 def _trace(
     job: Job, name: str, batch: Batch, precision: Precision, found: Findings
 ) -> tuple[Job, _Traced]:
@@ -338,8 +357,8 @@ def _with_submodules(
     (side_T,) = task.teacher.sides
     matches, asked, options = resolve_custom(
         job.custom_matches,
-        (side_T.model, *as_call(parts[0], side_T.args)),
-        (task.student.model, *as_call(parts[1], task.student.args)),
+        (side_T.model, *side_T.call(parts[0])),
+        (task.student.model, *task.student.call(parts[1])),
         job.first_custom,
         found.problems,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from ..data.batches import Batch, as_call, check_ids, plain, signature_of
+from ..data.batches import Batch, check_ids, plain, signature_of
 from ..errors import AdaptorError, BatchError, Findings, explained, suggest
 from ..models.adaptors import Results, Side, adaptor_name, model_name
 from ..models.precision import HalfModel
@@ -29,7 +29,7 @@ def inspect(
         The adaptor's results as `jax.ShapeDtypeStruct`, or None if it could not be run.
     """
     name = model_name(side.role)
-    args, kwargs = as_call(plain(batch), side.args)
+    args, kwargs = side.call(batch)
     signature = side.model.signature()
     if not _fits(signature, args, kwargs, name, found, (side.args, keywords)):
         return None

@@ -261,7 +261,11 @@ def _usual_metric(recipe: Recipe, labels: Labels | None) -> str:
 
 def _distiller(recipe: Recipe, teachers: Sequence[Any], student: Any) -> Any:
     training: TrainingConfig = recipe.training
-    adapt = adaptor(recipe.task)
+    adapt = adaptor(
+        recipe.task,
+        each=training.gradient_accumulation == "exact",
+        problem_type=getattr(student.config, "problem_type", None),
+    )
     if not teachers:
         return BasicTrainer(training, student, adapt)
     how = recipe.distillation or DistillationConfig()

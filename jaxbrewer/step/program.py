@@ -105,7 +105,7 @@ class Program:
     @property
     def row(self) -> np.ndarray:
         """A row of ones, for tracing: what a schedule gives an update, see `Scheduled`."""
-        return np.ones(len(self.objective.scheduled.columns), jnp.result_type(float))
+        return np.ones(self.objective.scheduled.width, jnp.result_type(float))
 
     def init(self, seed: int, variables: Any = None) -> TrainState:
         """The state before the first step, in arrays of its own: nothing the user holds is donated.
@@ -191,7 +191,7 @@ class Program:
             teacher_variables: the teacher's arrays.
             batch: from `batches.own`.
             schedule: weight of the KD loss, of the hard labels, learning-rate factor, and what else
-                is scheduled: see `Scheduled.columns`.
+                is scheduled: see `Scheduled.columns`; with exact accumulation the parts' shares too.
             frozen: the student's frozen leaves, see `parted`; not donated.
 
         Returns:
@@ -267,6 +267,23 @@ class Program:
         weights = self.objective.scheduled.read(schedule)
         weights = weights._replace(state=memory.value_of(state.objective))
         return state.model_state, key, student_batch, results_T, weights
+
+    def counts(
+        self, state: TrainState, teacher_variables: Any, batch: Batch, frozen: Any = ()
+    ) -> Any:
+        """What each part of the objective is a mean over in a batch: ``[parts]``; see `objective.exact`.
+
+        Where this comes of the batch alone, the compiler drops the models.
+        """
+        row = jnp.asarray(self.row)
+        model_state, key, student_batch, results_T, _ = self.inputs(
+            state, teacher_variables, batch, row
+        )
+        params = self.whole(state.params, frozen)
+        student_key, _ = jax.random.split(key)
+        arguments = params["student"], model_state["student"], student_key, student_batch
+        results_S, _ = self.student(*arguments, self.train)
+        return self.objective.counts(results_S, results_T)
 
     def values(self, loss: Loss) -> list[Any]:
         """What the metrics hold, in their order.

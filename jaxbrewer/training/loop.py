@@ -20,6 +20,7 @@ from ..data.streams import EpochEnd, Event, Micro, Position
 from ..errors import BatchError, afterwards, despite
 from ..machine.placement import Placement
 from ..machine.processes import Processes
+from ..objective.counted import with_shares
 from ..step import guard, loss_scale
 from ..step.program import TrainState, by_name, forget_window, rewound
 from .checkpoints import Checkpoints
@@ -70,6 +71,7 @@ class CompiledTask:
         names: the terms of the loss.
         examine: term or None → a function of what `step` takes; see `step.Program.examine`.
         is_scaled: whether the last two metrics are the loss scale and the windows dropped.
+        counter: see `Placement.counter`; None where means are accumulated.
     """
 
     step: Callable
@@ -78,6 +80,21 @@ class CompiledTask:
     names: tuple[str, ...]
     examine: Examine
     is_scaled: bool = False
+    counter: Callable | None = None
+
+
+class Due(NamedTuple):
+    """A micro-batch that is to be trained on.
+
+    Attributes:
+        event: the batch, as it came.
+        batch: as it is placed.
+        row: what the schedule gives it.
+    """
+
+    event: Micro
+    batch: Any
+    row: Any
 
 
 class Begun(NamedTuple):
@@ -94,7 +111,7 @@ class Begun(NamedTuple):
     event: Micro
     position: Position
     opens: Position
-    row: np.ndarray
+    row: Any
     metrics: jax.Array
 
 
@@ -180,12 +197,13 @@ class Loop:
             self._bar() as bar,
         ):
             self._shown = bar
-            for event in events:
-                if isinstance(event, EpochEnd):
-                    self._end_epoch(event)
+            for due in self._scheduled(events):
+                if isinstance(due, EpochEnd):
+                    self._end_epoch(due)
                     continue
-                self._micro_step(event)
+                self._micro_step(due)
                 after_step()
+                event = due.event
                 self._drawn = event.host_random
                 if event.loader is not None:
                     self._loaders[event.task] = event.loader
@@ -210,9 +228,49 @@ class Loop:
             disable=None if self.is_chief else True,
         )
 
-    def _micro_step(self, event: Micro) -> None:
-        task, batch = self.tasks[event.task], self.placement.batch(event.inputs)
+    def _scheduled(self, events: Iterator[Event]) -> Iterator[Due | EpochEnd]:
+        """The stream with what the schedule gives; by windows, where accumulation is to be exact."""
+        if all(task.counter is None for task in self.tasks.values()):
+            for event in events:
+                yield event if isinstance(event, EpochEnd) else self._due(event)
+            return
+        window: list[Micro] = []
+        for event in events:
+            if isinstance(event, EpochEnd):
+                yield from self._shared(window)
+                window = []
+                yield event
+                continue
+            if len(window) + 1 < self.timeline.accumulation and self.data_draw:
+                # The state is kept as it was before the next batch is drawn.
+                event = event._replace(host_random=event.host_random or host_random())
+            window.append(event)
+            if len(window) == self.timeline.accumulation:
+                yield from self._shared(window)
+                window = []
+        yield from self._shared(window)
+
+    def _due(self, event: Micro) -> Due:
         row = self.rows[min(self.position.global_step, len(self.rows) - 1)]
+        return Due(event, self.placement.batch(event.inputs), row)
+
+    def _shared(self, window: Sequence[Micro]) -> list[Due]:
+        """The micro-batches of a window, each with its shares: nothing is waited for."""
+        dues = [self._due(event) for event in window]
+        counts = []
+        for due in dues:
+            task = self.tasks[due.event.task]
+            if task.counter is not None:
+                arguments = self.state, task.teacher_variables, due.batch, self.frozen
+                counts.append(task.counter(*arguments))
+        if not counts:
+            return dues
+        rows = with_shares(dues[0].row, counts, tuple(event.task for event in window))
+        return [due._replace(row=row) for due, row in zip(dues, rows, strict=True)]
+
+    def _micro_step(self, due: Due) -> None:
+        event, batch, row = due
+        task = self.tasks[event.task]
         self.state, metrics = task.step(self.state, task.teacher_variables, batch, row, self.frozen)
         if self.placement.devices[0].platform != "cpu":  # there they are on the host already
             metrics.copy_to_host_async()

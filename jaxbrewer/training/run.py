@@ -377,6 +377,7 @@ def _compiled(program: Program, placement: Placement, teacher: Any) -> CompiledT
         is_scaled=program.precision.is_scaled,
         names=program.names,
         examine=partial(placement.examine, program),
+        counter=placement.counter(program) if program.objective.scheduled.parts else None,
     )
 
 

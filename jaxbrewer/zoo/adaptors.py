@@ -6,6 +6,12 @@ from typing import Any
 from jaxbrewer.errors import suggest
 from jaxbrewer.zoo import heads
 
+_BY_EXAMPLE = (
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "masked-lm",
+)
 _ENDS = ("start", "end")
 _TASKS = (
     "sequence-classification",
@@ -17,7 +23,9 @@ _TASKS = (
 )
 
 
-def adaptor(task: str | None = None) -> Callable[[Any, Any], dict[str, Any]]:
+def adaptor(
+    task: str | None = None, *, each: bool = False, problem_type: str | None = None
+) -> Callable[[Any, Any], dict[str, Any]]:
     """The adaptor of a task, for a teacher or a student, with batches that are dicts.
 
     It hands on what is there, under a distiller's keys:
@@ -33,17 +41,26 @@ def adaptor(task: str | None = None) -> Callable[[Any, Any], dict[str, Any]]:
       ``output_qkv=True``.
     * ``embedding``: ``outputs.embedding``, of a sentence encoder.
     * ``inputs_mask``: the batch's ``attention_mask``; not in ranking, where each text has its own.
+    * ``sample_weight``: the batch's, where it has one.
 
     Args:
         task: ``'sequence-classification'``, ``'token-classification'``, ``'question-answering'``,
             ``'masked-lm'``, ``'sentence-embedding'``, ``'ranking'`` (scores of candidates, of a
             `CrossEncoder` or a `BiEncoder`), or None for an encoder without a head.
+        each: ``losses`` are each example's, or each position's, with their ``losses_mask``, in place of
+            their mean: for exact accumulation and ``sample_weight``. The first four tasks have them.
+        problem_type: of sequence classification with `each`, as the model's config has it.
 
     Raises:
-        ValueError: another task.
+        ValueError: another task; or `each` with one that has no losses by example.
     """
     if task is not None and task not in _TASKS:
         raise ValueError(f"no adaptor here is for the task {task!r}: {suggest(task, _TASKS)}")
+
+    if each and task not in _BY_EXAMPLE:
+        raise ValueError(
+            f"adaptor({task!r}, each=True): only {', '.join(map(repr, _BY_EXAMPLE))} have losses by example"
+        )
 
     def adapt(batch: Mapping[str, Any], outputs: Any) -> dict[str, Any]:
         mask = None if task == "ranking" else batch.get("attention_mask")
@@ -57,6 +74,7 @@ def adaptor(task: str | None = None) -> Callable[[Any, Any], dict[str, Any]]:
             **{name: getattr(outputs, name, None) for name in ("query", "key", "value")},
             "embedding": getattr(outputs, "embedding", None),
             "inputs_mask": mask,
+            "sample_weight": batch.get("sample_weight"),
         }
         if task == "question-answering":
             found["logits"] = [getattr(outputs, f"{end}_logits") for end in _ENDS]
@@ -65,6 +83,23 @@ def adaptor(task: str | None = None) -> Callable[[Any, Any], dict[str, Any]]:
         if task == "masked-lm":
             labels = batch.get("labels")
             found["logits_mask"] = None if labels is None else labels != heads.IGNORE_INDEX
+        if each and found["labels"] is not None:
+            losses = _losses(task, found["logits"], found["labels"], problem_type)
+            found["losses"] = [loss for loss, _ in losses]
+            masks = [mask for _, mask in losses if mask is not None]
+            found["losses_mask"] = masks or None
         return {key: value for key, value in found.items() if value is not None}
 
     return adapt
+
+
+def _losses(
+    task: str | None, logits: Any, labels: Any, problem_type: str | None
+) -> list[tuple[Any, Any]]:
+    """Each loss of a task by example or position, and which of its entries count."""
+    if task == "question-answering":  # the mean of both ends, as the sum of two halves
+        ends = [heads.each_end(*end) for end in zip(logits, labels, strict=True)]
+        return [(loss / 2, kept) for loss, kept in ends]
+    if task == "sequence-classification":
+        return [heads.each_sequence_classification(logits, labels, problem_type)]
+    return [heads.each_cross_entropy(logits, labels)]

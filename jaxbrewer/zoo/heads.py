@@ -6,7 +6,7 @@ Two departures, both where transformers gives NaN or stops: when every label is 
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 IGNORE_INDEX = -100
 
@@ -21,16 +21,27 @@ def cross_entropy(
     ignore_index: int = IGNORE_INDEX,
 ) -> Float[Array, ""]:
     """The mean of ``-log softmax(logits)[label]`` over labels that are not ``ignore_index``."""
+    each, kept = each_cross_entropy(logits, labels, ignore_index)
+    return jnp.sum(each) / jnp.maximum(jnp.sum(kept), 1)
+
+
+def each_cross_entropy(
+    logits: Float[Array, "*shape classes"],
+    labels: Int[Array, "*shape"],
+    ignore_index: int = IGNORE_INDEX,
+) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"]]:
+    """``-log softmax(logits)[label]`` of each, and which count: whose mean `cross_entropy` is.
+
+    What does not count is 0.
+    """
     log_probs = jax.nn.log_softmax(_at_least_float32(logits))
     kept = labels != ignore_index
     index = jnp.where(kept, labels, 0)[..., None]
-    classes = jnp.arange(logits.shape[-1])
     # Chosen, not looked up: the gradient of a look-up is added up in memory, class by class.
-    picked = jnp.sum(jnp.where(index == classes, log_probs, 0), axis=-1)
+    picked = jnp.sum(jnp.where(index == jnp.arange(logits.shape[-1]), log_probs, 0), axis=-1)
     is_class = (index[..., 0] >= 0) & (index[..., 0] < logits.shape[-1])
     picked = jnp.where(is_class, picked, jnp.nan)
-    total = jnp.sum(jnp.where(kept, -picked, 0))
-    return total / jnp.maximum(jnp.sum(kept), 1)
+    return jnp.where(kept, -picked, 0), kept
 
 
 def sequence_classification_loss(
@@ -45,6 +56,21 @@ def sequence_classification_loss(
     each class). ``None`` decides by the data: one logit is a regression, integer labels are single
     labels, any other are multi-labels.
     """
+    each, kept = each_sequence_classification(logits, labels, problem_type)
+    if kept is None:
+        return jnp.mean(each)
+    return jnp.sum(each) / jnp.maximum(jnp.sum(kept), 1)
+
+
+def each_sequence_classification(
+    logits: Float[Array, "batch labels"],
+    labels: Num[Array, " batch"] | Num[Array, "batch labels"],
+    problem_type: str | None = None,
+) -> tuple[Float[Array, "batch ..."], Bool[Array, " batch"] | None]:
+    """The losses whose mean `sequence_classification_loss` is, and which count; None: all do.
+
+    Of single labels ``[batch]``; otherwise ``[batch, labels]``, each logit's own.
+    """
     if problem_type is None:
         if logits.shape[-1] == 1:
             problem_type = "regression"
@@ -53,7 +79,7 @@ def sequence_classification_loss(
         else:
             problem_type = "multi_label_classification"
     if problem_type == "single_label_classification":
-        return cross_entropy(logits, labels.reshape(logits.shape[:1]))
+        return each_cross_entropy(logits, labels.reshape(logits.shape[:1]))
     logits = _at_least_float32(logits)
     if labels.size != logits.size:
         raise ValueError(
@@ -62,9 +88,9 @@ def sequence_classification_loss(
         )
     targets = labels.reshape(logits.shape).astype(logits.dtype)
     if problem_type == "regression":
-        return jnp.mean(jnp.square(logits - targets))
+        return jnp.square(logits - targets), None
     each = targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
-    return -jnp.mean(each)
+    return -each, None
 
 
 def soft_cross_entropy(
@@ -98,12 +124,19 @@ def span_loss(
     Positions are first clipped to ``[0, length]``; one past the end of the sequence is ignored,
     each side apart.
     """
-    length = start_logits.shape[-1]
+    start, of_start = each_end(start_logits, start_positions)
+    end, of_end = each_end(end_logits, end_positions)
+    means = [
+        jnp.sum(each) / jnp.maximum(jnp.sum(kept), 1)
+        for each, kept in ((start, of_start), (end, of_end))
+    ]
+    return (means[0] + means[1]) / 2
 
-    def side(
-        logits: Float[Array, "batch length"], positions: Int[Array, "..."]
-    ) -> Float[Array, ""]:
-        positions = jnp.clip(positions.reshape(logits.shape[:1]), 0, length)
-        return cross_entropy(logits, positions, ignore_index=length)
 
-    return (side(start_logits, start_positions) + side(end_logits, end_positions)) / 2
+def each_end(
+    logits: Float[Array, "batch length"], positions: Int[Array, " batch"] | Int[Array, "batch 1"]
+) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
+    """The cross-entropy of one end of each answer, and which count; see `span_loss`."""
+    length = logits.shape[-1]
+    positions = jnp.clip(positions.reshape(logits.shape[:1]), 0, length)
+    return each_cross_entropy(logits, positions, ignore_index=length)

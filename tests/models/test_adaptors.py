@@ -153,3 +153,30 @@ def test_a_side_runs_model_and_adaptor_on_plain_flags():
     np.testing.assert_array_equal(results["logits"][0], [6, 6])
     again = side.adapt(batch, {"logits": A})
     assert again["logits"][0] is A
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"losses": A, "losses_mask": B[0]}, r"'losses_mask'\[0\] is \[3\], expected \[2, 3\]"),
+        ({"losses": [A, A, A], "losses_mask": [A, A]}, "'losses_mask' has 2 arrays for 3 'losses'"),
+        ({"logits": A, "sample_weight": A[0]}, r"'sample_weight' is \[3\], expected \[2\]"),
+        ({"sample_weight": [1.0, 2.0]}, r"must be one array \[batch\], not a list"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(given, message):
+    with pytest.raises(AdaptorError, match=message):
+        freeze(given, "S")
+
+
+def test_a_weight_of_the_batch_is_not_the_models_unless_it_names_it():
+    def model(params, x):
+        return x * params
+
+    def naming(params, x, sample_weight):
+        return x * sample_weight
+
+    batch = own({"x": A, "sample_weight": A[:, 0]})
+    for apply, names in ((model, {"x"}), (naming, {"x", "sample_weight"})):
+        side = Side("S", FunctionModel(apply, jnp.ones(())), lambda batch, outputs: {}, {})
+        assert set(side.call(batch)[1]) == names

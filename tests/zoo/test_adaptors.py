@@ -64,3 +64,32 @@ def test_a_sentence_encoder_hands_on_its_embedding():
 def test_another_task_is_refused():
     with pytest.raises(ValueError, match="did you mean 'token-classification'"):
         zoo.adaptor("token-clasification")
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [
+        ("sequence-classification", {"labels": np.array([0, -100, 1], np.int32)}),
+        ("sequence-classification", {"labels": np.ones((3, 2), np.float32)}),
+        ("token-classification", {"labels": np.where(IDS % 3 == 0, 1, -100)}),
+        ("masked-lm", {"labels": np.where(IDS % 3 == 0, IDS, -100)}),
+        ("question-answering", {**OF_SPANS, "start_positions": np.array([0, 9, 2], np.int32)}),
+    ],
+)
+def test_losses_one_by_one_have_the_models_mean(task, labels):
+    model = zoo.from_config(zoo.BertConfig(**SHAPE), task, rngs=nnx.Rngs(0))
+    batch = {"input_ids": IDS, **labels}
+    outputs = model(**batch)
+    found = zoo.adaptor(task, each=True)(batch, outputs)
+    masks = found.get("losses_mask", [1] * len(found["losses"]))
+    each = [
+        np.mean(x[np.broadcast_to(m, x.shape) != 0])
+        for x, m in zip(found["losses"], masks, strict=True)
+    ]
+    assert all(x.ndim for x in found["losses"])
+    np.testing.assert_allclose(sum(each), outputs.loss, rtol=1e-6)
+
+
+def test_only_some_tasks_have_losses_one_by_one():
+    with pytest.raises(ValueError, match=r"adaptor\('ranking', each=True\): only"):
+        zoo.adaptor("ranking", each=True)
