@@ -65,8 +65,9 @@ class TrainingConfig(Config):
             computes the loss of its own rows, and gradients and metrics are averaged, as torch's
             DistributedDataParallel does.
         sharding: what is cut into pieces over the devices, for models larger than one of them:
-            ``'teacher'``; ``'all'``, which is parameters, optimizer state and teacher; None:
-            nothing, each device holds everything.
+            ``'teacher'``; ``'optimizer'``, which is its state, of an open accumulation window too;
+            ``'all'``, which is these and the student's parameters; None: nothing, each device holds
+            everything.
         max_nonfinite_steps: how many optimizer steps in a row may meet a loss or gradient that is not
             finite before training ends with an error, which names the step, the batch, the term and
             the parameter. Such a step changes no weight and no moment; schedules go on. 1: the first
@@ -126,7 +127,7 @@ class TrainingConfig(Config):
         "resume": checks.checkpoint,
         "max_to_keep": checks.optional(checks.integer(1)),
         "mapping": checks.one_of(("sharded", "pmap")),
-        "sharding": checks.optional(checks.one_of(("teacher", "all"))),
+        "sharding": checks.optional(checks.one_of(("teacher", "optimizer", "all"))),
         "max_nonfinite_steps": checks.optional(checks.integer(1)),
         "resume_changes": checks.names(lambda: names_of_changes()),
         "gradient_accumulation": checks.one_of(("means", "exact")),

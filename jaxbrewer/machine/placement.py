@@ -7,7 +7,7 @@ Axes of meshes are named here and nowhere else.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -26,6 +26,14 @@ from .repeatable import compiler_options
 logger = logging.getLogger(__name__)
 
 AXIS = "data"
+
+# What each `TrainingConfig.sharding` cuts into pieces.
+_CUT: Mapping[str | None, tuple[str, ...]] = {
+    None: (),
+    "teacher": ("teacher",),
+    "optimizer": ("optimizer",),
+    "all": ("student", "optimizer", "teacher"),
+}
 
 # Leaves with fewer elements stay whole on every device: cutting them would cost more than it saves.
 SMALLEST_CUT = 1024
@@ -125,7 +133,7 @@ def placement_to_cache(placement: Placement) -> Placement:
         return placement
     if isinstance(placement, Sharded) and not placement.several_processes:
         return placement
-    if isinstance(placement, Sharded) and placement.sharding is not None:
+    if isinstance(placement, Sharded) and placement.cuts("teacher"):
         raise ValueError(
             f"is_caching_logits with sharding={placement.sharding!r} in several processes: each would "
             "need the whole teacher to cache its own part. Cache in one process with "
@@ -254,12 +262,16 @@ class Sharded(_Mesh):
 
     Args:
         devices: the devices of all processes, those of a process next to each other.
-        sharding: what is cut into pieces: None, ``'teacher'`` or ``'all'``.
+        sharding: what is cut into pieces, see `TrainingConfig`.
     """
 
     def __init__(self, devices: Sequence[jax.Device], sharding: str | None = None):
         super().__init__(devices)
         self.sharding = sharding
+
+    def cuts(self, part: str) -> bool:
+        """Whether the ``'student'``, the ``'optimizer'`` or the ``'teacher'`` is cut into pieces."""
+        return part in _CUT[self.sharding]
 
     def shardings(self, shapes: Any, *, cut: bool) -> Any:
         """The one rule: an array is cut along its longest axis that divides by the devices.
@@ -285,11 +297,15 @@ class Sharded(_Mesh):
         return jax.tree.map(_placed, tree, shardings)
 
     def _state_shardings(self, program: Program) -> Any:
-        return self.shardings(jax.eval_shape(lambda: program.init(0)), cut=self.sharding == "all")
+        state = jax.eval_shape(lambda: program.init(0))
+        places = self.shardings(state, cut=self.cuts("student"))
+        if self.cuts("student") or not self.cuts("optimizer"):
+            return places
+        return replace(places, opt_state=self.shardings(state.opt_state, cut=True))
 
     def start(self, program: Program, seed: int) -> TrainState:
         """See `Placement.start`: each array is made in its place, never whole on one device."""
-        variables = self._place(program.variables, cut=self.sharding == "all")
+        variables = self._place(program.variables, cut=self.cuts("student"))
         make = jax.jit(program.init, static_argnums=0, out_shardings=self._state_shardings(program))
         return make(seed, variables)
 
@@ -313,7 +329,7 @@ class Sharded(_Mesh):
 
     def teacher(self, variables: Any) -> Any:
         """See `Placement.teacher`."""
-        return self._place(variables, cut=self.sharding is not None)
+        return self._place(variables, cut=self.cuts("teacher"))
 
     def batch(self, batch: Batch) -> Batch:
         """See `Placement.batch`: rows are shared out where they can be, and repeated elsewhere."""
@@ -349,8 +365,7 @@ class Sharded(_Mesh):
             )
             return gather(x)
 
-        is_cut = self.sharding == "all" or (self.sharding is not None and side == "teacher")
-        return jax.tree.map(gathered, arrays, self.shardings(arrays, cut=is_cut))
+        return jax.tree.map(gathered, arrays, self.shardings(arrays, cut=self.cuts(side)))
 
     def lower(self, program: Program, batch: Batch) -> jax.stages.Lowered:
         """See `Placement.lower`: rows are shared out where they can be, and repeated elsewhere."""
@@ -360,7 +375,7 @@ class Sharded(_Mesh):
             _shape, jax.eval_shape(lambda: program.init(0)), self._state_shardings(program)
         )
         variables = program.teacher.variables
-        cut = self.shardings(variables, cut=self.sharding is not None)
+        cut = self.shardings(variables, cut=self.cuts("teacher"))
         places = jax.tree.map(
             lambda x: self.cut if even and has_rows(x, rows) else self.whole, batch
         )

@@ -151,6 +151,8 @@ class HalfModel:
       is called so (``LayerNorm``, ``MyRMSNorm``); the parameters of norms are those below one, in
       NNX models, and in every kind of model those with a part in their path that ends so, or in
       ``ln``, ``bn``, ``gn`` (``layer_norm``, ``norm1``, ``ln_f``).
+      A table whose module says ``rounds_rows`` (the zoo's) is left to it: it rounds the rows that are
+      looked up, the same numbers for less.
     - O3: as O2, without an exemption. Flax's norms still take their statistics in float32.
     - State (batch statistics) stays as it is at every level.
 
@@ -184,8 +186,10 @@ class HalfModel:
         self.precision = precision
         self._runs: Any = model
         self._norms: Callable[[tuple], bool] = _is_norm_path
+        self._tables: frozenset[tuple[str, ...]] = frozenset()
         if isinstance(model, NNXModel):
             self._norms = _norm_finder(model.module)
+            self._tables = _tables(model.module)
             if precision.level != "O1":
                 self._runs = NNXModel(_with_dtype(model.module, precision))
         self.id_limits: Mapping[str, int] = model.id_limits
@@ -227,7 +231,7 @@ class HalfModel:
 
         def run(params: Any, state: Any, key: jax.Array, arrays: list[Any]) -> Any:
             if self.precision.level == "O2":
-                params = self._rounded(params)
+                params = self._rounded(params, self._tables)
             elif self.precision.level == "O3" and not self._is_whole:
                 params = self._halved(params)
             given = iter(arrays)
@@ -261,11 +265,16 @@ class HalfModel:
     def _halved(self, tree: Any) -> Any:
         return _all_narrowed(self.precision.dtype, tree)
 
-    def _rounded(self, params: Any) -> Any:
-        """Parameters as O2's forward pass sees them."""
+    def _rounded(self, params: Any, late: frozenset[tuple[str, ...]] = frozenset()) -> Any:
+        """Parameters as O2's forward pass sees them; those `late` are rounded by their module."""
 
         def one(path: tuple, x: Any) -> Any:
-            return x if self._norms(_names(path)) else _narrowed(x, self.precision.dtype)
+            names = _names(path)
+            if self._norms(names):
+                return x
+            if names in late and is_wide(x):
+                return _with_rounded_gradient(x, self.precision.dtype)
+            return _narrowed(x, self.precision.dtype)
 
         return jax.tree_util.tree_map_with_path(one, params)
 
@@ -283,6 +292,23 @@ def _narrowed(x: Any, half: Half) -> Any:
     if not (is_wide(x) or is_half(x)):
         return x
     return _cast(x, half)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _with_rounded_gradient(x: jax.Array, half: Half) -> jax.Array:
+    """An array as it is, whose gradient is rounded as if the array had been."""
+    return x
+
+
+def _and_nothing(x: jax.Array, half: Half) -> tuple[jax.Array, None]:
+    return x, None
+
+
+def _rounded_gradient(half: Half, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (gradient.astype(half).astype(gradient.dtype),)
+
+
+_with_rounded_gradient.defvjp(_and_nothing, _rounded_gradient)
 
 
 def _all_narrowed(half: Half, tree: Any) -> Any:
@@ -327,6 +353,15 @@ def _norm_finder(module: nnx.Module) -> Callable[[tuple], bool]:
         return below or _is_norm_path(names)
 
     return is_norm
+
+
+def _tables(module: nnx.Module) -> frozenset[tuple[str, ...]]:
+    """The paths of the tables whose module rounds the rows that it is asked for (``rounds_rows``)."""
+    return frozenset(
+        (*map(str, path), "embedding")
+        for path, part in nnx.iter_modules(module)
+        if getattr(part, "rounds_rows", False)
+    )
 
 
 def _with_dtype(module: nnx.Module, precision: Precision) -> nnx.Module:

@@ -1,11 +1,13 @@
 """Scaled dot-product attention, written out or, where nobody looks inside, as one kernel."""
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jaxtyping import Array, Bool, Float, Num
 
 from jaxbrewer.zoo.dropout import Dropout
@@ -78,8 +80,8 @@ def attend(
     lowered by 10000 at hidden ones. These are what the models in TextBrewer's examples return and
     what its attention losses are made for: the losses zero such entries, or a softmax does.
 
-    On NVIDIA GPUs in half precision, with neither dropout nor a report, cuDNN's kernel does it
-    without keeping the scores, where neither scale nor bias is given.
+    Compiled for NVIDIA GPUs in half precision, with neither dropout nor a report, cuDNN's kernel does
+    it without keeping the scores, where neither scale nor bias is given (`cudnn_takes`).
     """
     plain = scale is None and bias is None and reported is None and not dropout.is_active
     if plain and cudnn_takes(query):
@@ -127,15 +129,40 @@ def _plain(
 
 
 def cudnn_takes(query: Float[Array, "batch length heads width"]) -> bool:
-    """Whether this process has a GPU whose cuDNN attends in the query's type, width and length.
+    """Whether cuDNN attends in the query's type, width and length, where this is compiled for a GPU.
 
     It wants a half type, a compute capability of 8.0 or more, heads whose width is a multiple of 8
-    up to 128, and an even number of positions.
+    up to 128, and an even number of positions; and sizes that are known, which those of a program to
+    be exported are not. A process without GPUs compiles for ones that are new enough.
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    if not half or query.shape[-1] % 8 or query.shape[-1] > 128 or query.shape[1] % 2:
+    if not half or any(map(export.is_symbolic_dim, query.shape)):
         return False
-    device = jax.local_devices()[0]
+    if query.shape[-1] % 8 or query.shape[-1] > 128 or query.shape[1] % 2:
+        return False
+    return _has_cudnn() and all(map(_is_new_enough, _gpus()))
+
+
+@functools.cache
+def _has_cudnn() -> bool:
+    """Whether JAX finds a cuDNN to compile for: it comes with the plugin for GPUs."""
+    heads = jax.ShapeDtypeStruct((1, 2, 1, 8), jnp.bfloat16)
+    try:
+        jax.eval_shape(_by_cudnn, heads, heads, heads, None)
+    except RuntimeError:  # "cuDNN is not detected"
+        return False
+    return True
+
+
+def _gpus() -> list[jax.Device]:
+    """NVIDIA's GPUs of this process."""
+    try:
+        return jax.local_devices(backend="cuda")
+    except RuntimeError:  # there is no such backend
+        return []
+
+
+def _is_new_enough(device: jax.Device) -> bool:
     capability = str(getattr(device, "compute_capability", ""))
     return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8
 

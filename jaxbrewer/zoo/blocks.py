@@ -116,6 +116,9 @@ class Table(nnx.Module):
     gives NaN, and in training one below 0 too.
     """
 
+    # In half precision the table itself may stay float32; see `jaxbrewer.models.precision`.
+    rounds_rows = True
+
     def __init__(
         self,
         rows: int,

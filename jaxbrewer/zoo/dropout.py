@@ -44,7 +44,20 @@ class Dropout(nnx.Dropout):
         if not self.is_active:
             return inputs
         kept = 1 - self.rate
-        return jnp.where(keep_mask(self.rngs(), kept, inputs.shape), inputs * (1 / kept), 0)
+        mask = drawn_once(keep_mask(self.rngs(), kept, inputs.shape))
+        return jnp.where(mask, inputs * (1 / kept), 0)
+
+
+def drawn_once(mask: Bool[Array, "*shape"]) -> Bool[Array, "*shape"]:
+    """The mask, which on TPUs is held back from being drawn again wherever it is used.
+
+    There the compiler joins the rounds with each use, of the backward pass too. Elsewhere it is
+    best left alone: GPUs keep the mask by themselves, and CPUs are fastest when they draw it where it
+    is used.
+    """
+    return jax.lax.platform_dependent(
+        mask, tpu=jax.lax.optimization_barrier, default=lambda mask: mask
+    )
 
 
 def keep_mask(

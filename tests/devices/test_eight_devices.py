@@ -1,6 +1,8 @@
 """The numbers of eight devices against those of one, over 20 steps of every distiller."""
 
+import functools
 import logging
+import shutil
 from dataclasses import replace
 
 import jax
@@ -52,7 +54,7 @@ def test_there_are_eight_devices():
     assert len(jax.devices("cpu")) == 8
 
 
-@pytest.mark.parametrize("sharding", [None, "all"])
+@pytest.mark.parametrize("sharding", [None, "optimizer", "all"])
 def test_sharded_equals_one_device(one_device, sharding, tmp_path):
     name, loader, *wanted = one_device
     found = run(name, tmp_path, loader, data_parallel=True, sharding=sharding)
@@ -157,6 +159,40 @@ def test_a_run_goes_on_on_another_number_of_devices(way, options, tmp_path):
         np.testing.assert_array_equal(value, resumed[key])
 
 
+def test_a_run_with_the_optimizer_in_pieces_goes_on_anywhere(tmp_path):
+    """To the same bits where it lay, and to the same numbers on one device and all in pieces."""
+    loader = every.batches(12)
+    momentum = functools.partial(optax.sgd, learning_rate=0.1, momentum=0.9)
+
+    def train(folder, callback=None, **options):
+        options |= {"gradient_accumulation_steps": 2, "ckpt_frequency": 2}
+        made = every.JOBS["trainer"](every.config(folder, **options))
+        with made:
+            made.train(momentum, loader, num_epochs=1, callback=callback)
+        return nnx_job.weights(made.model_S)
+
+    def stop(model, step):
+        return jaxbrewer.CallbackResult(stop=True)
+
+    pieces = {"data_parallel": True, "sharding": "optimizer"}
+    wanted = train(tmp_path / "whole", **pieces)
+    train(tmp_path / "cut", stop, **pieces)
+    train(tmp_path / "cut on one", stop)
+    ways = {
+        "the same": pieces,
+        "all": {"data_parallel": True, "sharding": "all"},
+        "one": {},
+        "from one": pieces,
+    }
+    for way, options in ways.items():
+        before = "cut on one" if way == "from one" else "cut"
+        shutil.copytree(tmp_path / before, tmp_path / way)
+        for key, value in train(tmp_path / way, resume=True, **options).items():
+            if way == "the same":
+                np.testing.assert_array_equal(value, wanted[key], err_msg=key)
+            np.testing.assert_allclose(value, wanted[key], rtol=2e-5, atol=1e-6, err_msg=way + key)
+
+
 def test_teacher_results_may_be_cached(tmp_path):
     loader = every.batches(4)
     cached = {"intermediate_matches": every.HIDDEN, "is_caching_logits": True}
@@ -259,7 +295,11 @@ def test_half_precision_on_eight_devices(level, half, options, tmp_path):
         np.testing.assert_allclose(value, wanted_weights[key], atol=1e-2 * scale, err_msg=key)
 
 
-@pytest.mark.parametrize("options", [{}, {"mapping": "pmap"}, {"sharding": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mapping": "pmap"}, {"sharding": "optimizer"}, {"sharding": "all"}],
+    ids=str,
+)
 @pytest.mark.parametrize("half", [None, "float16"])
 def test_windows_left_open_are_dropped_on_eight_devices(half, options, tmp_path):
     """An epoch of 6 batches in windows of 4: the curves of one device, and no program compiled anew.

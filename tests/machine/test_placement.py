@@ -1,15 +1,21 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
 import jaxbrewer
 from jaxbrewer import TrainingConfig
+from jaxbrewer.data.batches import own
 from jaxbrewer.errors import BatchError, ConfigError
 from jaxbrewer.machine.placement import OneDevice, Pmapped, Sharded, placement_for, rows_of
+from jaxbrewer.preflight import prepare
 
 from .. import fn_job, nnx_job
+from ..devices import every
 
 EIGHT = jax.devices("cpu")
 
@@ -34,6 +40,10 @@ def test_the_config_chooses():
             "in which each device holds everything: expected mapping='sharded'",
         ),
         ({"mapping": "pmapped"}, "mapping is 'pmapped'"),
+        (
+            {"sharding": "optimizer"},
+            "sharding is 'optimizer', which is for several devices: set data_parallel",
+        ),
         ({"sharding": "student"}, "sharding is 'student'"),
     ],
 )
@@ -90,6 +100,34 @@ def test_what_is_cut_into_pieces(sharding, parts):
         held = {shard.data.shape for shard in state[name]["kernel"].addressable_shards}
         assert held == {(64 // parts[1], 64)}
     assert isinstance(placement.local(state)["mu"]["kernel"], np.ndarray | jax.Array)
+
+
+def pieces(tree):
+    """What lies on a device of each kernel of 32 × 32 in a tree."""
+    held = {
+        x.addressable_shards[0].data.shape for x in jax.tree.leaves(tree) if x.shape == (32, 32)
+    }
+    (shape,) = held
+    return shape
+
+
+def test_the_optimizers_state_may_be_cut_alone(tmp_path):
+    """Of a window too, and after a step as before it; the weights and the teacher are whole."""
+    distiller = every.JOBS["basic"](every.config(tmp_path, gradient_accumulation_steps=2))
+    batch = own(every.batches(1)[0])
+    with distiller:
+        adam = functools.partial(optax.adam, learning_rate=1e-3)
+        program = prepare(distiller.job(), {"": batch}, adam).programs[""]
+    placement = Sharded(EIGHT, "optimizer")
+    teacher = placement.teacher(program.teacher.variables)
+    assert all(x.is_fully_replicated for x in jax.tree.leaves(teacher))
+    state = placement.start(program, 0)
+    step = placement.compile(program)
+    for _ in range(2):
+        assert pieces(state.opt_state.acc_grads) == (4, 32)
+        assert pieces(state.opt_state.inner_opt_state) == (4, 32)
+        assert pieces(state.params) == (32, 32)
+        state, _ = step(state, teacher, placement.batch(batch), program.row, ())
 
 
 def test_rows_are_what_most_inputs_have():

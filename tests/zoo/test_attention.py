@@ -89,8 +89,68 @@ def test_when_the_kernel_fits(capability, dtype, length, width, takes, monkeypat
     class Device:
         compute_capability = capability
 
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    monkeypatch.setattr(attention, "_has_cudnn", lambda: True)
+    monkeypatch.setattr(attention, "_gpus", lambda: [Device()])
     assert cudnn_takes(jax.ShapeDtypeStruct((2, length, 3, width), dtype)) is takes
+
+
+HEADS = jax.ShapeDtypeStruct((2, 6, 3, 64), jnp.bfloat16)
+
+
+def test_the_kernel_does_not_depend_on_the_default_device(monkeypatch):
+    class Old:
+        compute_capability = "7.5"
+
+    class New:
+        compute_capability = "9.0"
+
+    monkeypatch.setattr(attention, "_has_cudnn", lambda: True)
+    assert cudnn_takes(HEADS)  # no GPU is here: it is lowered for one, if at all
+    monkeypatch.setattr(attention, "_gpus", lambda: [New(), Old()])
+    assert not cudnn_takes(HEADS)
+    monkeypatch.setattr(attention, "_gpus", lambda: [New()])
+    assert cudnn_takes(HEADS)
+    monkeypatch.setattr(attention, "_has_cudnn", lambda: False)
+    assert not cudnn_takes(HEADS)
+
+
+def test_there_is_no_kernel_without_cudnn(monkeypatch):
+    def not_there(*inputs):
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(attention, "_by_cudnn", not_there)
+    attention._has_cudnn.cache_clear()
+    try:
+        assert not cudnn_takes(HEADS)
+    finally:
+        attention._has_cudnn.cache_clear()
+
+
+@pytest.mark.parametrize("sizes", ["2, length, 3, 64", "batch, 6, 3, 64"])
+def test_what_is_exported_is_written_out_where_a_size_is_not_known(sizes, monkeypatch):
+    monkeypatch.setattr(attention, "_has_cudnn", lambda: True)
+    shape = jax.export.symbolic_shape(sizes)
+    heads = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    assert not cudnn_takes(heads)
+    run = jax.jit(lambda *qkv: attend(*qkv, None, OFF)[0])
+    exported = jax.export.export(run, platforms=("cpu", "cuda"))(heads, heads, heads)
+    assert "cudnn" not in exported.mlir_module()
+    assert exported.serialize()
+
+
+@pytest.mark.skipif(not attention._has_cudnn(), reason="JAX's CUDA plugin is not installed")
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_it_is_lowered_for_gpus_without_one(differentiated):
+    def attended(*qkv):
+        return attend(*qkv, None, OFF)[0]
+
+    def total(*qkv):
+        return jnp.sum(attended(*qkv), dtype=jnp.float32)
+
+    traced = jax.jit(jax.grad(total) if differentiated else attended).trace(HEADS, HEADS, HEADS)
+    for platform, kernels in (("cpu", 0), ("tpu", 0), ("cuda", 1 + differentiated)):
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert program.count("@__cudnn$fmha") == kernels, platform
 
 
 @pytest.mark.parametrize("family", ["Bert", "DistilBert", "ModernBert", "DebertaV2"])

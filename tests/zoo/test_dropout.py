@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxbrewer.models.nnx_model import NNXModel
+from jaxbrewer.models.precision import Precision, at_level
 from jaxbrewer.zoo import BertConfig, BertForSequenceClassification
 from jaxbrewer.zoo.dropout import Dropout, keep_mask
 
@@ -70,6 +71,22 @@ def test_the_gradient_passes_where_the_input_did():
     grad, kept = jax.grad(total, has_aux=True)(jnp.ones((200, 300)))
     assert 0.5 < np.mean(np.asarray(kept) != 0) < 0.7
     np.testing.assert_array_equal(grad, kept)
+
+
+@pytest.mark.parametrize("level", ["O0", "O2"])
+def test_masks_are_drawn_once_on_tpus_and_where_they_are_used_elsewhere(level):
+    config = BertConfig(**FAMILIES["Bert"] | {"num_hidden_layers": 1})
+    model = NNXModel(BertForSequenceClassification(config, rngs=nnx.Rngs(0)))
+    model = at_level(model, Precision(level, "" if level == "O0" else "bfloat16"))
+    batch = make_batch() | {"labels": np.array([0, 1, 1])}
+
+    def loss(params, state, key):
+        return model.apply(params, state, key, (), batch, True)[0].loss
+
+    traced = jax.jit(jax.value_and_grad(loss)).trace(model.params, model.state, jax.random.key(0))
+    for platform, barriers in (("tpu", 1 + 3 + 1), ("cpu", 0), ("cuda", 0)):
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert program.count("stablehlo.optimization_barrier") == barriers, platform
 
 
 @pytest.mark.parametrize("length", [9, 128])

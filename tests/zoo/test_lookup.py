@@ -6,9 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import jaxbrewer.zoo as zoo
+from jaxbrewer.models.nnx_model import NNXModel
+from jaxbrewer.models.precision import Precision, at_level
 from jaxbrewer.zoo import lookup
+from jaxbrewer.zoo.blocks import Table
 from jaxbrewer.zoo.lookup import look_up
+
+from .conftest import FAMILIES, make_batch
 
 ROWS = (2, lookup.FEW_ROWS + 500)
 
@@ -93,3 +100,43 @@ def test_on_a_gpu_no_two_sums_go_to_one_place(rows):
         assert any("stablehlo.add" in scatter for scatter in scatters) is adds
         if not adds:
             assert all("unique_indices = true" in scatter for scatter in scatters)
+
+
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_at_o2_rows_are_rounded_and_the_table_is_not(rows, half):
+    table = NNXModel(Table(rows, 8, 1.0, pad_id=1, rngs=nnx.Rngs(0)))
+    handle = at_level(table, Precision("O2", half, emulated=True))
+    assert handle._tables == {("embedding",)}
+    ids = np.random.default_rng(0).integers(0, rows, 3000)
+    weights = jax.random.normal(jax.random.key(0), (3000, 8))
+
+    def loss(params):
+        looked_up, _ = handle.apply(params, handle.state, jax.random.key(1), (ids,), {}, True)
+        return jnp.sum(looked_up * weights), looked_up
+
+    found = {}
+    for way, tables in (("late", handle._tables), ("before", frozenset())):
+        handle._tables = tables
+        (_, looked_up), gradient = jax.value_and_grad(loss, has_aux=True)(handle.params)
+        found[way] = looked_up, gradient["embedding"]
+    for late, before in zip(found["late"], found["before"], strict=True):
+        np.testing.assert_array_equal(late, before)
+        assert late.any()
+        np.testing.assert_array_equal(late, late.astype(half).astype(jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "times"), [("BertForSequenceClassification", 0), ("BertForMaskedLM", 1)]
+)
+def test_a_table_is_rounded_whole_only_where_it_is_a_matrix(name, times):
+    config = zoo.BertConfig(**FAMILIES["Bert"] | {"num_hidden_layers": 1, "vocab_size": 61})
+    model = NNXModel(getattr(zoo, name)(config, rngs=nnx.Rngs(0)))
+    handle = at_level(model, Precision("O2", "bfloat16"))
+    batch, width = make_batch(), config.hidden_size
+
+    def run(params):
+        return handle.apply(params, handle.state, jax.random.key(1), (), batch, True)[0].logits
+
+    program = str(jax.make_jaxpr(run)(handle.params))
+    assert program.count(f"bf16[61,{width}] = convert_element_type") == times
