@@ -85,6 +85,16 @@ def test_collectives_are_read_off_a_programs_text():
     }
 
 
+def test_a_libtpu_that_another_process_uses_is_told(monkeypatch):
+    def held(*args, **options):
+        raise RuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile.")
+
+    monkeypatch.setattr(described.topologies, "get_topology_desc", held)
+    monkeypatch.setattr(described.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(described.BusyError, match="serves one process at a time"):
+        described.described("tpu:v5e:2x4")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("sharding", [None, "all"])
 def test_a_step_compiles_for_tpus(sharding, tmp_path):
