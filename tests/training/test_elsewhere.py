@@ -85,6 +85,34 @@ def test_collectives_are_read_off_a_programs_text():
     }
 
 
+def test_a_tpu_sends_once_what_stands_in_its_program_more_than_once():
+    """Gathering while it computes is in each part of that; a scatter is a sum within one that cuts."""
+    text = """
+%async_collective_fusion.1 (p: bf16[4,8]) -> bf16[32,8] {
+  %g.1 = bf16[32,8]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%async_collective_fusion.2 (p: bf16[4,8]) -> bf16[32,8] {
+  %g.2 = bf16[32,8]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%all-reduce-scatter.2 (a: f32[64,8], b: f32[8]) -> (f32[8,8], f32[1]) {
+  %sum = (f32[64,8]{1,0:T(8,128)}, f32[8]{0}) all-reduce(%a, %b), channel_id=1, to_apply=%add
+  ROOT %cut = (f32[8,8]{1,0}, f32[1]{0}) tuple(%x, %y)
+}
+
+ENTRY %main (p: f32[4]) -> f32[] {
+  %other = bf16[16,8]{1,0} all-gather(%p), channel_id=8, dimensions={0}
+  ROOT %r = f32[] all-reduce(%p), channel_id=7, to_apply=%add
+}
+"""
+    assert collectives_in(text) == {
+        "all-gather": (2, 512 + 256),
+        "all-reduce": (1, 4),
+        "reduce-scatter": (1, 256 + 4),
+    }
+
+
 def test_a_libtpu_that_another_process_uses_is_told(monkeypatch):
     def held(*args, **options):
         raise RuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile.")
