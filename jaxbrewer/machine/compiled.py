@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .buffers import arrays_in
+from .buffers import Buffer, arrays_in, largest
 
 _COLLECTIVES = (
     "all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter",
@@ -17,6 +17,7 @@ _SENDING = re.compile(
 _SCATTERING = re.compile(
     r"^%all-reduce-scatter[\w.-]* .*? -> (.*?) \{$.*?^\}$", re.MULTILINE | re.DOTALL
 )
+_LARGEST = 5  # buffers of each kind that an account names
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Account:
         cycles: the sum of what the compiler estimates, of TPUs; good to compare two programs with,
             and no time. None elsewhere.
         collectives: kind → how many, and the bytes that they give on a device.
+        held: the largest arguments.
+        made: the largest results on the way, not all of them held at the same time.
     """
 
     arguments: int
@@ -41,6 +44,8 @@ class Account:
     flops: float | None
     cycles: int | None
     collectives: Mapping[str, tuple[int, float]]
+    held: tuple[Buffer, ...]
+    made: tuple[Buffer, ...]
 
     @property
     def peak(self) -> int:
@@ -61,6 +66,8 @@ def account_of(compiled: Any) -> Account:
         flops=costs.get("flops"),
         cycles=sum(cycles) or None,
         collectives=collectives_in(text),
+        held=largest(text, "arguments", _LARGEST),
+        made=largest(text, "results", _LARGEST),
     )
 
 

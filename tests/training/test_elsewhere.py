@@ -36,6 +36,9 @@ def test_one_device_holds_the_state_and_updates_it_in_place(tmp_path, capsys):
     assert said.startswith("on cpu:1: 1 × cpu\n  compiled in") and "sends nothing" in said
     assert f"({STATE / 2**20:.2f} MiB of them updated in place)" in said
     assert "GFLOP a device" in said and not list(tmp_path.iterdir())
+    held, _, made = said.partition("the largest held:")[2].partition("the largest made on the way:")
+    assert "1 × 4.00 MiB, f32[1024,1024], state.params['student']['w']" in held
+    assert "f32[16,1024]" in made
 
 
 def test_several_devices_send_gradients_or_parameters(tmp_path):
@@ -50,7 +53,8 @@ def test_what_does_not_fit_is_told_with_ways_out(tmp_path, monkeypatch):
     small = described.Described("cpu:1", described.described("cpu:1").devices, memory=1000)
     monkeypatch.setattr("jaxbrewer.training.elsewhere.described", lambda name: small)
     with pytest.raises(
-        PreflightError, match=r"does not fit on cpu:1: .*gradient_accumulation_steps"
+        PreflightError,
+        match=r"does not fit on cpu:1: .*1 × 4.00 MiB, f32\[1024,1024\], .*gradient_accumulation_steps",
     ):
         told(tmp_path, "cpu:1")
 
