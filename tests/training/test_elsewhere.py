@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +58,28 @@ def test_what_does_not_fit_is_told_with_ways_out(tmp_path, monkeypatch):
         match=r"does not fit on cpu:1: .*1 × 4.00 MiB, f32\[1024,1024\], .*gradient_accumulation_steps",
     ):
         told(tmp_path, "cpu:1")
+
+
+def test_a_job_that_fits_only_when_cut_trains_with_the_numbers_of_one_device(tmp_path, monkeypatch):
+    """On devices that have memory for the weights and their moments, and nothing else."""
+    real = described.described
+    monkeypatch.setattr(
+        "jaxbrewer.training.elsewhere.described", lambda name: replace(real(name), memory=STATE)
+    )
+    for on in ("cpu:1", "cpu:8"):
+        with pytest.raises(PreflightError, match="does not fit"):
+            told(tmp_path, on)
+    cut = {"data_parallel": True, "sharding": "all"}
+    assert "at the peak, of 12.00 MiB" in told(tmp_path, "cpu:8", **cut)
+    rng = np.random.default_rng(0)
+    batches = [{"x": rng.normal(size=(ROWS, WIDTH)).astype(np.float32)} for _ in range(3)]
+    trained = []
+    for options in ({}, cut):
+        with trainer(tmp_path / str(len(trained)), **options) as basic:
+            basic.train(OPTIMIZER, batches, num_epochs=1)
+        trained.append(np.asarray(basic.model_S.params["w"]))
+    assert np.abs(trained[0] - 1).max() > 1e-3
+    np.testing.assert_allclose(trained[1], trained[0], rtol=1e-5)
 
 
 def test_what_cannot_be_compiled_for_is_named(tmp_path):
