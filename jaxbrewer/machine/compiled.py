@@ -80,8 +80,9 @@ def collectives_in(text: str) -> dict[str, tuple[int, float]]:
         if (kind, channel) in channels:
             continue  # what a TPU sends while it computes stands in each part of that
         channels |= {(kind, channel)} if channel else set()
-        # A start names what it takes, too.
-        found.append((kind, _bytes(shape, half=bool(start) and kind != "all-reduce")))
+        # A start names what it takes, too; that of a sum does in some versions.
+        names_both = bool(start) and (kind != "all-reduce" or shape.startswith("(("))
+        found.append((kind, _bytes(shape, half=names_both)))
     kinds = sorted({kind for kind, _ in found})
     sizes = {kind: [size for each, size in found if each == kind] for kind in kinds}
     return {kind: (len(each), sum(each)) for kind, each in sizes.items()}

@@ -103,10 +103,12 @@ def test_collectives_are_read_off_a_programs_text():
   %all-reduce.1 = (f32[8,4]{1,0}, bf16[2]{0}) all-reduce(%a, %b), replica_groups={}
   %ag = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%c), dimensions={0}
   %agd = f32[8,4]{1,0} all-gather-done(%ag)
+  %ar = f32[4]{0} all-reduce-start(%a), channel_id=5, replica_groups={}
+  %arn = ((f32[2], f32[1]), (f32[2], f32[1])) all-reduce-start(%a, %b), channel_id=6
   ROOT %rs = f32[1,4]{1,0} reduce-scatter(%d), dimensions={0}
 """
     assert collectives_in(text) == {
-        "all-reduce": (1, 132),
+        "all-reduce": (3, 132 + 16 + 12),
         "all-gather": (1, 128),
         "reduce-scatter": (1, 16),
     }
