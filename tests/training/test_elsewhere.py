@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -153,6 +154,9 @@ def test_a_libtpu_that_another_process_uses_is_told(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="libtpu serves one process: run this with -n 0"
+)
 @pytest.mark.parametrize("sharding", [None, "all"])
 def test_a_step_compiles_for_tpus(sharding, tmp_path):
     parallel = {"data_parallel": True, "sharding": sharding} if sharding else {}
