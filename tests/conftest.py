@@ -43,6 +43,11 @@ def pytest_addoption(parser):
         action="store_true",
         help=f"leave out what is marked torch, and let nothing import {', '.join(TORCH)}",
     )
+    parser.addoption(
+        "--every-combination",
+        action="store_true",
+        help="of tests/machine/test_described_programs.py, which otherwise takes some",
+    )
 
 
 def pytest_configure(config):

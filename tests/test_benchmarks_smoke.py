@@ -122,6 +122,18 @@ def test_loading(run):
     assert rows[2]["ms"] > 0.5  # what its loader computes for
 
 
+def test_described(run):
+    """Rows that are there are kept; of one device, no sharding is asked for."""
+    asked = ["--works", "large", "--levels", "O2", "--shardings", "all"]
+    (one,) = run("described", *asked, "--on", "cpu:1")["rows"]
+    assert one["sharding"] == "none" and one["sends"] == {} and one["fits"]
+    assert one["peak GiB"] > one["held GiB"] > one["updated in place GiB"] > 0
+    kept, cut = run("described", *asked, "--on", "cpu:1", "cpu:2", "--add")["rows"]
+    assert kept == one
+    assert cut["sharding"] == "all" and cut["held GiB"] < 0.6 * one["held GiB"]
+    assert cut["sends"]["all-gather"][1] > 0
+
+
 def test_durability(run):
     """The guard is in one step and not in the other; both kinds of saves were made."""
     guard, digests = run("durability")["rows"]

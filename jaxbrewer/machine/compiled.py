@@ -5,18 +5,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from .buffers import Buffer, arrays_in, largest
 
 _COLLECTIVES = (
     "all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter",
 )  # fmt: skip
-_SIZES: Mapping[str, float] = {
-    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
-    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
-    "f8e4m3fn": 1, "f8e5m2": 1,
-}  # fmt: skip
-_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d(?:fn)?)?)\[([\d,]*)\]")
-_RESULT = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\(", re.MULTILINE)
+_SENDING = re.compile(
+    rf"^.* = (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(.*?(?:channel_id=(\d+)|$)", re.MULTILINE
+)
+# A TPU scatters sums in a computation of this name, which adds up whole arrays and cuts them.
+_SCATTERING = re.compile(
+    r"^%all-reduce-scatter[\w.-]* .*? -> (.*?) \{$.*?^\}$", re.MULTILINE | re.DOTALL
+)
+_LARGEST = 5  # buffers of each kind that an account names
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Account:
         cycles: the sum of what the compiler estimates, of TPUs; good to compare two programs with,
             and no time. None elsewhere.
         collectives: kind → how many, and the bytes that they give on a device.
+        held: the largest arguments.
+        made: the largest results on the way, not all of them held at the same time.
     """
 
     arguments: int
@@ -41,6 +44,8 @@ class Account:
     flops: float | None
     cycles: int | None
     collectives: Mapping[str, tuple[int, float]]
+    held: tuple[Buffer, ...]
+    made: tuple[Buffer, ...]
 
     @property
     def peak(self) -> int:
@@ -61,23 +66,28 @@ def account_of(compiled: Any) -> Account:
         flops=costs.get("flops"),
         cycles=sum(cycles) or None,
         collectives=collectives_in(text),
+        held=largest(text, "arguments", _LARGEST),
+        made=largest(text, "results", _LARGEST),
     )
 
 
 def collectives_in(text: str) -> dict[str, tuple[int, float]]:
     """Kind → how many there are in a program's text, and the bytes of their results."""
-    found: dict[str, tuple[int, float]] = {}
-    for _, shape, operation in _RESULT.findall(text):
-        kind = operation.removesuffix("-start")
-        if kind in _COLLECTIVES:
-            arrays = _ARRAY.findall(shape)
-            if operation.endswith("-start") and kind != "all-reduce":
-                arrays = arrays[len(arrays) // 2 :]  # it names what it takes, too
-            count, size = found.get(kind, (0, 0.0))
-            found[kind] = (count + 1, size + sum(map(_bytes, arrays)))
-    return found
+    found: list[tuple[str, float]] = []
+    found += [("reduce-scatter", _bytes(given)) for given in _SCATTERING.findall(text)]
+    channels: set[tuple[str, str]] = set()
+    for shape, kind, start, channel in _SENDING.findall(_SCATTERING.sub("", text)):
+        if (kind, channel) in channels:
+            continue  # what a TPU sends while it computes stands in each part of that
+        channels |= {(kind, channel)} if channel else set()
+        # A start names what it takes, too; that of a sum does in some versions.
+        names_both = bool(start) and (kind != "all-reduce" or shape.startswith("(("))
+        found.append((kind, _bytes(shape, half=names_both)))
+    kinds = sorted({kind for kind, _ in found})
+    sizes = {kind: [size for each, size in found if each == kind] for kind in kinds}
+    return {kind: (len(each), sum(each)) for kind, each in sizes.items()}
 
 
-def _bytes(array: tuple[str, str]) -> float:
-    kind, shape = array
-    return _SIZES.get(kind, 0) * float(np.prod([int(n) for n in shape.split(",") if n] or [1]))
+def _bytes(shape: str, half: bool = False) -> float:
+    arrays = arrays_in(shape)
+    return sum(array.size for array in arrays[len(arrays) // 2 if half else 0 :])

@@ -61,6 +61,10 @@ EXAMPLES = "tpu:v5e:2x4, tpu:v5e:1x1, tpu:v5p:2x2x1, gpu:h100:8 or cpu:8"
 _MOST = 256  # devices
 
 
+class BusyError(ValueError):
+    """Another process is compiling for TPUs."""
+
+
 @dataclass(frozen=True)
 class Described:
     """Devices to compile for.
@@ -87,6 +91,7 @@ def described(name: str) -> Described:
     Raises:
         ValueError: the name is none of these, what compiles for it is not installed, or there are
             not so many CPU devices.
+        BusyError: it is a TPU, and another process uses libtpu.
     """
     kind, *rest = name.lower().split(":") if isinstance(name, str) else [str(name)]
     if kind == "tpu" and len(rest) == 2 and rest[0] in _TPU_MEMORY:
@@ -119,6 +124,11 @@ def _tpu(name: str, generation: str, shape: str) -> Described:
     try:
         topology = topologies.get_topology_desc(f"{generation}:{shape}", "tpu", **options)
     except Exception as error:  # what libtpu raises is of no narrower class
+        if "lockfile" in str(error):
+            raise BusyError(
+                f"on={name!r}: libtpu serves one process at a time, and another one uses it: wait for "
+                f"that to end. (libtpu: {error})"
+            ) from error
         raise ValueError(f"on={name!r}: libtpu knows no such devices: {error}") from error
     return Described(name, tuple(topology.devices), _TPU_MEMORY[generation] * GIB)
 

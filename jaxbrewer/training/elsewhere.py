@@ -8,6 +8,7 @@ import jax
 
 from ..data.batches import Batch
 from ..errors import PreflightError
+from ..machine.buffers import Buffer
 from ..machine.compiled import Account, account_of
 from ..machine.described import GIB, Described, described
 from ..machine.placement import placement_on
@@ -72,7 +73,7 @@ def _compiled(place: Described, lowered: jax.stages.Lowered, program: Program) -
         raise PreflightError(
             [
                 f"the step does not fit on {place.name}: {account.peak / GIB:.1f} GiB at the peak, of "
-                f"{place.memory / GIB:.0f}. {_WAYS_OUT}"
+                f"{place.memory / GIB:.0f}. {_largest(account)}. {_WAYS_OUT}"
             ]
         )
     return account
@@ -95,7 +96,19 @@ def _lines(account: Account, place: Described, seconds: float) -> list[str]:
         f"{count} {kind} of {_size(size)}"
         for kind, (count, size) in sorted(account.collectives.items())
     ]
-    return [*lines, f"  sends {', '.join(sent) or 'nothing'}"]
+    lines.append(f"  sends {', '.join(sent) or 'nothing'}")
+    for what, buffers in (("held", account.held), ("made on the way", account.made)):
+        lines += [f"  the largest {what}:", *(f"    {_named(each)}" for each in buffers)]
+    return lines
+
+
+def _largest(account: Account) -> str:
+    buffers = sorted((*account.held, *account.made), key=lambda each: -each.array.size)[:3]
+    return f"The largest: {'; '.join(map(_named, buffers))}"
+
+
+def _named(buffer: Buffer) -> str:
+    return f"{buffer.count} × {_size(buffer.array.size)}, {buffer.array.shape}, {buffer.name}"
 
 
 def _size(count: float) -> str:

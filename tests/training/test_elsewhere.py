@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+import os
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,9 @@ def test_one_device_holds_the_state_and_updates_it_in_place(tmp_path, capsys):
     assert said.startswith("on cpu:1: 1 × cpu\n  compiled in") and "sends nothing" in said
     assert f"({STATE / 2**20:.2f} MiB of them updated in place)" in said
     assert "GFLOP a device" in said and not list(tmp_path.iterdir())
+    held, _, made = said.partition("the largest held:")[2].partition("the largest made on the way:")
+    assert "1 × 4.00 MiB, f32[1024,1024], state.params['student']['w']" in held
+    assert "f32[16,1024]" in made
 
 
 def test_several_devices_send_gradients_or_parameters(tmp_path):
@@ -50,9 +55,32 @@ def test_what_does_not_fit_is_told_with_ways_out(tmp_path, monkeypatch):
     small = described.Described("cpu:1", described.described("cpu:1").devices, memory=1000)
     monkeypatch.setattr("jaxbrewer.training.elsewhere.described", lambda name: small)
     with pytest.raises(
-        PreflightError, match=r"does not fit on cpu:1: .*gradient_accumulation_steps"
+        PreflightError,
+        match=r"does not fit on cpu:1: .*1 × 4.00 MiB, f32\[1024,1024\], .*gradient_accumulation_steps",
     ):
         told(tmp_path, "cpu:1")
+
+
+def test_a_job_that_fits_only_when_cut_trains_with_the_numbers_of_one_device(tmp_path, monkeypatch):
+    """On devices that have memory for the weights and their moments, and nothing else."""
+    real = described.described
+    monkeypatch.setattr(
+        "jaxbrewer.training.elsewhere.described", lambda name: replace(real(name), memory=STATE)
+    )
+    for on in ("cpu:1", "cpu:8"):
+        with pytest.raises(PreflightError, match="does not fit"):
+            told(tmp_path, on)
+    cut = {"data_parallel": True, "sharding": "all"}
+    assert "at the peak, of 12.00 MiB" in told(tmp_path, "cpu:8", **cut)
+    rng = np.random.default_rng(0)
+    batches = [{"x": rng.normal(size=(ROWS, WIDTH)).astype(np.float32)} for _ in range(3)]
+    trained = []
+    for options in ({}, cut):
+        with trainer(tmp_path / str(len(trained)), **options) as basic:
+            basic.train(OPTIMIZER, batches, num_epochs=1)
+        trained.append(np.asarray(basic.model_S.params["w"]))
+    assert np.abs(trained[0] - 1).max() > 1e-3
+    np.testing.assert_allclose(trained[1], trained[0], rtol=1e-5)
 
 
 def test_what_cannot_be_compiled_for_is_named(tmp_path):
@@ -76,16 +104,59 @@ def test_collectives_are_read_off_a_programs_text():
   %all-reduce.1 = (f32[8,4]{1,0}, bf16[2]{0}) all-reduce(%a, %b), replica_groups={}
   %ag = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%c), dimensions={0}
   %agd = f32[8,4]{1,0} all-gather-done(%ag)
+  %ar = f32[4]{0} all-reduce-start(%a), channel_id=5, replica_groups={}
+  %arn = ((f32[2], f32[1]), (f32[2], f32[1])) all-reduce-start(%a, %b), channel_id=6
   ROOT %rs = f32[1,4]{1,0} reduce-scatter(%d), dimensions={0}
 """
     assert collectives_in(text) == {
-        "all-reduce": (1, 132),
+        "all-reduce": (3, 132 + 16 + 12),
         "all-gather": (1, 128),
         "reduce-scatter": (1, 16),
     }
 
 
+def test_a_tpu_sends_once_what_stands_in_its_program_more_than_once():
+    """Gathering while it computes is in each part of that; a scatter is a sum within one that cuts."""
+    text = """
+%async_collective_fusion.1 (p: bf16[4,8]) -> bf16[32,8] {
+  %g.1 = bf16[32,8]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%async_collective_fusion.2 (p: bf16[4,8]) -> bf16[32,8] {
+  %g.2 = bf16[32,8]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%all-reduce-scatter.2 (a: f32[64,8], b: f32[8]) -> (f32[8,8], f32[1]) {
+  %sum = (f32[64,8]{1,0:T(8,128)}, f32[8]{0}) all-reduce(%a, %b), channel_id=1, to_apply=%add
+  ROOT %cut = (f32[8,8]{1,0}, f32[1]{0}) tuple(%x, %y)
+}
+
+ENTRY %main (p: f32[4]) -> f32[] {
+  %other = bf16[16,8]{1,0} all-gather(%p), channel_id=8, dimensions={0}
+  ROOT %r = f32[] all-reduce(%p), channel_id=7, to_apply=%add
+}
+"""
+    assert collectives_in(text) == {
+        "all-gather": (2, 512 + 256),
+        "all-reduce": (1, 4),
+        "reduce-scatter": (1, 256 + 4),
+    }
+
+
+def test_a_libtpu_that_another_process_uses_is_told(monkeypatch):
+    def held(*args, **options):
+        raise RuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile.")
+
+    monkeypatch.setattr(described.topologies, "get_topology_desc", held)
+    monkeypatch.setattr(described.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(described.BusyError, match="serves one process at a time"):
+        described.described("tpu:v5e:2x4")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="libtpu serves one process: run this with -n 0"
+)
 @pytest.mark.parametrize("sharding", [None, "all"])
 def test_a_step_compiles_for_tpus(sharding, tmp_path):
     parallel = {"data_parallel": True, "sharding": sharding} if sharding else {}
