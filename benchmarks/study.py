@@ -21,6 +21,7 @@ import fnmatch
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -61,6 +62,9 @@ def main() -> int:
         perform(run_named(args.one), settings)
         return 0
     wanted = runs(args)
+    if problem := other_settings(read(wanted, settings), settings):
+        print(problem, file=sys.stderr)
+        return 2
     told = work_through(wanted, settings, starter(args, settings), args.jobs, args.minutes * 60)
     found = read(wanted, settings)
     for title, rows in tables(found).items():
@@ -114,6 +118,17 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(*folders, args.device, args.max_examples, epochs)
 
 
+def other_settings(found: Mapping[Run, Mapping[str, Any]], settings: Settings) -> str | None:
+    """What is wrong where files there are of other settings; None where nothing is."""
+    for run, result in found.items():
+        if result["settings"] != settings.shared():
+            return (
+                f"{settings.result(run)} is of {result['settings']}, and this study of "
+                f"{settings.shared()}: name another folder by --out"
+            )
+    return None
+
+
 # ------------------------------------------------------------------------------------- what to run
 
 
@@ -163,16 +178,22 @@ def run_named(name: str) -> Run:
 class Working:
     """Runs that are under way, and how those before them ended."""
 
+    settings: Settings
+    began: float
     processes: dict[Run, "subprocess.Popen[bytes]"] = field(default_factory=dict)
     ended: dict[Run, str] = field(default_factory=dict)
 
-    def look(self) -> None:
-        """Takes out those that have ended."""
+    def look(self, now: float) -> None:
+        """Takes out those that have ended, and says so; of those that failed the end of their logs."""
         for run, process in list(self.processes.items()):
-            if (code := process.poll()) is not None:
-                del self.processes[run]
-                self.ended[run] = "done" if code == 0 else f"failed with code {code}, see its log"
-                print(f"{run.name}: {self.ended[run]}", flush=True)
+            if (code := process.poll()) is None:
+                continue
+            del self.processes[run]
+            self.ended[run] = "done" if code == 0 else f"failed with code {code}"
+            print(f"{now - self.began:5.0f} s  {run.name}: {self.ended[run]}", flush=True)
+            log = self.settings.result(run).with_suffix(".log")
+            if code != 0 and log.exists():
+                print(*log.read_text(errors="replace").splitlines()[-15:], sep="\n", flush=True)
 
     def stop(self) -> None:
         """Ends all."""
@@ -195,21 +216,23 @@ def work_through(
     Returns:
         How each ended, by name.
     """
-    until = time.monotonic() + seconds
-    working = Working({}, {run: "done" for run in wanted if settings.result(run).exists()})
+    began = now = time.monotonic()
+    there = {run: "done" for run in wanted if settings.result(run).exists()}
+    working = Working(settings, began, ended=there)
     left = [run for run in wanted if run not in working.ended]
     try:
-        while (left or working.processes) and time.monotonic() < until:
-            working.look()
+        while (left or working.processes) and now - began < seconds:
+            working.look(now)
             for run in ready(left, working, jobs):
                 left.remove(run)
                 working.processes[run] = start(run)
             if not working.processes and not next(ready(left, working, jobs), None):
                 break  # what is left waits for a teacher that failed
             time.sleep(0.05)
+            now = time.monotonic()
     finally:
         working.stop()
-    how = "not started: no time left" if time.monotonic() >= until else "not started: no teacher"
+    how = "not started: no time left" if now - began >= seconds else "not started: no teacher"
     return {run.name: working.ended.get(run, how) for run in wanted}
 
 
@@ -372,4 +395,5 @@ def interval(values: np.ndarray, *, signed: bool = False) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the runs under way are ended
     sys.exit(main())

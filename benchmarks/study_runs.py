@@ -156,6 +156,10 @@ class Settings:
     max_examples: int | None = None
     epochs: int = EPOCHS
 
+    def shared(self) -> dict[str, Any]:
+        """What all files of a study have in common."""
+        return {"max_examples": self.max_examples, "epochs": self.epochs, "device": self.device}
+
     def folder(self, run: Run) -> Path:
         """Where a run's model is trained."""
         return self.out / "models" / run.name
@@ -179,6 +183,7 @@ def perform(run: Run, settings: Settings) -> None:
     if run.way == "speed":
         found = {"sentences/s": _speeds(run, settings)}
     else:
+        shutil.rmtree(settings.folder(run), ignore_errors=True)  # of a run that was stopped
         train = _by_textbrewer if run.engine == TEXTBREWER else _by_jaxbrewer
         predictions = train(run, settings)
         counts = _counts(predictions, _held_out(run.task, settings))
@@ -186,7 +191,8 @@ def perform(run: Run, settings: Settings) -> None:
         found = {"counts": counts, "predictions": predictions, "MB": size / 1e6}
     if run.way == "teacher":
         _begin_students(run, settings)
-    found |= {"run": asdict(run), "seconds": time.monotonic() - began}
+    seconds = time.monotonic() - began
+    found |= {"run": asdict(run), "settings": settings.shared(), "seconds": seconds}
     path = settings.result(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(".tmp")

@@ -242,7 +242,7 @@ def test_a_study_trains_teachers_first_and_speed_is_taken_alone(study, monkeypat
     told = study.work_through(wanted, settings, start, 2, 60)
     assert {run.name: told[run.name] for run in started} == {
         "mrpc-teacher-jaxbrewer-0": "done",
-        "wnut17-teacher-jaxbrewer-0": "failed with code 3, see its log",
+        "wnut17-teacher-jaxbrewer-0": "failed with code 3",
         "mrpc-distilled-textbrewer-1": "done",
         "mrpc-distilled-jaxbrewer-1": "done",
         "mrpc-alone-jaxbrewer-1": "done",
@@ -268,7 +268,7 @@ def test_a_study_stops_when_the_time_is_up(study, monkeypatch):
     ended = []
     monkeypatch.setattr(study.gpu, "end", ended.append)
     wanted, settings = study.asked("--seeds", "1", "--tasks", "mrpc")
-    seconds = iter([0.0, 1.0, 99.0, 99.0])
+    seconds = iter([0.0, 1.0, 99.0])
     monkeypatch.setattr(study.time, "monotonic", lambda: next(seconds))
     told = study.work_through(wanted, settings, lambda run: Played(0, Path()), 1, 60)
     assert told.pop("mrpc-teacher-jaxbrewer-0") == "out of time"
@@ -343,6 +343,9 @@ def test_study(study, tmp_path, capsys):
     for result in (teacher, student):
         assert [len(tags) for tags in result["predictions"]] == [2, 1] * 16
         assert sum(there for _, _, there in result["counts"]) == 16
+    other = study.other_settings(study.read(wanted, settings), study.asked(*given)[1])
+    assert "'max_examples': 32" in other and "name another folder by --out" in other
+    study.asked("--smoke", *given, "--only", "wnut17-distilled-textbrewer-1")
     assert study.main() == 0  # both are there, and only shown
     shown = capsys.readouterr().out
     assert "beside TextBrewer" in shown and "| wnut17 | distilled " in shown
