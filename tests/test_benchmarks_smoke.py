@@ -204,3 +204,175 @@ def test_the_parts_of_a_gpu_name_scripts_and_flags_that_there_are(monkeypatch, c
         assert ended.value.code == 0
         text = capsys.readouterr().out
         assert all(flag in text for flag in given if flag.startswith("--"))
+
+
+class Played:
+    """A process that is not one: it ends when looked at for the second time."""
+
+    pid = -1
+
+    def __init__(self, code, file):
+        self.looks, self.code, self.file = 0, code, file
+
+    def poll(self):
+        self.looks += 1
+        if self.looks < 2:
+            return None
+        if self.code == 0:
+            self.file.parent.mkdir(exist_ok=True)
+            self.file.write_text("{}")
+        return self.code
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """The modules of the study, and what its command would do with some arguments."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import study
+    import study_runs
+
+    def asked(*arguments):
+        given = ["--model", "model", "--data", "data", "--out", str(tmp_path), *arguments]
+        monkeypatch.setattr(sys, "argv", ["study.py", *given])
+        args = study.arguments()
+        return study.runs(args), study.settings_of(args)
+
+    study.asked, study.each = asked, study_runs
+    return study
+
+
+def test_a_study_trains_teachers_first_and_speed_is_taken_alone(study, monkeypatch):
+    monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
+    wanted, settings = study.asked("--seeds", "1", "--tasks", "mrpc", "wnut17")
+    started, beside = [], []
+
+    def start(run):
+        beside.append([other.name for other in started if not settings.result(other).exists()])
+        started.append(run)
+        return Played(3 if run.name == "wnut17-teacher-jaxbrewer-0" else 0, settings.result(run))
+
+    told = study.work_through(wanted, settings, start, 2, 60)
+    assert {run.name: told[run.name] for run in started} == {
+        "mrpc-teacher-jaxbrewer-0": "done",
+        "wnut17-teacher-jaxbrewer-0": "failed with code 3",
+        "mrpc-distilled-textbrewer-1": "done",
+        "mrpc-distilled-jaxbrewer-1": "done",
+        "mrpc-alone-jaxbrewer-1": "done",
+        "all-speed-jaxbrewer-0": "done",
+        "all-speed-textbrewer-0": "done",
+    }
+    assert told["wnut17-alone-jaxbrewer-1"] == "not started: no teacher"
+
+    wanted = [run for run in wanted if run.task != "wnut17"]
+    for again in (wanted[2], *wanted[-2:]):
+        settings.result(again).unlink()
+    started.clear()
+    beside.clear()
+    told = study.work_through(wanted, settings, start, 2, 60)
+    assert set(told.values()) == {"done"}
+    assert [run.name for run in started] == [
+        wanted[2].name, "all-speed-jaxbrewer-0", "all-speed-textbrewer-0"
+    ]  # fmt: skip
+    assert beside == [[], [], []]
+
+
+def test_a_study_stops_when_the_time_is_up(study, monkeypatch):
+    ended = []
+    monkeypatch.setattr(study.gpu, "end", ended.append)
+    wanted, settings = study.asked("--seeds", "1", "--tasks", "mrpc")
+    seconds = iter([0.0, 1.0, 99.0])
+    monkeypatch.setattr(study.time, "monotonic", lambda: next(seconds))
+    told = study.work_through(wanted, settings, lambda run: Played(0, Path()), 1, 60)
+    assert told.pop("mrpc-teacher-jaxbrewer-0") == "out of time"
+    assert len(ended) == 1 and set(told.values()) == {"not started: no time left"}
+
+
+def test_a_study_compares_the_same_seeds_and_rows(study):
+    Run = study.Run
+    rng = np.random.default_rng(0)
+    right = {run: rng.random(400) < share for run, share in (
+        (Run("mrpc", "alone", 1), 0.8), (Run("mrpc", "alone", 2), 0.8), (Run("mrpc", "distilled", 1), 0.9),
+    )}  # fmt: skip
+    found = {
+        run: {"counts": [[int(one), 1, 1] for one in ones], "seconds": 60.0, "MB": 1.0}
+        for run, ones in right.items()
+    }
+    found[Run("all", "speed", 0)] = {"sentences/s": {"mrpc student": 7.0}}
+    alone, distilled = study.tables(found)["beside TextBrewer"]
+    mine = right[Run("mrpc", "distilled", 1)] * 1.0 - right[Run("mrpc", "alone", 1)]
+    gain, low, high = (
+        float(x.strip("()")) for x in distilled["− alone (95%)"].split() if x != "to"
+    )
+    assert gain == pytest.approx(100 * mine.mean(), abs=0.051)
+    half = 196 * mine.std() / 20  # the usual interval of a mean
+    assert [low, high] == pytest.approx([gain - half, gain + half], abs=0.6)
+    assert alone["seeds"] == 2 and alone["− alone (95%)"] is None
+    assert distilled["sentences/s"] == 7.0 and distilled["minutes"] == 1.0
+    assert study.score(np.array([[2, 4, 3], [0, 0, 0]])).tolist() == [4 / 7, 0]  # F1 of spans
+
+
+def test_a_study_has_all_of_its_losses_and_seeds(study):
+    names = [run.name for run in study.asked()[0]]
+    assert len(names) == len(set(names)) == 3 + 2 * 9 + 3 + 8 * 3 + 2
+    assert [study.run_named(name).name for name in names] == names
+    assert names[:3] == [f"{task}-teacher-jaxbrewer-0" for task in study.TASKS]
+    only = study.asked("--only", "mrpc-*brewer-2", "--parts", "losses", "textbrewer")[0]
+    assert [run.name for run in only] == [
+        "mrpc-teacher-jaxbrewer-0",
+        "mrpc-distilled-textbrewer-2",
+        "mrpc-distilled-jaxbrewer-2",
+        "mrpc-alone-jaxbrewer-2",
+    ]
+
+
+def tiny_study(folder, zoo, nnx):
+    """A model of six layers, and data of a few rows, as the study reads them."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "town"]
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    config = zoo.BertConfig(
+        vocab_size=len(words), num_hidden_layers=6, max_position_embeddings=128, **sizes
+    )
+    zoo.BertModel(config, rngs=nnx.Rngs(0)).save_pretrained(folder / "model")
+    (folder / "model" / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "data" / "wnut17").mkdir(parents=True)
+    tags = "good\tO\ntown\tB-location\n\nbad\tO\n\n" * 16
+    for name in ("wnut17train.conll", "emerging.test.annotated"):
+        (folder / "data" / "wnut17" / name).write_text(tags)
+
+
+@pytest.mark.torch
+def test_study(study, tmp_path, capsys):
+    from flax import nnx
+
+    from jaxbrewer import zoo
+
+    tiny_study(tmp_path, zoo, nnx)
+    given = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data")]
+    wanted, settings = study.asked("--smoke", *given, "--only", "wnut17-distilled-textbrewer-1")
+    for run in wanted:
+        study.each.perform(run, settings)
+    teacher, student = study.read(wanted, settings).values()
+    for result in (teacher, student):
+        assert [len(tags) for tags in result["predictions"]] == [2, 1] * 16
+        assert sum(there for _, _, there in result["counts"]) == 16
+    other = study.other_settings(study.read(wanted, settings), study.asked(*given)[1])
+    assert "'max_examples': 32" in other and "name another folder by --out" in other
+    study.asked("--smoke", *given, "--only", "wnut17-distilled-textbrewer-1")
+    assert study.main() == 0  # both are there, and only shown
+    shown = capsys.readouterr().out
+    assert "beside TextBrewer" in shown and "| wnut17 | distilled " in shown
+    rows = json.loads((tmp_path / "study.json").read_text())["rows"]
+    assert [row["by"] for row in rows] == ["jaxbrewer", "textbrewer"]
+    assert 0 < rows[1]["MB"] < rows[0]["MB"] < 1
+
+
+def test_the_recipes_of_a_study_can_be_read(study):
+    from jaxbrewer.recipes.schema import Recipe, from_table
+
+    wanted, settings = study.asked("--max-examples", "100")
+    made = {run: study.each.recipe(run, settings) for run in wanted if run.way != "speed"}
+    for recipe in made.values():
+        from_table(Recipe, recipe)
+    without = {run.way for run, recipe in made.items() if "distillation" not in recipe}
+    assert without == {"teacher", "alone", "labels"}
+    assert {study.each.rows_of(run, settings) for run in made} == {96}
