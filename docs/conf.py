@@ -21,7 +21,7 @@ project_copyright = "the authors of jaxbrewer. Licence: Apache 2.0"
 version = release = jaxbrewer.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "conf.py"]
+exclude_patterns = ["_build", "jupyter_execute", "runs"]
 html_theme = "furo"
 html_title = f"jaxbrewer {release}"
 html_static_path = ["_static"]
@@ -37,6 +37,7 @@ default_role = "py:obj"  # `name` in a docstring links to the name where it has 
 add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+autodoc_default_options = {"no-value": True}
 autodoc_typehints_format = "short"
 autoclass_content = "both"
 napoleon_google_docstring = True
@@ -92,7 +93,7 @@ def setup(app) -> None:
 
     def read(app, docname: str, source: list[str]) -> None:
         page = Path(app.env.doc2path(docname))
-        if page.suffix == ".md" and COPIES not in page.parents:
+        if page.suffix in (".md", ".ipynb") and COPIES not in page.parents:
             source[0] = relinked(source[0], page, page)
 
     app.connect("source-read", read)
