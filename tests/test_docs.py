@@ -139,6 +139,8 @@ def sentence_folder():
         num_attention_heads=2,
         intermediate_size=8,
         max_position_embeddings=128,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     zoo.SentenceEncoder(zoo.BertModel(config, rngs=nnx.Rngs(0))).save_pretrained("all-MiniLM-L6-v2")
     words = ["[UNK]", "the", "dog", "sleeps", "table", "plays", "on", "stage"]
