@@ -31,7 +31,7 @@ from .training.loop import CallbackResult
 from .training.stored import export_hf, load_student
 from .utils import decay_mask
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 share_heap()
 

@@ -128,7 +128,7 @@ KD_LOSS_MAP: dict[str, Callable[..., Any]] = {
     "dist": kd_dist_loss,
     "taid": Taid,
 }
-"""Losses on logits: ``kd(logits_S, logits_T, temperature, mask=None, *, …)``.
+"""Losses on logits, ``kd(logits_S, logits_T, temperature, mask=None, *, …)``.
 
 ``mask`` may be left out where the loss is the mean of its positions' losses. What follows ``*`` are the
 loss's options, which a config may set: ``["jsd", 0.5]``, ``["skew_kl", {"alpha": 0.2}]``. A loss that
@@ -156,7 +156,7 @@ MATCH_LOSS_MAP: dict[str, Callable[..., Any]] = {
     "cka": cka_loss,
     "infonce": infonce_loss,
 }
-"""Losses on features: ``loss(S, T, mask=None, *, …)``; S and T are lists of two for two-layer losses.
+"""Losses on features, ``loss(S, T, mask=None, *, …)``; S and T are lists of two for two-layer losses.
 
 What follows ``*`` are the loss's options, which a config may set: ``["infonce", {"temperature": 0.05}]``.
 """
@@ -166,7 +166,7 @@ PROJ_MAP: dict[str, Callable[..., Any]] = {
     "relu": projection_with_activation("relu"),
     "tanh": projection_with_activation("tanh"),
 }
-"""Projections: ``(dim_in, dim_out, *, rngs) -> nnx.Module``."""
+"""Projections, ``(dim_in, dim_out, *, rngs) -> nnx.Module``."""
 
 WEIGHT_SCHEDULER: dict[str, Callable[..., Any]] = {
     "linear_decay": linear_decay_weight_scheduler,
@@ -175,7 +175,7 @@ WEIGHT_SCHEDULER: dict[str, Callable[..., Any]] = {
     "linear": linear_weight_scheduler,
     "cosine": cosine_weight_scheduler,
 }
-"""Schedules of a loss weight, or of the base temperature: ``scheduler(x, *, …)``, x the finished fraction
+"""Schedules of a loss weight, or of the base temperature, ``scheduler(x, *, …)``, x the finished fraction
 of the training. What follows ``*`` are its options: ``["linear", {"start": 1, "end": 0.1}]``."""
 
 TEMPERATURE_SCHEDULER = DynamicKeyDict(

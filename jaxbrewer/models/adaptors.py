@@ -293,9 +293,10 @@ def freeze(results: Any, role: str) -> Results:
         AdaptorError: one, listing everything that is wrong.
     """
     if not isinstance(results, Mapping):
+        what = "one array" if _is_array(results) else f"a {type(results).__name__}"
         raise AdaptorError(
-            f"{adaptor_name(role)} returned a {type(results).__name__}; it must return a dict with some "
-            f"of the keys {', '.join(adaptor_keys())}"
+            f"{adaptor_name(role)} returned {what}; it must return a dict with some of the keys "
+            f"{', '.join(adaptor_keys())}"
         )
     wrong: list[str] = []
     frozen: Results = {}

@@ -46,7 +46,9 @@ def inspect(
 
     try:
         return jax.eval_shape(run, side.model.params, side.model.state, batch)
-    except (_AdaptorError, AdaptorError) as error:
+    except AdaptorError as error:
+        found.problems.extend(str(error).splitlines())  # one line for each thing to mend
+    except _AdaptorError as error:
         found.problems.append(str(error))
     except Exception as error:  # noqa: BLE001  the user's model may raise anything
         found.problems.append(
@@ -118,6 +120,8 @@ class _Adapted:
     def __init__(self, side: Side, batch: Batch, outputs: Any, captured: Any):
         try:
             self.results = side.adapt(batch, outputs, captured)
+        except AdaptorError:
+            raise
         except ValueError as error:
             raise _AdaptorError(str(error)) from error
         except Exception as error:

@@ -176,7 +176,7 @@ class PretrainedModel(nnx.Module):
 
     @property
     def base_model(self) -> Any:
-        """The encoder: the model itself where it has no head."""
+        """The encoder; the model itself where it has no head."""
         return getattr(self, self.tensor_names.prefix, self)
 
     @property

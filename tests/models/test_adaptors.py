@@ -61,6 +61,7 @@ def test_entries_that_are_none_are_left_out():
 
 WRONG = {
     "not a dict": ((A,), "adaptor_S returned a tuple; it must return a dict .*logits, logits_mask"),
+    "one array": (H, "adaptor_S returned one array; it must return a dict"),
     "nothing": (None, "adaptor_S returned a NoneType"),
     "list of masks": ({"inputs_mask": [A]}, "'inputs_mask' must be one array .* not a list"),
     "one hidden": (

@@ -100,6 +100,11 @@ MISTAKES = {
         ["adaptor_S .* 'attentions': did you mean 'attention'",
          "adaptor_T .* 'hidden_states': did you mean 'hidden'"],
     ),
+    "two slips in one dict": (
+        {"keys_S": adaptor(logit=lambda b, o: o["logits"], hiddens=lambda b, o: o["hidden"])},
+        {},
+        ["adaptor_S .* 'logit': did you mean 'logits'", "adaptor_S .* 'hiddens': did you mean 'hidden'"],
+    ),
     "a single array for hidden": (
         {"keys_T": adaptor("logits", hidden=lambda b, o: o["hidden"][0])},
         {},

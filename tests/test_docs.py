@@ -1,0 +1,212 @@
+"""The documentation: links lead somewhere, and Sphinx builds the pages without a warning."""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from flax import nnx
+
+from jaxbrewer import zoo
+from jaxbrewer.errors import PreflightWarning
+from jaxbrewer.machine.devices import DeviceWarning
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *DOCS.glob("*.md"),
+        *DOCS.glob("*.ipynb"),
+        *ROOT.glob("examples/**/README.md"),
+        ROOT / "benchmarks" / "README.md",
+    ]
+)
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#{1,6} (.+?)\s*$", re.MULTILINE)
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def prose(page):
+    """A page's text without its code."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n".join("".join(x["source"]) for x in cells if x["cell_type"] == "markdown")
+    return FENCE.sub("", text)
+
+
+def slug(heading):
+    """The anchor that GitHub and MyST make of a heading."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+@functools.cache
+def anchors(page):
+    """All anchors of a page; a heading that stands there twice has a number at its second."""
+    found = {}
+    for heading in HEADING.findall(prose(page)):
+        name = slug(heading)
+        found[name] = found.get(name, -1) + 1
+    return {f"{name}-{i}" if i else name for name, last in found.items() for i in range(last + 1)}
+
+
+def broken(page):
+    """The links of a page within the repository that lead nowhere."""
+    wrong = []
+    for link in LINK.findall(prose(page)):
+        path, _, anchor = link.partition("#")
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        target = Path(os.path.normpath(page.parent / path)) if path else page
+        if not target.is_file() or (anchor and anchor not in anchors(target)):
+            wrong.append(link)
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_within_the_repository_lead_somewhere(page):
+    assert not broken(page)
+
+
+def test_a_broken_link_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# One `thing`: [a](b.md)\n## Twice\n## Twice\n```\n[x](not-seen.md)\n```\n"
+        "[1](#one-thing-a) [2](#twice-1) [3](page.md#twice) [4](https://x.org/y.md)\n"
+        "[5](#twice-2) [6](gone.md) [7](page.md#gone)\n"
+    )
+    assert broken(page) == ["b.md", "#twice-2", "gone.md", "page.md#gone"]
+
+
+def test_the_index_names_every_page():
+    index = DOCS / "index.md"
+    linked = {link.partition("#")[0] for link in LINK.findall(prose(index))}
+    pages = {page.name for page in PAGES if page.parent == DOCS}
+    assert pages - linked == {"index.md"}
+
+
+def test_sphinx_builds_the_pages_without_a_warning(tmp_path):
+    missing = [name for name in ("sphinx", "myst_nb", "furo") if not importlib.util.find_spec(name)]
+    if missing:
+        pytest.skip(f"the documentation is not built: no {', '.join(missing)} (extra docs)")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-b", "html", "docs"]
+    run = subprocess.run(
+        [*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "repository" / "README.html").is_file()
+    assert "assert_invariant" in (tmp_path / "api" / "testing.html").read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------ the snippets
+
+BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Page → how many of its snippets say that they are not run, and why.
+SNIPPETS = {
+    "adaptor.md": 0,
+    "caching.md": 0,
+    "concepts.md": 0,
+    "extending.md": 0,
+    "from_an_api.md": 0,
+    "from_sentence_transformers.md": 0,
+    "matches.md": 0,
+    "temperature.md": 0,
+}
+
+
+def sentence_folder():
+    """A small sentence encoder of six layers, under the name that its page reads."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    config = zoo.BertConfig(
+        vocab_size=8,
+        hidden_size=8,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=128,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    zoo.SentenceEncoder(zoo.BertModel(config, rngs=nnx.Rngs(0))).save_pretrained("all-MiniLM-L6-v2")
+    words = ["[UNK]", "the", "dog", "sleeps", "table", "plays", "on", "stage"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save("all-MiniLM-L6-v2/tokenizer.json")
+
+
+SETUPS = {"from_sentence_transformers.md": sentence_folder}
+
+# Pages whose code needs models and data that are not there. What they say is tested where it is done
+# (of metric_writers.md the code itself, in tests/training/test_writers.py).
+NEEDS_MORE = {
+    "any_model.md",
+    "devices.md",
+    "evaluation.md",
+    "export.md",
+    "metric_writers.md",
+    "objective.md",
+    "precision.md",
+    "sentence_encoders.md",
+    "task_agnostic.md",
+    "using.md",
+}
+
+
+def snippets(page):
+    """The Python of a page: its mark, its code, and the mark and the text of a block behind it."""
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    for (mark, language, code), after in zip(blocks, [*blocks, ("", "", "")][1:], strict=True):
+        if language == "python":
+            is_outcome = after[0] in ("raises", "warns", "prints")
+            yield mark, code, *((after[0], after[2]) if is_outcome else ("", ""))
+
+
+def outcome(code, page, names):
+    """Runs a snippet; returns what it has raised (a warning too) and printed, each in one line."""
+    raised, printed = "", io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
+        warnings.simplefilter("error", PreflightWarning)
+        warnings.simplefilter("ignore", DeviceWarning)  # of pages that name no device
+        try:
+            exec(compile(code, page.name, "exec"), names)
+        except Exception as error:  # noqa: BLE001  it is what the page shows
+            raised = f"{type(error).__name__}: {error}"
+    return " ".join(raised.split()), " ".join(printed.getvalue().split())
+
+
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_the_snippets_of_a_page_run_and_do_what_it_says(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name in SETUPS:
+        SETUPS[name]()
+    page, names, left_out = DOCS / name, {}, 0
+    for mark, code, how, shown in snippets(page):
+        if mark.startswith("not run"):
+            left_out += 1
+            continue
+        raised, printed = outcome(code, page, names)
+        wanted = " ".join(shown.split())
+        assert raised == (wanted if how in ("raises", "warns") else ""), code
+        assert how != "prints" or printed == wanted, code
+    assert left_out == SNIPPETS[name]
+
+
+def test_the_code_of_every_page_is_run_or_the_page_named():
+    pages = {page.name for page in DOCS.glob("*.md") if any(True for _ in snippets(page))}
+    assert pages == set(SNIPPETS) | NEEDS_MORE
