@@ -1,17 +1,118 @@
-"""The examples: the quickstart's data is the same in each run, and its shapes fit together."""
+"""The examples: each does what its README says, on a few generated rows."""
 
-import importlib
+import importlib.util
 import json
+import re
+import shlex
 import sys
+import tomllib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from jaxbrewer import zoo
+from jaxbrewer.__main__ import main as jaxbrewer
+from jaxbrewer.recipes.reading import read_recipe
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from .example_files import EXAMPLES, ROWS, copied, smaller
+
+# --- Those whose README begins with a cd ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A copy of the examples, with small models and rows."""
+    return copied(tmp_path_factory.mktemp("examples") / "examples")
+
+
+@pytest.fixture
+def run(place, monkeypatch, capsys):
+    """Runs the commands of an example's README; returns what they print."""
+
+    def commands_of(example):
+        monkeypatch.chdir(place / example)
+        for command in commands(example):
+            if "teacher.toml" in command and example not in ("sentiment", "chinese_sentiment"):
+                read_recipe("teacher.toml")  # its teacher is there already
+            else:
+                called(command)
+        return capsys.readouterr().out
+
+    # No number is compared here, and most of the time would go into compiling.
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield commands_of
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def commands(example):
+    """The commands in the first block of an example's README, after the ``cd`` into its folder."""
+    text = (EXAMPLES / example / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```bash\n(.*?)```", text, re.DOTALL).group(1).replace("\\\n", " ")
+    first, *others = (shlex.split(line, comments=True) for line in block.splitlines())
+    assert first == ["cd", f"examples/{example}"]
+    return [command for command in others if command]
+
+
+def called(command):
+    """A command in this process; what it trains is small and trained for an epoch."""
+    program, *arguments = command
+    recipe = next((Path(name) for name in arguments if name.endswith(".toml")), None)
+    if recipe is not None:
+        arguments += [x for k, v in smaller(recipe).items() for x in (f"--{k}", json.dumps(v))]
+    if program == "jaxbrewer":
+        assert jaxbrewer(arguments) == 0
+        return
+    assert program == "python"
+    path, *arguments = arguments
+    spec = importlib.util.spec_from_file_location("example", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if recipe is not None:
+        assert module.main(arguments) == 0
+        return
+    less = ["--layers", "2", "--width", "8"] if "--text" in arguments else ["--epochs", "1"]
+    found = module.main([*arguments, *less])
+    assert found and all(np.isfinite(value) for value in found.values())
+
+
+def measured(told, who="student"):
+    """The numbers that `jaxbrewer train` has told of the teacher, or of the student, last."""
+    line = [line for line in told.splitlines() if line.split()[:1] == [who]][-1]
+    names = line.split()[1:]
+    return {name: float(value) for name, value in zip(names[::2], names[1::2], strict=True)}
+
+
+def student_of(place, example, folder):
+    """The student that an example has written."""
+    return zoo.from_pretrained(place / example / "out" / folder / "student")
+
+
+def test_sentiment(run, place):
+    told = run("sentiment")
+    assert measured(told).keys() == {"accuracy", "agreement"}
+    assert told.count('"probability"') == ROWS
+    for folder in ("distilled", "main"):
+        assert student_of(place, "sentiment", folder).config.num_hidden_layers == 1
+
+
+RECIPES = sorted(EXAMPLES.glob("*/recipe.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
+def test_matches_are_of_the_layers_that_the_student_begins_with(path):
+    recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+    matches = recipe["distillation"].get("intermediate_matches", [])
+    begun = [0, *(layer + 1 for layer in recipe["student"].get("layers", []))]
+    for match in matches:
+        ours, theirs = (np.ravel(match[side]).tolist() for side in ("layer_S", "layer_T"))
+        assert [begun[layer] for layer in ours] == theirs
+    assert matches or "layers" not in recipe["student"] or isinstance(recipe["teacher"], list)
+
+
+# --- The others -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
