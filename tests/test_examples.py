@@ -98,6 +98,12 @@ def test_sentiment(run, place):
         assert student_of(place, "sentiment", folder).config.num_hidden_layers == 1
 
 
+def test_pairs(run, place):
+    told = run("pairs")
+    assert measured(told).keys() == {"accuracy", "f1", "precision", "recall", "agreement"}
+    assert student_of(place, "pairs", "distilled").config.num_hidden_layers == 1
+
+
 RECIPES = sorted(EXAMPLES.glob("*/recipe.toml"))
 
 
