@@ -104,6 +104,14 @@ def test_pairs(run, place):
     assert student_of(place, "pairs", "distilled").config.num_hidden_layers == 1
 
 
+def test_tagging(run, place):
+    told = run("tagging")
+    assert "span_f1" in measured(told) and told.count('"tags"') == ROWS
+    for folder in ("distilled", "main"):
+        student = student_of(place, "tagging", folder)
+        assert student.task == "token-classification" and student.config.num_hidden_layers == 1
+
+
 RECIPES = sorted(EXAMPLES.glob("*/recipe.toml"))
 
 
