@@ -112,6 +112,12 @@ def test_tagging(run, place):
         assert student.task == "token-classification" and student.config.num_hidden_layers == 1
 
 
+def test_questions(run, place):
+    told = run("questions")
+    assert measured(told).keys() == {"exact_match", "f1"} and told.count('"answer"') == ROWS
+    assert student_of(place, "questions", "distilled").task == "question-answering"
+
+
 RECIPES = sorted(EXAMPLES.glob("*/recipe.toml"))
 
 
