@@ -118,6 +118,18 @@ def test_questions(run, place):
     assert student_of(place, "questions", "distilled").task == "question-answering"
 
 
+def test_several_tasks(run, place):
+    told = run("several_tasks")
+    assert "sentiment/accuracy" in told and "pairs/accuracy" in told
+    models = [
+        zoo.from_pretrained(place / "several_tasks" / "out" / "main" / task)
+        for task in ("sentiment", "pairs")
+    ]
+    encoders, heads = ([getattr(m, part) for m in models] for part in ("bert", "classifier"))
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), *map(nnx.state, encoders)))
+    assert (heads[0].kernel[...] != heads[1].kernel[...]).any()
+
+
 RECIPES = sorted(EXAMPLES.glob("*/recipe.toml"))
 
 
