@@ -1,6 +1,8 @@
 """Small models with tokenizers, and a few generated rows, where the examples look for them."""
 
+import functools
 import shutil
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -17,25 +19,36 @@ ROWS = 32  # a batch of them: one step an epoch
 
 def copied(folder):
     """The examples in a folder of their own, with what their READMEs ask for."""
-    shutil.copytree(EXAMPLES, folder, ignore=shutil.ignore_patterns("out", "data", "pretrained"))
+    shutil.copytree(EXAMPLES, folder, ignore=shutil.ignore_patterns("out", "data", "pretrained", "teacher"))
     for name, write in DATA.items():
         (folder / name / "data").mkdir(parents=True)
         for number, part in enumerate(("train", "dev")):
             write(folder / name / "data", part, np.random.default_rng(number))
     for place, (cls, labels) in MODELS.items():
-        names = {"num_labels": len(labels), "label_names": labels} if labels else {}
         words = WORDS[::-1] if place.startswith("two_tokenizers") else WORDS
-        write_model(folder / place, cls, words, **names)
+        write_model(folder / place, cls, words, labels)
     return folder
 
 
-def write_model(folder, cls, words=WORDS, **changes):
+def write_model(folder, cls, words, labels):
     """A model of two layers with its tokenizer."""
-    model = cls(CONFIG.replace(**changes), rngs=nnx.Rngs(0))
-    if folder.parent.name == "multilingual":
-        model = zoo.SentenceEncoder(model)
-    model.save_pretrained(folder)
+    Path(folder).mkdir(parents=True)
+    for name, content in _model_files(cls, labels).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
     write_tokenizer(folder, words)
+
+
+@functools.cache
+def _model_files(cls, labels):
+    """What a model is saved as: name → content; made once, since it takes a second."""
+    names = {"num_labels": len(labels), "label_names": labels} if labels else {}
+    encoder = zoo.BertModel if cls is zoo.SentenceEncoder else cls
+    model = encoder(CONFIG.replace(**names), rngs=nnx.Rngs(0))
+    with tempfile.TemporaryDirectory() as folder:
+        (model if encoder is cls else cls(model)).save_pretrained(folder)
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def sentence(rng, length=5):
@@ -88,9 +101,9 @@ _TAGS = (zoo.BertForTokenClassification, ("O", "B-PER", "B-LOC"))
 MODELS = {
     **{
         f"{name}/pretrained": (zoo.BertModel, None)
-        for name in ("sentiment", "pairs", "tagging", "questions", "two_tokenizers", "multilingual")
+        for name in ("sentiment", "pairs", "tagging", "questions", "two_tokenizers")
     },
-    "multilingual/teacher": (zoo.BertModel, None),
+    **{f"multilingual/{name}": (zoo.SentenceEncoder, None) for name in ("teacher", "pretrained")},
     "sentiment/out/teacher/student": _CLASSES,
     "pairs/out/teacher/student": _CLASSES,
     "tagging/out/teacher/student": _TAGS,

@@ -67,15 +67,21 @@ def called(command):
         return
     assert program == "python"
     path, *arguments = arguments
-    spec = importlib.util.spec_from_file_location("example", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = loaded(path)
     if recipe is not None:
         assert module.main(arguments) == 0
         return
     less = ["--layers", "2", "--width", "8"] if "--text" in arguments else ["--epochs", "1"]
     found = module.main([*arguments, *less])
     assert found and all(np.isfinite(value) for value in found.values())
+
+
+def loaded(path):
+    """The module of a script, read anew."""
+    spec = importlib.util.spec_from_file_location("example", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def measured(told, who="student"):
@@ -112,6 +118,11 @@ def test_tagging(run, place):
         assert student.task == "token-classification" and student.config.num_hidden_layers == 1
 
 
+def test_a_word_has_its_tag_at_its_first_piece():
+    aligned = loaded(EXAMPLES / "tagging" / "main.py").aligned
+    assert aligned([None, 0, 0, 1, 2, 2, None], [3, 1, 4]) == [-100, 3, -100, 1, 4, -100, -100]
+
+
 def test_questions(run, place):
     told = run("questions")
     assert measured(told).keys() == {"exact_match", "f1"} and told.count('"answer"') == ROWS
@@ -128,6 +139,11 @@ def test_several_tasks(run, place):
     encoders, heads = ([getattr(m, part) for m in models] for part in ("bert", "classifier"))
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), *map(nnx.state, encoders)))
     assert (heads[0].kernel[...] != heads[1].kernel[...]).any()
+
+
+def test_own_objective(run, place):
+    assert "accuracy" in run("own_objective")
+    assert student_of(place, "own_objective", "main").config.num_hidden_layers == 1
 
 
 RECIPES = sorted(EXAMPLES.glob("*/recipe.toml"))
