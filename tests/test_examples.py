@@ -141,6 +141,11 @@ def test_several_tasks(run, place):
     assert (heads[0].kernel[...] != heads[1].kernel[...]).any()
 
 
+def test_emd(run, place):
+    assert "accuracy" in run("emd")
+    assert student_of(place, "emd", "main").config.num_hidden_layers == 1
+
+
 def test_own_objective(run, place):
     assert "accuracy" in run("own_objective")
     assert student_of(place, "own_objective", "main").config.num_hidden_layers == 1
