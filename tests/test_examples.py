@@ -1,5 +1,6 @@
 """The examples: each does what its README says, on a few generated rows."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxbrewer import zoo
+from jaxbrewer import KD_LOSS_MAP, MATCH_LOSS_MAP, zoo
 from jaxbrewer.__main__ import main as jaxbrewer
 from jaxbrewer.recipes.reading import read_recipe
 
@@ -144,6 +145,28 @@ def test_several_tasks(run, place):
 def test_emd(run, place):
     assert "accuracy" in run("emd")
     assert student_of(place, "emd", "main").config.num_hidden_layers == 1
+
+
+def test_own_loss(run, place, request):
+    for losses, name in ((KD_LOSS_MAP, "focal_kl"), (MATCH_LOSS_MAP, "huber")):
+        request.addfinalizer(functools.partial(losses.pop, name, None))
+    assert measured(run("own_loss")).keys() == {"accuracy", "agreement"}
+    assert student_of(place, "own_loss", "distilled").config.num_hidden_layers == 1
+
+
+def test_the_losses_of_ones_own_are_what_they_say(request):
+    for losses, name in ((KD_LOSS_MAP, "focal_kl"), (MATCH_LOSS_MAP, "huber")):
+        request.addfinalizer(functools.partial(losses.pop, name, None))
+    own = loaded(EXAMPLES / "own_loss" / "main.py")
+    rng = np.random.default_rng(0)
+    S, T = rng.normal(size=(2, 4, 3)).astype(np.float32)
+    plain = KD_LOSS_MAP["kl"](S, T, 2.0)
+    assert own.focal_kl(S, T, 2.0, gamma=0) == pytest.approx(float(plain), rel=1e-5)
+    assert 0 < own.focal_kl(S, T, 2.0) < plain and own.focal_kl(S, S, 2.0) == 0
+    S, T = S[:, None] * 9, T[:, None]
+    whole = own.huber(S, T, np.array([[1], [1], [0], [0]]))
+    assert whole == pytest.approx(float(own.huber(S[:2], T[:2])), rel=1e-5)
+    assert own.huber(S, T) < MATCH_LOSS_MAP["hidden_mse"](S, T) / 2
 
 
 def test_own_objective(run, place):
