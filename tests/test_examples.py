@@ -142,6 +142,11 @@ def test_several_tasks(run, place):
     assert (heads[0].kernel[...] != heads[1].kernel[...]).any()
 
 
+def test_several_teachers(run, place):
+    assert measured(run("several_teachers")).keys() == {"accuracy"}
+    assert student_of(place, "several_teachers", "distilled").config.num_hidden_layers == 1
+
+
 def test_emd(run, place):
     assert "accuracy" in run("emd")
     assert student_of(place, "emd", "main").config.num_hidden_layers == 1
