@@ -179,6 +179,16 @@ def test_own_objective(run, place):
     assert student_of(place, "own_objective", "main").config.num_hidden_layers == 1
 
 
+def test_two_tokenizers(run, place):
+    told = run("two_tokenizers")
+    assert measured(told).keys() == {"accuracy", "agreement"}
+    assert told.count('"probability"') == ROWS
+    words = (
+        place / "two_tokenizers" / "out" / "distilled" / "student" / "tokenizer.json"
+    ).read_text()
+    assert words == (place / "two_tokenizers" / "pretrained" / "tokenizer.json").read_text()
+
+
 RECIPES = sorted(EXAMPLES.glob("*/recipe.toml"))
 
 
