@@ -189,6 +189,17 @@ def test_two_tokenizers(run, place):
     assert words == (place / "two_tokenizers" / "pretrained" / "tokenizer.json").read_text()
 
 
+def test_chinese_sentiment(run, place):
+    told = run("chinese_sentiment")
+    assert measured(told).keys() == {"accuracy", "agreement"}
+    tokens = json.loads(
+        (
+            place / "chinese_sentiment" / "out" / "distilled" / "student" / "tokenizer.json"
+        ).read_text()
+    )
+    assert {"很", "好", "房", "[MASK]"} <= tokens["model"]["vocab"].keys()
+
+
 RECIPES = sorted(EXAMPLES.glob("*/recipe.toml"))
 
 
