@@ -200,6 +200,11 @@ def test_chinese_sentiment(run, place):
     assert {"很", "好", "房", "[MASK]"} <= tokens["model"]["vocab"].keys()
 
 
+def test_multilingual(run, place):
+    assert "'before'" in run("multilingual")
+    assert type(student_of(place, "multilingual", "main")) is zoo.SentenceEncoder
+
+
 RECIPES = sorted(EXAMPLES.glob("*/recipe.toml"))
 
 
