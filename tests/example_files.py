@@ -19,7 +19,9 @@ ROWS = 32  # a batch of them: one step an epoch
 
 def copied(folder):
     """The examples in a folder of their own, with what their READMEs ask for."""
-    shutil.copytree(EXAMPLES, folder, ignore=shutil.ignore_patterns("out", "data", "pretrained", "teacher"))
+    shutil.copytree(
+        EXAMPLES, folder, ignore=shutil.ignore_patterns("out", "data", "pretrained", "teacher")
+    )
     for name, write in DATA.items():
         (folder / name / "data").mkdir(parents=True)
         for number, part in enumerate(("train", "dev")):
@@ -44,7 +46,8 @@ def _model_files(cls, labels):
     """What a model is saved as: name → content; made once, since it takes a second."""
     names = {"num_labels": len(labels), "label_names": labels} if labels else {}
     encoder = zoo.BertModel if cls is zoo.SentenceEncoder else cls
-    model = encoder(CONFIG.replace(**names), rngs=nnx.Rngs(0))
+    # A teacher is not what its student begins with: there would be nothing to learn.
+    model = encoder(CONFIG.replace(**names), rngs=nnx.Rngs(1 if labels else 0))
     with tempfile.TemporaryDirectory() as folder:
         (model if encoder is cls else cls(model)).save_pretrained(folder)
         files = [path for path in Path(folder).rglob("*") if path.is_file()]

@@ -179,6 +179,15 @@ def test_own_objective(run, place):
     assert student_of(place, "own_objective", "main").config.num_hidden_layers == 1
 
 
+def test_lora(run, place):
+    assert "accuracy" in run("lora")
+    began = zoo.from_pretrained(place / "sentiment" / "pretrained")
+    ended = student_of(place, "lora", "main")
+    before, after = began.encoder.layer[0].attention, ended.bert.encoder.layer[0].attention
+    assert (before.value.kernel[...] != after.value.kernel[...]).any()
+    assert (before.key.kernel[...] == after.key.kernel[...]).all()
+
+
 def test_two_tokenizers(run, place):
     told = run("two_tokenizers")
     assert measured(told).keys() == {"accuracy", "agreement"}
