@@ -214,6 +214,13 @@ def test_multilingual(run, place):
     assert type(student_of(place, "multilingual", "main")) is zoo.SentenceEncoder
 
 
+def test_all_examples_are_in_the_table():
+    table = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    names = {path.parent.name for path in EXAMPLES.glob("*/*.py")}
+    names |= {path.parent.name for path in EXAMPLES.glob("*/*.toml")}
+    assert set(re.findall(r"\]\((\w+)/", table)) == names
+
+
 RECIPES = sorted(EXAMPLES.glob("*/recipe.toml"))
 
 
