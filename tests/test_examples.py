@@ -1,17 +1,241 @@
-"""The examples: the quickstart's data is the same in each run, and its shapes fit together."""
+"""The examples: each does what its README says, on a few generated rows."""
 
-import importlib
+import functools
+import importlib.util
 import json
+import re
+import shlex
 import sys
+import tomllib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from jaxbrewer import zoo
+from jaxbrewer import KD_LOSS_MAP, MATCH_LOSS_MAP, zoo
+from jaxbrewer.__main__ import main as jaxbrewer
+from jaxbrewer.recipes.reading import read_recipe
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from .example_files import EXAMPLES, ROWS, copied, smaller
+
+# --- Those whose README begins with a cd ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A copy of the examples, with small models and rows."""
+    return copied(tmp_path_factory.mktemp("examples") / "examples")
+
+
+@pytest.fixture
+def run(place, monkeypatch, capsys):
+    """Runs the commands of an example's README; returns what they print."""
+
+    def commands_of(example):
+        monkeypatch.chdir(place / example)
+        for command in commands(example):
+            if "teacher.toml" in command and example not in ("sentiment", "chinese_sentiment"):
+                read_recipe("teacher.toml")  # its teacher is there already
+            else:
+                called(command)
+        return capsys.readouterr().out
+
+    # No number is compared here, and most of the time would go into compiling.
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield commands_of
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def commands(example):
+    """The commands in the first block of an example's README, after the ``cd`` into its folder."""
+    text = (EXAMPLES / example / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```bash\n(.*?)```", text, re.DOTALL).group(1).replace("\\\n", " ")
+    first, *others = (shlex.split(line, comments=True) for line in block.splitlines())
+    assert first == ["cd", f"examples/{example}"]
+    return [command for command in others if command]
+
+
+def called(command):
+    """A command in this process; what it trains is small and trained for an epoch."""
+    program, *arguments = command
+    recipe = next((Path(name) for name in arguments if name.endswith(".toml")), None)
+    if recipe is not None:
+        arguments += [x for k, v in smaller(recipe).items() for x in (f"--{k}", json.dumps(v))]
+    if program == "jaxbrewer":
+        assert jaxbrewer(arguments) == 0
+        return
+    assert program == "python"
+    path, *arguments = arguments
+    module = loaded(path)
+    if recipe is not None:
+        assert module.main(arguments) == 0
+        return
+    less = ["--layers", "2", "--width", "8"] if "--text" in arguments else ["--epochs", "1"]
+    found = module.main([*arguments, *less])
+    assert found and all(np.isfinite(value) for value in found.values())
+
+
+def loaded(path):
+    """The module of a script, read anew."""
+    spec = importlib.util.spec_from_file_location("example", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def measured(told, who="student"):
+    """The numbers that `jaxbrewer train` has told of the teacher, or of the student, last."""
+    line = [line for line in told.splitlines() if line.split()[:1] == [who]][-1]
+    names = line.split()[1:]
+    return {name: float(value) for name, value in zip(names[::2], names[1::2], strict=True)}
+
+
+def student_of(place, example, folder):
+    """The student that an example has written."""
+    return zoo.from_pretrained(place / example / "out" / folder / "student")
+
+
+def test_sentiment(run, place):
+    told = run("sentiment")
+    assert measured(told).keys() == {"accuracy", "agreement"}
+    assert told.count('"probability"') == ROWS
+    for folder in ("distilled", "main"):
+        assert student_of(place, "sentiment", folder).config.num_hidden_layers == 1
+
+
+def test_pairs(run, place):
+    told = run("pairs")
+    assert measured(told).keys() == {"accuracy", "f1", "precision", "recall", "agreement"}
+    assert student_of(place, "pairs", "distilled").config.num_hidden_layers == 1
+
+
+def test_tagging(run, place):
+    told = run("tagging")
+    assert "span_f1" in measured(told) and told.count('"tags"') == ROWS
+    for folder in ("distilled", "main"):
+        student = student_of(place, "tagging", folder)
+        assert student.task == "token-classification" and student.config.num_hidden_layers == 1
+
+
+def test_a_word_has_its_tag_at_its_first_piece():
+    aligned = loaded(EXAMPLES / "tagging" / "main.py").aligned
+    assert aligned([None, 0, 0, 1, 2, 2, None], [3, 1, 4]) == [-100, 3, -100, 1, 4, -100, -100]
+
+
+def test_questions(run, place):
+    told = run("questions")
+    assert measured(told).keys() == {"exact_match", "f1"} and told.count('"answer"') == ROWS
+    assert student_of(place, "questions", "distilled").task == "question-answering"
+
+
+def test_several_tasks(run, place):
+    told = run("several_tasks")
+    assert "sentiment/accuracy" in told and "pairs/accuracy" in told
+    models = [
+        zoo.from_pretrained(place / "several_tasks" / "out" / "main" / task)
+        for task in ("sentiment", "pairs")
+    ]
+    encoders, heads = ([getattr(m, part) for m in models] for part in ("bert", "classifier"))
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), *map(nnx.state, encoders)))
+    assert (heads[0].kernel[...] != heads[1].kernel[...]).any()
+
+
+def test_several_teachers(run, place):
+    assert measured(run("several_teachers")).keys() == {"accuracy"}
+    assert student_of(place, "several_teachers", "distilled").config.num_hidden_layers == 1
+
+
+def test_emd(run, place):
+    assert "accuracy" in run("emd")
+    assert student_of(place, "emd", "main").config.num_hidden_layers == 1
+
+
+def test_own_loss(run, place, request):
+    for losses, name in ((KD_LOSS_MAP, "focal_kl"), (MATCH_LOSS_MAP, "huber")):
+        request.addfinalizer(functools.partial(losses.pop, name, None))
+    assert measured(run("own_loss")).keys() == {"accuracy", "agreement"}
+    assert student_of(place, "own_loss", "distilled").config.num_hidden_layers == 1
+
+
+def test_the_losses_of_ones_own_are_what_they_say(request):
+    for losses, name in ((KD_LOSS_MAP, "focal_kl"), (MATCH_LOSS_MAP, "huber")):
+        request.addfinalizer(functools.partial(losses.pop, name, None))
+    own = loaded(EXAMPLES / "own_loss" / "main.py")
+    rng = np.random.default_rng(0)
+    S, T = rng.normal(size=(2, 4, 3)).astype(np.float32)
+    plain = KD_LOSS_MAP["kl"](S, T, 2.0)
+    assert own.focal_kl(S, T, 2.0, gamma=0) == pytest.approx(float(plain), rel=1e-5)
+    assert 0 < own.focal_kl(S, T, 2.0) < plain and own.focal_kl(S, S, 2.0) == 0
+    S, T = S[:, None] * 9, T[:, None]
+    whole = own.huber(S, T, np.array([[1], [1], [0], [0]]))
+    assert whole == pytest.approx(float(own.huber(S[:2], T[:2])), rel=1e-5)
+    assert own.huber(S, T) < MATCH_LOSS_MAP["hidden_mse"](S, T) / 2
+
+
+def test_own_objective(run, place):
+    assert "accuracy" in run("own_objective")
+    assert student_of(place, "own_objective", "main").config.num_hidden_layers == 1
+
+
+def test_lora(run, place):
+    assert "accuracy" in run("lora")
+    began = zoo.from_pretrained(place / "sentiment" / "pretrained")
+    ended = student_of(place, "lora", "main")
+    before, after = began.encoder.layer[0].attention, ended.bert.encoder.layer[0].attention
+    assert (before.value.kernel[...] != after.value.kernel[...]).any()
+    assert (before.key.kernel[...] == after.key.kernel[...]).all()
+
+
+def test_two_tokenizers(run, place):
+    told = run("two_tokenizers")
+    assert measured(told).keys() == {"accuracy", "agreement"}
+    assert told.count('"probability"') == ROWS
+    words = (
+        place / "two_tokenizers" / "out" / "distilled" / "student" / "tokenizer.json"
+    ).read_text()
+    assert words == (place / "two_tokenizers" / "pretrained" / "tokenizer.json").read_text()
+
+
+def test_chinese_sentiment(run, place):
+    told = run("chinese_sentiment")
+    assert measured(told).keys() == {"accuracy", "agreement"}
+    tokens = json.loads(
+        (
+            place / "chinese_sentiment" / "out" / "distilled" / "student" / "tokenizer.json"
+        ).read_text()
+    )
+    assert {"很", "好", "房", "[MASK]"} <= tokens["model"]["vocab"].keys()
+
+
+def test_multilingual(run, place):
+    assert "'before'" in run("multilingual")
+    assert type(student_of(place, "multilingual", "main")) is zoo.SentenceEncoder
+
+
+def test_all_examples_are_in_the_table():
+    table = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    names = {path.parent.name for path in EXAMPLES.glob("*/*.py")}
+    names |= {path.parent.name for path in EXAMPLES.glob("*/*.toml")}
+    assert set(re.findall(r"\]\((\w+)/", table)) == names
+
+
+RECIPES = sorted(EXAMPLES.glob("*/recipe.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
+def test_matches_are_of_the_layers_that_the_student_begins_with(path):
+    recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+    matches = recipe["distillation"].get("intermediate_matches", [])
+    begun = [0, *(layer + 1 for layer in recipe["student"].get("layers", []))]
+    for match in matches:
+        ours, theirs = (np.ravel(match[side]).tolist() for side in ("layer_S", "layer_T"))
+        assert [begun[layer] for layer in ours] == theirs
+    assert matches or "layers" not in recipe["student"] or isinstance(recipe["teacher"], list)
+
+
+# --- The others -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

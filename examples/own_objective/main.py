@@ -1,0 +1,125 @@
+"""An objective of one's own: each sentence's teacher is trusted as far as it is right.
+
+    python main.py TEACHER --train FILE --eval FILE
+
+TEACHER is a folder with a classifier of sentences and its ``tokenizer.json``; the files have the
+columns ``sentence`` and ``label``.
+"""
+
+import argparse
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from tokenizers import Tokenizer
+
+from jaxbrewer import DistillationConfig, GeneralDistiller, TrainingConfig
+from jaxbrewer.data import bucket_by_length
+from jaxbrewer.data.tables import read_rows
+from jaxbrewer.evaluation import Accuracy, Agreement
+from jaxbrewer.schedulers import get_linear_schedule_with_warmup
+from jaxbrewer.zoo import adaptor, from_config, from_pretrained, init_from_layers, suggest_matches
+
+TASK = "sequence-classification"
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("teacher", help="a folder with a classifier and its tokenizer.json")
+    parser.add_argument("--train", required=True, help="a tsv file: sentence, label")
+    parser.add_argument("--eval", required=True, help="likewise, to measure on")
+    parser.add_argument("--max-examples", type=int, help="rows of each file, the first")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--out", default="out/main")
+    return parser.parse_args(argv)
+
+
+def examples(path: str, tokenizer: Tokenizer, most: int | None) -> dict[str, list[Any]]:
+    """The columns that the models take, and the label of each sentence."""
+    rows = read_rows(path, most=most)
+    encodings = tokenizer.encode_batch([row["sentence"] for row in rows])
+    return {
+        "input_ids": [encoding.ids for encoding in encodings],
+        "attention_mask": [encoding.attention_mask for encoding in encodings],
+        "labels": [int(row["label"]) for row in rows],
+    }
+
+
+class AsFarAsRight(GeneralDistiller):
+    """Of each sentence, the teacher's logits as far as it is right, and the label as far as it is wrong.
+
+    ``trust · KD + (1 − trust) · cross-entropy``, where trust is the teacher's probability of the label.
+    """
+
+    def compute_loss(self, results_S: Any, results_T: Any, project: Any, weights: Any) -> Any:
+        (logits_S,), (logits_T,) = results_S["logits"], results_T["logits"]  # [batch, classes]
+        (labels,) = results_S["labels"]  # [batch]
+        right = jnp.take_along_axis(jax.nn.softmax(logits_T), labels[:, None], axis=1)[:, 0]
+        temperature = self.d_config.temperature
+        soft = jax.nn.softmax(logits_T / temperature)
+        kd = optax.softmax_cross_entropy(logits_S / temperature, soft)
+        hard = optax.softmax_cross_entropy_with_integer_labels(logits_S, labels)
+        mine = jnp.mean(right * kd + (1 - right) * hard)
+        # What the config says, but for its KD loss, whose weight there is 0: the matches.
+        base = super().compute_loss(results_S, results_T, project, weights)
+        terms = {"trust": right.mean(), "mine": mine}  # these are logged
+        return base.total + mine, {**base.terms, **terms}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Runs the example; returns what it prints."""
+    args = arguments(argv)
+    teacher = from_pretrained(args.teacher, TASK, output_hidden_states=True)
+    layers = range(1, teacher.config.num_hidden_layers, 2)  # of six layers 1, 3 and 5
+    config = teacher.config.replace(num_hidden_layers=len(layers))
+    student = init_from_layers(from_config(config, TASK, rngs=nnx.Rngs(0)), teacher, layers)
+
+    tokenizer = Tokenizer.from_file(str(Path(args.teacher) / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(64)
+    train, dev = (
+        bucket_by_length(examples(path, tokenizer, args.max_examples), 32, shuffle=shuffle)
+        for path, shuffle in ((args.train, True), (args.eval, False))
+    )
+    steps = args.epochs * len(train)
+
+    distiller = AsFarAsRight(
+        TrainingConfig(
+            output_dir=args.out,
+            log_dir=f"{args.out}/log",
+            device=jax.default_backend(),
+            max_to_keep=1,
+        ),
+        DistillationConfig(
+            temperature=8,
+            kd_loss_weight=0,  # AsFarAsRight has its own
+            intermediate_matches=suggest_matches(teacher.config, student.config),
+        ),
+        teacher,
+        student,
+        adaptor(TASK),
+        adaptor(TASK),
+    )
+    with distiller:
+        distiller.train(
+            functools.partial(optax.adamw, learning_rate=1e-4, weight_decay=0.01),
+            train,
+            num_epochs=args.epochs,
+            scheduler_class=get_linear_schedule_with_warmup,
+            scheduler_args={"num_warmup_steps": steps // 10, "num_training_steps": steps},
+            eval_loader=dev,
+            metrics=[Accuracy(), Agreement()],
+        )
+    found = distiller.evaluate(dev, [Accuracy(), Agreement()])
+    student.save_pretrained(f"{args.out}/student")
+    print(f"{args.out}/student: {found}")
+    return found
+
+
+if __name__ == "__main__":
+    main()
