@@ -1,6 +1,9 @@
 """Knowledge distillation for NLP on JAX, with TextBrewer's configs and numbers."""
 
-from . import data, data_utils, evaluation, presets, schedulers, testing, utils, zoo
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import data, data_utils, evaluation, presets, schedulers, testing, utils
 from .configurations.configs import DistillationConfig, IntermediateMatch, TrainingConfig
 from .distillers.classes import (
     BasicDistiller,
@@ -26,10 +29,13 @@ from .presets import (
     WEIGHT_SCHEDULER,
     register_new,
 )
-from .recipes import predict, run_recipe
 from .training.loop import CallbackResult
 from .training.stored import export_hf, load_student
 from .utils import decay_mask
+
+if TYPE_CHECKING:
+    from . import zoo
+    from .recipes import predict, run_recipe
 
 __version__ = "0.2.0"
 
@@ -83,3 +89,17 @@ __all__ = [
     "utils",
     "zoo",
 ]
+
+_WINGS = {"zoo": "zoo", "predict": "recipes", "run_recipe": "recipes"}  # name → what it comes from
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the zoo, or what runs recipes, once it is asked for: the engine stands without them."""
+    if name not in _WINGS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_WINGS[name]}", __name__)
+    return module if name == _WINGS[name] else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WINGS})

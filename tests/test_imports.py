@@ -246,6 +246,17 @@ def test_importing_brings_no_torch():
     assert run.stdout.strip() == "set()"
 
 
+def test_importing_brings_what_trains_and_no_more():
+    """The zoo, what runs recipes, and Orbax are imported once they are used."""
+    late = {"orbax", "jaxbrewer.zoo", "jaxbrewer.recipes"}
+    block = f"import sys, jaxbrewer; print({late} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
+    assert {"zoo", "run_recipe", "predict"} <= set(dir(jaxbrewer))
+    with pytest.raises(AttributeError, match="no attribute 'zoe'"):
+        jaxbrewer.zoe  # noqa: B018
+
+
 def test_public_names_are_there():
     assert len(set(jaxbrewer.__all__)) == len(jaxbrewer.__all__)
     for name in jaxbrewer.__all__:

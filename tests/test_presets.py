@@ -33,6 +33,7 @@ OURS: dict[str, set[str]] = {
         "infonce",
     },
     "weight_scheduler": {"step", "linear", "cosine"},
+    "keys": {"embedding", "query", "key", "value", "losses_mask", "sample_weight"},
     "features": {"embedding", "query", "key", "value"},
 }
 
@@ -61,11 +62,11 @@ def test_the_tables_hold_textbrewers_names():
             assert callable(MAPS[name][key])
             if "_" in function.__name__ and name in ("kd_loss", "match_Loss", "weight_scheduler"):
                 assert MAPS[name][key].__name__ == function.__name__
-    for ours, theirs in (
-        (presets.FEATURES, reference.FEATURES),
-        (presets.ADAPTOR_KEYS, reference.ADAPTOR_KEYS),
+    for kind, ours, theirs in (
+        ("features", presets.FEATURES, reference.FEATURES),
+        ("keys", presets.ADAPTOR_KEYS, reference.ADAPTOR_KEYS),
     ):
-        assert [name for name in ours if name not in OURS["features"]] == theirs
+        assert [name for name in ours if name not in OURS[kind]] == theirs
 
 
 @pytest.mark.parametrize("map_name", MAPS)

@@ -1,24 +1,32 @@
 """Orbax, which nothing else here knows: items of a checkpoint written in the background, and read."""
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Importing Orbax puts a handler on the root logger, after which a user's logging.basicConfig would
-# do nothing, in silence.
-_handlers = logging.root.handlers[:]
-import orbax.checkpoint as ocp  # noqa: E402
-
-logging.root.handlers[:] = _handlers
-
-from ..errors import CheckpointError, told  # noqa: E402
-from ..machine.barrier import Barrier  # noqa: E402
-from .folders import damaged  # noqa: E402
+from ..errors import CheckpointError, told
+from ..machine.barrier import Barrier
+from .folders import damaged
 
 POSITION = "position"
+
+
+@functools.cache
+def _orbax() -> Any:
+    """Orbax, which takes half a second to import, once there is a checkpoint to write or to read.
+
+    Importing it puts a handler on the root logger, after which a user's logging.basicConfig would do
+    nothing, in silence; so that is taken off again.
+    """
+    handlers = logging.root.handlers[:]
+    import orbax.checkpoint
+
+    logging.root.handlers[:] = handlers
+    return orbax.checkpoint
 
 
 class Writer:
@@ -30,13 +38,15 @@ class Writer:
 
     def __init__(self, barrier: Barrier | None):
         _quieten()
+        ocp = _orbax()
         self._checkpointer = ocp.AsyncCheckpointer(
             _handler(), async_options=ocp.options.AsyncOptions(barrier_sync_fn=barrier)
         )
 
     def write(self, path: Path, items: Mapping[str, Any], position: Mapping[str, Any]) -> None:
         """Starts to write a checkpoint; returns once its arrays are copied."""
-        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        ocp = _orbax()
+        args: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         args[POSITION] = ocp.args.JsonSave(position)
         self._checkpointer.save(path, args=ocp.args.Composite(**args))
 
@@ -73,7 +83,8 @@ def _quieten() -> None:
     logging.getLogger("absl").addFilter(_QUIET)  # Orbax logs by it; added twice, it counts once
 
 
-def _handler() -> ocp.CompositeCheckpointHandler:
+def _handler() -> Any:
+    ocp = _orbax()
     return ocp.CompositeCheckpointHandler(
         student=ocp.StandardCheckpointHandler(),
         projections=ocp.StandardCheckpointHandler(),
@@ -83,10 +94,10 @@ def _handler() -> ocp.CompositeCheckpointHandler:
 
 
 @contextlib.contextmanager
-def _reader(path: Path) -> Iterator[ocp.Checkpointer]:
+def _reader(path: Path) -> Iterator[Any]:
     """Opens a checkpoint; whatever goes wrong with the files is one kind of error."""
     _quieten()
-    checkpointer = ocp.Checkpointer(_handler())
+    checkpointer = _orbax().Checkpointer(_handler())
     try:
         yield checkpointer
     except (CheckpointError, MemoryError):
@@ -103,6 +114,7 @@ def read_items(path: Path, **targets: Any) -> dict[str, Any]:
     Raises:
         DamagedCheckpointError: they cannot be read.
     """
+    ocp = _orbax()
     args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
     with _reader(path) as checkpointer:
         return dict(checkpointer.restore(path, args=ocp.args.Composite(**args)))
@@ -116,6 +128,7 @@ def read_json_item(path: Path) -> Any:
     """
     try:
         with _reader(path) as checkpointer:
+            ocp = _orbax()
             args = ocp.args.Composite(**{POSITION: ocp.args.JsonRestore()})
             return checkpointer.restore(path, args=args)[POSITION]
     except RecursionError as error:

@@ -275,7 +275,7 @@ def test_text_forms():
     assert "temperature_scheduler: ['flsw', 1, 2.5]" in text
     assert "proj: ['linear', 384, 768]" in text
     assert "layer_T: [0, 0], layer_S: [0, 0]" in text
-    assert str(TrainingConfig(log_dir="runs")).count("\n") == 19
+    assert str(TrainingConfig(log_dir="runs")).count("\n") == 20
     config = TrainingConfig.from_dict(TRAINING)
     assert eval(repr(config)) == config
     config = DistillationConfig.from_dict(DISTILLATION)
