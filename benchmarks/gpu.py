@@ -29,7 +29,6 @@ TIMED = ["--rounds", "7", "--steps", "10"]
 
 # The name of a part → its script and arguments, the most important first.
 PARTS: dict[str, list[str]] = {
-    "same_bits": ["same_bits.py", "--batch", "32"],
     "against_T3": ["against_textbrewer.py", "--students", "T3", *AGAINST],
     "against_T4-tiny": ["against_textbrewer.py", "--students", "T4-tiny", *AGAINST],
     "roofline": ["roofline.py", "--students", "T3", "--batch", "128", *HALF, "--level", "O2", *TIMED],
@@ -40,6 +39,7 @@ PARTS: dict[str, list[str]] = {
     "cache": ["cache.py", "--batch", "32", "--ways", "memory float16", "disk float16", *HALF, "--level", "O2",
               "--rounds", "5", "--steps", "6"],
     "buckets": ["buckets.py", "--batch", "32", *HALF, "--level", "O2", "--steps", "6"],
+    "same_bits": ["same_bits.py", "--batch", "32"],
     "same_bits_free": ["same_bits.py", "--batch", "32", "--only", "repeat", "--free"],
     "durability": ["durability.py", "--batch", "32", "--saves", "3", *TIMED],
     "against_float32": ["against_textbrewer.py", "--students", "T3", "--batch", "32", *TIMED, "--lead", "3"],

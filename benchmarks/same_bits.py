@@ -71,12 +71,15 @@ def agree(args: argparse.Namespace, level: str) -> harness.Row:
     losses = {}
     with jax.default_matmul_precision("highest"):
         for device in ("cpu", args.device):
-            distiller = workloads.jax_distiller(work, device=device, **precision(args, level))
-            step = workloads.JaxStep(distiller, batches(args, work)[0])
             losses[device] = []
-            for _ in range(3):
-                step.run(1)
-                losses[device].append(np.asarray(step.metrics)[0])
+            with jax.default_device(jax.devices(device)[0]):
+                distiller = workloads.jax_distiller(work, device=device, **precision(args, level))
+                step = workloads.JaxStep(distiller, batches(args, work)[0])
+                for _ in range(3):
+                    step.run(1)
+                    losses[device].append(np.asarray(step.metrics)[0])
+            if step.metrics.devices() != {jax.devices(device)[0]}:
+                raise RuntimeError(f"the step ran on {step.metrics.devices()}, not on the {device}")
     ours, there = (np.asarray(losses[device], np.float64) for device in ("cpu", args.device))
     gap = np.max(np.abs(there / ours - 1))
     return {"largest relative gap": float(gap)}
