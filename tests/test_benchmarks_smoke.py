@@ -376,3 +376,9 @@ def test_the_recipes_of_a_study_can_be_read(study):
     without = {run.way for run, recipe in made.items() if "distillation" not in recipe}
     assert without == {"teacher", "alone", "labels"}
     assert {study.each.rows_of(run, settings) for run in made} == {96}
+
+
+def test_exact(run):
+    (row,) = run("exact")["rows"]
+    assert row["means ms"] > 0
+    assert row["exact ms"] > 0

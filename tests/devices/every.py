@@ -1,5 +1,7 @@
 """A small job of every distiller, dropout on, with padding in its batches."""
 
+import optax
+
 import jaxbrewer
 from jaxbrewer import MultiTaskDistiller, TrainingConfig
 
@@ -75,6 +77,17 @@ JOBS = {
         c, distillation(), teacher(), student(), nnx_job.adaptor, nnx_job.adaptor, EMD
     ),
 }
+
+
+def by_example(c):
+    """Its accumulation can be exact: the adaptor gives each example's loss."""
+
+    def adaptor(batch, outputs):
+        each = optax.softmax_cross_entropy_with_integer_labels(outputs["logits"], batch["labels"])
+        return nnx_job.adaptor(batch, outputs) | {"losses": each}
+
+    plan = distillation(intermediate_matches=HIDDEN)
+    return jaxbrewer.GeneralDistiller(c, plan, teacher(), student(), adaptor, adaptor)
 
 
 def train(distiller, loader, **options):

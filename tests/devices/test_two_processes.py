@@ -122,6 +122,14 @@ def test_other_ways_of_training(name, folder, tmp_path):
     assert_close(weights(folder, name), wanted)
 
 
+def test_exact_accumulation_over_the_processes(folder, tmp_path):
+    """Each process has half of each micro-batch, of other lengths than the other's."""
+    config = every.config(tmp_path, **two_processes.EXACT)
+    distiller = every.by_example(config)
+    every.train(distiller, every.batches(4))
+    assert_close(weights(folder, "exact"), nnx_job.weights(distiller.model_S))
+
+
 def test_pmap_averages_over_the_processes(folder, tmp_path):
     loader = [*every.batches(2), *every.batches(1, size=13, seed=3)]
     distiller = two_processes.trainer(every.config(tmp_path))

@@ -109,6 +109,15 @@ def sharded(rank, config):
     return distiller
 
 
+EXACT = {"gradient_accumulation_steps": 2, "gradient_accumulation": "exact"}
+
+
+def exact(rank, config):
+    distiller = every.by_example(config(**EXACT))
+    every.train(distiller, parts(rank, every.batches(4)))
+    return distiller
+
+
 def cached(rank, config):
     distiller = jaxbrewer.BasicDistiller(
         config(),
@@ -326,6 +335,7 @@ SCENARIOS = [
     tasks,
     pmapped,
     sharded,
+    exact,
     cached,
     uninterrupted,
     interrupted,
