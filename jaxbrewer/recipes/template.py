@@ -42,6 +42,7 @@ log_dir = "out/log"     # tensorboard files
 device = "{device}"
 max_to_keep = 2
 # gradient_accumulation_steps = 2
+# gradient_accumulation = "exact"   # as one batch, whatever padding falls where
 # fp16 = true           # half precision by fp16_opt_level, "O1" or "O2"
 
 # TextBrewer's DistillationConfig, or its JSON likewise.
