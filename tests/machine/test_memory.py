@@ -29,7 +29,7 @@ run = jax.jit(lambda x: jnp.sin(jnp.outer(numbers, numbers) * x) @ numbers @ num
 run = run.lower(1.0).compile()
 assert run.memory_analysis().temp_size_in_bytes >= {4 * WIDTH**2}
 with kept_memory("cpu"):
-    print(*(faults() for _ in range(8)))
+    print(*(faults() for _ in range(24)))
 print(*(faults() for _ in range(3)))
 """
 PAGES = 4 * WIDTH**2 // os.sysconf("SC_PAGE_SIZE")
