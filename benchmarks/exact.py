@@ -17,7 +17,9 @@ import workloads
 class Windows:
     """The optimizer steps of a distiller, each of some micro-batches, without its loop."""
 
-    def __init__(self, work: workloads.Work, batches: list[Any], device: str, mode: str):
+    def __init__(
+        self, work: workloads.Work, batches: list[Any], device: str, mode: str, folder: str
+    ):
         import jax
 
         from jaxbrewer.machine.devices import resolve_device
@@ -25,11 +27,10 @@ class Windows:
         from jaxbrewer.preflight import prepare
         from jaxbrewer.zoo import adaptor
 
-        self._folder = tempfile.TemporaryDirectory()
         distiller = workloads.jax_distiller(
             work,
             device=device,
-            output_dir=self._folder.name,
+            output_dir=folder,
             gradient_accumulation_steps=len(batches),
             gradient_accumulation=mode,
         )
@@ -84,8 +85,14 @@ def main() -> None:
         )
         for seed in range(args.accumulation)
     ]
-    programs = {mode: Windows(work, batches, args.device, mode).run for mode in ("means", "exact")}
-    timings = harness.take_turns(programs, rounds=args.rounds, steps=args.steps, warmup=args.warmup)
+    with tempfile.TemporaryDirectory() as folder:
+        programs = {
+            mode: Windows(work, batches, args.device, mode, folder).run
+            for mode in ("means", "exact")
+        }
+        timings = harness.take_turns(
+            programs, rounds=args.rounds, steps=args.steps, warmup=args.warmup
+        )
     middle, low, high = timings["means"].faster_than(timings["exact"])
     row = {
         "student": args.student,

@@ -26,8 +26,8 @@ class Task:
         kind: the recipe's task.
         train, held_out: files.
         columns: the recipe's ``text`` and ``label``, where they are not the usual ones.
-        max_length: tokens; TextBrewer's batches are padded to it.
-        buckets: lengths that jaxbrewer's batches are padded to; few, since each is compiled.
+        max_length: tokens at most.
+        buckets: lengths that batches are padded to; few, since jaxbrewer compiles each.
         rows: the first ones, which are trained on; whole batches, or the last would be compiled too.
     """
 
@@ -326,35 +326,31 @@ def _begin_students(run: Run, settings: Settings) -> None:
 # ------------------------------------------------------------------------------------- TextBrewer
 
 
-class FixedLength:
-    """A loader's batches as torch's tensors, padded to one length; each pass is the next epoch."""
+class TorchBatches:
+    """A loader's batches as torch's tensors; each pass is the next epoch."""
 
-    def __init__(self, loader: Any, length: int):
-        self._loader, self._length, self._epoch = loader, length, 0
+    def __init__(self, loader: Any):
+        self._loader, self._epoch = loader, 0
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        import torch
+
         self._loader.set_epoch(self._epoch)
         self._epoch += 1
         for batch in self._loader:
-            yield {name: self._padded(name, np.asarray(values)) for name, values in batch.items()}
-
-    def _padded(self, name: str, values: np.ndarray) -> Any:
-        import torch
-
-        if values.ndim == 2:
-            fill = -100 if name == "labels" else 0
-            more = ((0, 0), (0, self._length - values.shape[1]))
-            values = np.pad(values, more, constant_values=fill)
-        return torch.as_tensor(values.astype(np.int64))
+            yield {
+                name: torch.as_tensor(np.asarray(values).astype(np.int64))
+                for name, values in batch.items()
+            }
 
 
 def _by_textbrewer(run: Run, settings: Settings) -> list[Any]:
     """Trains by TextBrewer on transformers' models: the same beginning, batches, losses and rates.
 
-    Its batches are jaxbrewer's, with their order, padded to one length, as its users pad them.
+    Its batches are jaxbrewer's, in their order.
     """
     import textbrewer
     import torch
@@ -397,7 +393,7 @@ def _by_textbrewer(run: Run, settings: Settings) -> list[Any]:
     with distiller:
         distiller.train(
             optimizer,
-            FixedLength(job.train, task.max_length),
+            TorchBatches(job.train),
             num_epochs=settings.epochs,
             scheduler_class=transformers.get_linear_schedule_with_warmup,
             scheduler_args={"num_warmup_steps": round(total * 0.1), "num_training_steps": total},
@@ -432,8 +428,8 @@ def _torch_predictions(model: Any, name: str, settings: Settings) -> list[Any]:
     loader, firsts, order = _held_out_loader(
         name, settings, settings.beginning(Run(name, "alone", 1))
     )
-    logits = torch_logits(model, loader, TASKS[name].max_length)
-    best = dict(zip(order, logits.argmax(-1), strict=True))
+    logits = torch_logits(model, loader)
+    best = {row: each.argmax(-1) for row, each in zip(order, logits, strict=True)}
     if firsts is None:
         return [int(best[i]) for i in range(len(order))]
     names = model.config.id2label
@@ -447,16 +443,18 @@ def _torch_predictions(model: Any, name: str, settings: Settings) -> list[Any]:
     return found
 
 
-def torch_logits(model: Any, loader: Any, length: int) -> np.ndarray:
-    """The logits of a loader's rows in its order, in batches padded to one length."""
+def torch_logits(model: Any, loader: Any) -> list[np.ndarray]:
+    """The logits of each of a loader's rows in its order, at its batch's length where it has tags."""
     import torch
 
-    device, found = model.device, []
+    found: list[np.ndarray] = []
     with torch.no_grad():
-        for batch in FixedLength(loader, length):
-            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-            found.append(model(**inputs).logits.cpu().numpy())
-    return np.concatenate(found)
+        for batch in TorchBatches(loader):
+            inputs = {
+                name: value.to(model.device) for name, value in batch.items() if name != "labels"
+            }
+            found.extend(model(**inputs).logits.cpu().numpy())
+    return found
 
 
 # ---------------------------------------------------------------------------------- held-out rows
@@ -522,9 +520,8 @@ def _speeds(run: Run, settings: Settings) -> dict[str, float]:
                 continue
             folder = settings.student(of)
             loader, _, order = _held_out_loader(name, settings, settings.beginning(of))
-            ask = (_asking_torch if run.engine == TEXTBREWER else _asking_jaxbrewer)(
-                folder, TASKS[name], loader, settings
-            )
+            asking = _asking_torch if run.engine == TEXTBREWER else _asking_jaxbrewer
+            ask = asking(folder, TASKS[name], loader, settings)
             found[f"{name} {what}"] = len(order) / _seconds(ask)
     return found
 
@@ -542,7 +539,7 @@ def _asking_jaxbrewer(
 
 def _asking_torch(folder: Path, task: Task, loader: Any, settings: Settings) -> Callable[[], Any]:
     model = torch_model(folder, task, torch_device(settings)).eval()
-    return lambda: torch_logits(model, loader, task.max_length)
+    return lambda: torch_logits(model, loader)
 
 
 def _seconds(ask: Callable[[], Any], times: int = 3) -> float:
