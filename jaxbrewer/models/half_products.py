@@ -20,6 +20,13 @@ from ..errors import PrecisionError
 Half: TypeAlias = Any
 """``jnp.bfloat16`` or ``jnp.float16``."""
 
+products_half = jax.make_user_context(None)
+"""The half type's name where a function is traced whose products will be in it (`in_half`), else None.
+
+It is for functions that choose a kernel by the type of their inputs. What JAX keeps of a traced
+function is kept apart by it.
+"""
+
 
 class _How(NamedTuple):
     """The half type, and whether products get its values in float32."""
@@ -86,7 +93,8 @@ def in_half(
         outline: list[Any] = []
 
         def plain(*leaves: Any) -> list[Any]:
-            arrays, shape = _part(function(*jax.tree.unflatten(structure, leaves)))
+            with products_half(jnp.dtype(half).name):
+                arrays, shape = _part(function(*jax.tree.unflatten(structure, leaves)))
             outline[:] = [shape]
             return arrays
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import export
 from jaxtyping import Array, Bool, Float, Num
 
+from jaxbrewer.models.half_products import is_half, products_half
 from jaxbrewer.zoo.dropout import Dropout
 
 # What the reported scores of hidden keys are lowered by; small enough for float16 to hold.
@@ -80,8 +81,9 @@ def attend(
     lowered by 10000 at hidden ones. These are what the models in TextBrewer's examples return and
     what its attention losses are made for: the losses zero such entries, or a softmax does.
 
-    Compiled for NVIDIA GPUs in half precision, with neither dropout nor a report, cuDNN's kernel does
-    it without keeping the scores, where neither scale nor bias is given (`cudnn_takes`).
+    Compiled for NVIDIA GPUs in half precision, or with products that will be (O1), and with neither
+    dropout nor a report, cuDNN's kernel does it without keeping the scores, where neither scale nor
+    bias is given (`cudnn_takes`).
     """
     plain = scale is None and bias is None and reported is None and not dropout.is_active
     if plain and cudnn_takes(query):
@@ -129,18 +131,23 @@ def _plain(
 
 
 def cudnn_takes(query: Float[Array, "batch length heads width"]) -> bool:
-    """Whether cuDNN attends in the query's type, width and length, where this is compiled for a GPU.
+    """Whether cuDNN attends in the products' type, width and length, where this is compiled for a GPU.
 
-    It wants a half type, a compute capability of 8.0 or more, heads whose width is a multiple of 8
-    up to 128, and an even number of positions; and sizes that are known, which those of a program to
-    be exported are not. A process without GPUs compiles for ones that are new enough.
+    It wants a half type (that of the query, or of products at O1), a compute capability of 8.0 or
+    more, heads whose width is a multiple of 8 up to 128, and an even number of positions; and sizes
+    that are known, which those of a program to be exported are not. A process without GPUs compiles
+    for ones that are new enough.
     """
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    if not half or any(map(export.is_symbolic_dim, query.shape)):
+    if _half(query) is None or any(map(export.is_symbolic_dim, query.shape)):
         return False
     if query.shape[-1] % 8 or query.shape[-1] > 128 or query.shape[1] % 2:
         return False
     return _has_cudnn() and all(map(_is_new_enough, _gpus()))
+
+
+def _half(query: Array) -> Any:
+    """The half type that products of the query are in; None where they are in no half type."""
+    return query.dtype if is_half(query) else products_half.value
 
 
 @functools.cache
@@ -172,4 +179,8 @@ def _by_cudnn(
 ) -> Float[Array, "batch length heads width"]:
     if visible is not None:  # the kernel wants the lengths written out
         visible = jnp.broadcast_to(visible, (query.shape[0], 1, query.shape[1], key.shape[1]))
-    return jax.nn.dot_product_attention(query, key, value, mask=visible, implementation="cudnn")
+    queries, keys, values = (x.astype(_half(query)) for x in (query, key, value))
+    attended = jax.nn.dot_product_attention(
+        queries, keys, values, mask=visible, implementation="cudnn"
+    )
+    return attended.astype(query.dtype)

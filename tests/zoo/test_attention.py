@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import jaxbrewer.zoo as zoo
+from jaxbrewer.models.half_products import in_half
 from jaxbrewer.models.nnx_model import NNXModel
 from jaxbrewer.zoo import attention
 from jaxbrewer.zoo.attention import attend, cudnn_takes
@@ -114,6 +115,25 @@ def test_the_kernel_does_not_depend_on_the_default_device(monkeypatch):
     assert not cudnn_takes(HEADS)
 
 
+def test_the_kernel_fits_where_products_will_be_in_half(monkeypatch):
+    """At O1, where the heads are float32; what JAX has traced elsewhere does not count."""
+    monkeypatch.setattr(attention, "_has_cudnn", lambda: True)
+    monkeypatch.setattr(attention, "_by_cudnn", lambda query, *others: query)
+    wide = jnp.ones((2, 6, 3, 64))
+    took = []
+
+    @jax.jit
+    def attended(heads):
+        took.append(cudnn_takes(heads))
+        return attend(heads, heads, heads, None, OFF)[0]
+
+    attended(wide)
+    at_o1 = in_half(attended, jnp.bfloat16, emulated=True)
+    attended(wide)
+    np.testing.assert_allclose(at_o1(wide), 1, rtol=2**-8)
+    assert took == [False, True]
+
+
 def test_there_is_no_kernel_without_cudnn(monkeypatch):
     def not_there(*inputs):
         raise RuntimeError("cuDNN is not detected.")
@@ -140,14 +160,18 @@ def test_what_is_exported_is_written_out_where_a_size_is_not_known(sizes, monkey
 
 @pytest.mark.skipif(not attention._has_cudnn(), reason="JAX's CUDA plugin is not installed")
 @pytest.mark.parametrize("differentiated", [False, True])
-def test_it_is_lowered_for_gpus_without_one(differentiated):
+@pytest.mark.parametrize("at_o1", [False, True])
+def test_it_is_lowered_for_gpus_without_one(differentiated, at_o1):
     def attended(*qkv):
         return attend(*qkv, None, OFF)[0]
 
     def total(*qkv):
         return jnp.sum(attended(*qkv), dtype=jnp.float32)
 
-    traced = jax.jit(jax.grad(total) if differentiated else attended).trace(HEADS, HEADS, HEADS)
+    run = jax.grad(in_half(total, jnp.bfloat16) if at_o1 else total) if differentiated else attended
+    run = in_half(run, jnp.bfloat16) if at_o1 and not differentiated else run
+    heads = jax.ShapeDtypeStruct(HEADS.shape, jnp.float32) if at_o1 else HEADS
+    traced = jax.jit(run).trace(heads, heads, heads)
     for platform, kernels in (("cpu", 0), ("tpu", 0), ("cuda", 1 + differentiated)):
         program = traced.lower(lowering_platforms=(platform,)).as_text()
         assert program.count("@__cudnn$fmha") == kernels, platform
