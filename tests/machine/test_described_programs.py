@@ -1,8 +1,8 @@
 """A small BERT's step on TPUs and H100s that are not there: it compiles, and takes what it should.
 
 Where libtpu is installed (the extra ``tpu``), some combinations of devices, sharding and precision are
-compiled for TPUs, so that every pair of values is in one. All of them, on H100s too where JAX's CUDA
-plugin is (the extra ``cuda12``), and on virtual CPU devices::
+compiled for TPUs, so that every pair of values but for O3 is in one. All of them, on H100s too where
+JAX's CUDA plugin is (the extra ``cuda12``), and on virtual CPU devices::
 
     python -m pytest -n 0 tests/machine/test_described_programs.py --every-combination
 
@@ -42,6 +42,7 @@ DEVICES = {
     "cpu": {1: "cpu:1", 4: "cpu:4", 8: "cpu:8"},
 }
 LEVELS = ("O1", "O2", "O3")
+SHARDINGS = (None, "teacher", "optimizer", "all")
 KIB = 1024
 
 # KiB of scratch memory that the step may take, on any devices. On a GPU 4 MiB are what cuBLAS works in.
@@ -62,7 +63,7 @@ def combinations(kind):
     return [
         Case(kind, devices, sharding, precision)
         for devices in DEVICES[kind]
-        for sharding in ([None] if devices == 1 else [None, "teacher", "all"])
+        for sharding in ([None] if devices == 1 else SHARDINGS)
         for precision in precisions
     ]
 
@@ -106,7 +107,8 @@ def marks(kind):
 def pytest_generate_tests(metafunc):
     if "step" not in metafunc.fixturenames:
         return
-    cases = [*pairwise(combinations("tpu")), Case("cpu", 8, "all", ("O2", "bfloat16"))]
+    few = [case for case in combinations("tpu") if case.precision != ("O3", "bfloat16")]
+    cases = [*pairwise(few), Case("cpu", 8, "all", ("O2", "bfloat16"))]
     if metafunc.config.getoption("--every-combination"):
         cases = [case for kind in DEVICES for case in combinations(kind)]
     parameters = [
@@ -152,8 +154,8 @@ def adaptor(batch, outputs):
 class Step(NamedTuple):
     """A compiled step.
 
-    ``state`` and ``teacher`` are bytes, whole; ``teacher_wide`` and ``gradients`` those of the teacher and of
-    all trained weights, were they float32.
+    ``state``, ``optimizer`` (a part of it) and ``teacher`` are bytes, whole; ``teacher_wide`` and
+    ``gradients`` those of the teacher and of all trained weights, were they float32.
     """
 
     case: Case
@@ -162,6 +164,7 @@ class Step(NamedTuple):
     text: str
     leaves: int
     state: int
+    optimizer: int
     teacher: int
     teacher_wide: int
     gradients: int
@@ -212,6 +215,7 @@ def step(request, tmp_path_factory):
         compiled.as_text(),
         len(jax.tree.leaves(state)),
         size(arrays),
+        size(state.opt_state),
         size(program.teacher.variables),
         sum(4 * x.size for x in jax.tree.leaves(program.teacher.variables)),
         sum(4 * x.size for x in jax.tree.leaves(state.params)),
@@ -227,10 +231,14 @@ def test_what_is_donated_comes_out(step):
 
 def test_a_device_holds_its_part_and_no_more(step):
     case = step.case
-    state = step.state / (case.devices if case.sharding == "all" else 1)
-    teacher = step.teacher / (case.devices if case.sharding else 1)
-    assert 0.95 * (state + teacher) < step.account.arguments
-    assert step.account.arguments < 1.1 * (state + teacher) + 64 * KIB
+    cut = {
+        None: 0,
+        "teacher": step.teacher,
+        "optimizer": step.optimizer,
+        "all": step.teacher + step.state,
+    }[case.sharding]
+    held = step.teacher + step.state - cut * (1 - 1 / case.devices)
+    assert 0.95 * held < step.account.arguments < 1.1 * held + 64 * KIB
 
 
 def test_scratch_memory_is_bounded(step):
@@ -247,7 +255,12 @@ def test_what_is_sent_is_bounded(step):
     activations = 4 * ROWS * LENGTH * 256
     # A CPU turns halves to float32 before it sends them.
     teacher = step.teacher_wide if case.kind == "cpu" else step.teacher
-    cut = {None: 0, "teacher": teacher, "all": teacher + step.gradients}[case.sharding]
+    cut = {
+        None: 0,
+        "teacher": teacher,
+        "optimizer": step.gradients,
+        "all": teacher + step.gradients,
+    }[case.sharding]
     assert sizes.pop("all-gather", 0) <= 1.1 * cut + activations
     summed = sizes.pop("all-reduce", 0) + case.devices * sizes.pop("reduce-scatter", 0)
     assert 0.2 * step.gradients < summed <= 1.1 * step.gradients + activations
