@@ -13,11 +13,11 @@ import warnings
 from pathlib import Path
 
 import pytest
-from flax import nnx
 
-from jaxbrewer import zoo
 from jaxbrewer.errors import PreflightWarning
 from jaxbrewer.machine.devices import DeviceWarning
+
+from . import doc_pages
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -115,57 +115,28 @@ def test_sphinx_builds_the_pages_without_a_warning(tmp_path):
 # ------------------------------------------------------------------------------------ the snippets
 
 BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# Page → how many of its snippets say that they are not run, and why.
-SNIPPETS = {
-    "adaptor.md": 0,
-    "caching.md": 0,
-    "concepts.md": 0,
-    "extending.md": 0,
-    "from_an_api.md": 0,
-    "from_sentence_transformers.md": 0,
-    "matches.md": 0,
-    "temperature.md": 0,
-}
-
-
-def sentence_folder():
-    """A small sentence encoder of six layers, under the name that its page reads."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    config = zoo.BertConfig(
-        vocab_size=8,
-        hidden_size=8,
-        num_hidden_layers=6,
-        num_attention_heads=2,
-        intermediate_size=8,
-        max_position_embeddings=128,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    zoo.SentenceEncoder(zoo.BertModel(config, rngs=nnx.Rngs(0))).save_pretrained("all-MiniLM-L6-v2")
-    words = ["[UNK]", "the", "dog", "sleeps", "table", "plays", "on", "stage"]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save("all-MiniLM-L6-v2/tokenizer.json")
-
-
-SETUPS = {"from_sentence_transformers.md": sentence_folder}
-
-# Pages whose code needs models and data that are not there. What they say is tested where it is done
-# (of metric_writers.md the code itself, in tests/training/test_writers.py).
-NEEDS_MORE = {
-    "any_model.md",
-    "devices.md",
-    "evaluation.md",
-    "export.md",
-    "metric_writers.md",
-    "objective.md",
-    "precision.md",
-    "sentence_encoders.md",
-    "task_agnostic.md",
-    "using.md",
-}
+TORCH = pytest.mark.torch
+# Page, what its code finds there, and how many of its snippets say that they are not run, and why.
+RUN = [
+    ("adaptor.md", doc_pages.nothing, 0, ()),
+    ("any_model.md", doc_pages.any_model, 0, TORCH),
+    ("caching.md", doc_pages.nothing, 0, ()),
+    ("concepts.md", doc_pages.nothing, 0, ()),
+    ("devices.md", doc_pages.job, 2, ()),
+    ("evaluation.md", doc_pages.evaluation, 0, ()),
+    ("export.md", doc_pages.export, 0, TORCH),
+    ("extending.md", doc_pages.nothing, 0, ()),
+    ("from_an_api.md", doc_pages.nothing, 0, ()),
+    ("from_sentence_transformers.md", doc_pages.sentence_folder, 0, ()),
+    ("matches.md", doc_pages.nothing, 0, ()),
+    ("metric_writers.md", doc_pages.metric_writers, 0, ()),
+    ("objective.md", doc_pages.job, 0, ()),
+    ("precision.md", doc_pages.job, 0, ()),
+    ("sentence_encoders.md", doc_pages.sentence_encoders, 0, TORCH),
+    ("task_agnostic.md", doc_pages.task_agnostic, 0, TORCH),
+    ("temperature.md", doc_pages.nothing, 0, ()),
+    ("using.md", doc_pages.using, 0, ()),
+]
 
 
 def snippets(page):
@@ -190,12 +161,16 @@ def outcome(code, page, names):
     return " ".join(raised.split()), " ".join(printed.getvalue().split())
 
 
-@pytest.mark.parametrize("name", SNIPPETS)
-def test_the_snippets_of_a_page_run_and_do_what_it_says(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "prepared", "not_run"),
+    [pytest.param(*row[:3], marks=row[3], id=row[0]) for row in RUN],
+)
+def test_the_snippets_of_a_page_run_and_do_what_it_says(
+    name, prepared, not_run, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    if name in SETUPS:
-        SETUPS[name]()
-    page, names, left_out = DOCS / name, {}, 0
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    page, names, left_out = DOCS / name, prepared() or {}, 0
     for mark, code, how, shown in snippets(page):
         if mark.startswith("not run"):
             left_out += 1
@@ -204,9 +179,9 @@ def test_the_snippets_of_a_page_run_and_do_what_it_says(name, tmp_path, monkeypa
         wanted = " ".join(shown.split())
         assert raised == (wanted if how in ("raises", "warns") else ""), code
         assert how != "prints" or printed == wanted, code
-    assert left_out == SNIPPETS[name]
+    assert left_out == not_run
 
 
-def test_the_code_of_every_page_is_run_or_the_page_named():
+def test_the_code_of_every_page_is_run():
     pages = {page.name for page in DOCS.glob("*.md") if any(True for _ in snippets(page))}
-    assert pages == set(SNIPPETS) | NEEDS_MORE
+    assert pages == {name for name, *_ in RUN}

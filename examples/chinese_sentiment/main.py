@@ -13,7 +13,7 @@ from pathlib import Path
 from flax import nnx
 from tokenizers import BertWordPieceTokenizer
 
-from jaxbrewer.data.tables import read_rows
+from jaxbrewer.data.tables import column, read_rows
 from jaxbrewer.zoo import BertConfig, BertModel
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--out", default="out/pretrained")
     args = parser.parse_args(argv)
 
-    counts = Counter(c for row in read_rows(args.text) for c in row["text_a"].lower())
+    texts = column(read_rows(args.text), "text_a", args.text)
+    counts = Counter(character for text in texts for character in text.lower())
     frequent = [c for c, _ in counts.most_common(args.characters) if not c.isspace()]
     # A word in Latin letters, or a number, goes on in pieces: "a", "##b".
     latin = [f"##{c}" for c in frequent if c.isascii() and c.isalnum()]

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from jaxbrewer import DistillationConfig, GeneralDistiller, TrainingConfig
 from jaxbrewer.data import bucket_by_length
-from jaxbrewer.data.tables import read_rows
+from jaxbrewer.data.tables import column, read_rows
 from jaxbrewer.evaluation import Accuracy, Agreement
 from jaxbrewer.schedulers import get_linear_schedule_with_warmup
 from jaxbrewer.zoo import adaptor, from_pretrained
@@ -43,11 +43,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def examples(path: str, tokenizer: Tokenizer, most: int | None) -> dict[str, list[Any]]:
     """The columns that the models take, and the label of each sentence."""
     rows = read_rows(path, most=most)
-    encodings = tokenizer.encode_batch([row["sentence"] for row in rows])
+    encodings = tokenizer.encode_batch(column(rows, "sentence", path))
     return {
         "input_ids": [encoding.ids for encoding in encodings],
         "attention_mask": [encoding.attention_mask for encoding in encodings],
-        "labels": [int(row["label"]) for row in rows],
+        "labels": [int(label) for label in column(rows, "label", path)],
     }
 
 

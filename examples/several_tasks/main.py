@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from jaxbrewer import DistillationConfig, MultiTaskDistiller, TrainingConfig
 from jaxbrewer.data import bucket_by_length
-from jaxbrewer.data.tables import read_rows
+from jaxbrewer.data.tables import column, read_rows
 from jaxbrewer.evaluation import Accuracy
 from jaxbrewer.schedulers import get_linear_schedule_with_warmup
 from jaxbrewer.zoo import adaptor, from_config, from_pretrained, init_from_layers
@@ -46,13 +46,13 @@ def loader(task: str, path: str, tokenizer: Tokenizer, most: int | None, shuffle
     """The batches of a task's file."""
     texts, label = COLUMNS[task]
     rows = read_rows(path, most=most)
-    given = [tuple(row[name] for name in texts) for row in rows]
+    given = [*zip(*(column(rows, name, path) for name in texts), strict=True)]
     encodings = tokenizer.encode_batch([t if len(t) > 1 else t[0] for t in given])
     columns = {
         "input_ids": [encoding.ids for encoding in encodings],
         "attention_mask": [encoding.attention_mask for encoding in encodings],
         "token_type_ids": [encoding.type_ids for encoding in encodings],
-        "labels": [int(row[label]) for row in rows],
+        "labels": [int(each) for each in column(rows, label, path)],
     }
     return bucket_by_length(columns, batch_size=32, shuffle=shuffle)
 
