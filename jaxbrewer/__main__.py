@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxbrewer import __version__
@@ -26,7 +27,7 @@ from jaxbrewer.commands.port.verdicts import Run
 from jaxbrewer.commands.report import page
 from jaxbrewer.commands.zoo_models import TASKS
 from jaxbrewer.data.tables import FORMS
-from jaxbrewer.files import UnreadableFileError
+from jaxbrewer.files import UnreadableFileError, read_json_object
 from jaxbrewer.machine.described import EXAMPLES
 from jaxbrewer.recipes.reading import Setting, setting
 from jaxbrewer.recipes.schema import TASKS as RECIPE_TASKS
@@ -185,10 +186,10 @@ def split_settings(argv: Sequence[str]) -> tuple[list[str], list[Setting]]:
         CommandError: a field without a value.
     """
     rest, settings, words = [], [], iter(argv)
-    is_training = [*argv[:1]] == ["train"]
+    fields = _fields_of(argv)
     for word in words:
         name, has_value, value = word.removeprefix("--").partition("=")
-        is_field = "." in name or (is_training and name in Recipe.__dataclass_fields__)
+        is_field = "." in name or name in fields
         if not word.startswith("--") or not is_field:
             rest.append(word)
             continue
@@ -199,10 +200,37 @@ def split_settings(argv: Sequence[str]) -> tuple[list[str], list[Setting]]:
     return rest, settings
 
 
+def _fields_of(argv: Sequence[str]) -> Collection[str]:
+    """The fields of a recipe that a command's arguments may set by their bare names.
+
+    Of ``check``, some are options too where it is given two configs.
+    """
+    fields = Recipe.__dataclass_fields__
+    command = argv[0] if argv else ""
+    if command == "train" or (command == "check" and any(map(_is_recipe, argv[1:]))):
+        return fields
+    return ()
+
+
+def _is_recipe(word: str) -> bool:
+    """Whether an argument is a recipe's file: TOML, or JSON that says a task."""
+    if word.startswith("-") or not word.endswith((".toml", ".json")):
+        return False
+    try:
+        return word.endswith(".toml") or "task" in read_json_object(Path(word))
+    except UnreadableFileError:  # which is told when it is read
+        return False
+
+
 def _add_init(add: Callable[..., Any]) -> None:
     command = add("init", "write a recipe with comments", _INIT, _run_init)
     command.add_argument("task", choices=RECIPE_TASKS, metavar="TASK", help=", ".join(RECIPE_TASKS))
-    command.add_argument("--out", default="recipe.toml", metavar="FILE", help="default recipe.toml")
+    command.add_argument(
+        "--teacher", action="store_true", help="one that trains a teacher on labels"
+    )
+    command.add_argument(
+        "--out", metavar="FILE", help="default recipe.toml, or teacher.toml of a teacher"
+    )
 
 
 def _add_train(add: Callable[..., Any]) -> None:
@@ -369,7 +397,7 @@ def _integer(text: str, low: int) -> int:
 
 
 def _run_init(options: argparse.Namespace) -> int:
-    return recipes.init(options.task, options.out)
+    return recipes.init(options.task, options.out, teacher=options.teacher)
 
 
 def _run_train(options: argparse.Namespace) -> int:

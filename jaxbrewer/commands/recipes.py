@@ -55,6 +55,9 @@ def check(recipe: str, settings: Sequence[Setting], *, on: str | None) -> int:
             report = distiller.check(max(job.train, key=_tokens), jobs.optimizer_of(read), on=on)
     say(report)
     say(f"\ntrain: {job.train!r}")
+    if job.labels is not None and job.labels.names:
+        named = ", ".join(f"{i} {name!r}" for i, name in enumerate(job.labels.names))
+        say(f"  classes: {named}")
     shapes = ", ".join(f"{size} × {length}" for size, length in job.train.shapes)
     say(f"  compiled for {shapes}; the figures above are of the largest")
     if job.eval is not None:
@@ -71,18 +74,20 @@ def _tokens(batch: Mapping[str, Any]) -> int:
     return batch.get("student", batch)["input_ids"].size
 
 
-def init(task: str, out: str) -> int:
+def init(task: str, out: str | None, *, teacher: bool) -> int:
     """Writes a recipe with comments; see the command's help.
 
     Raises:
         CommandError: the file is there already, or cannot be written.
     """
+    out = out or ("teacher.toml" if teacher else "recipe.toml")
     path = Path(out)
     if path.exists():
         raise CommandError(f"{out} is there already; name another file by --out, or remove it")
     try:
         with replacing(path) as file:
-            text = template(task, file=path.name, device=jax.default_backend())
+            device = jax.default_backend()
+            text = template(task, file=path.name, device=device, teacher=teacher)
             file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise CommandError(f"{out} cannot be written: {error}") from error

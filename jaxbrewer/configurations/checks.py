@@ -219,6 +219,8 @@ def optional(check: Check) -> Check:
             return None
         try:
             return check(value)
+        except ConfigError:  # what is wrong within it
+            raise
         except ValueError as error:
             raise ValueError(f"{error}, or None") from None
 

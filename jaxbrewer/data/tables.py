@@ -110,12 +110,19 @@ def column(rows: Sequence[Mapping[str, Any]], name: str, path: object) -> list[A
     """
     for i, row in enumerate(rows):
         if row.get(name) is None:
+            if name in row:
+                raise ValueError(f"{path}: row {i + 1} has nothing in its column {name!r}")
             raise ValueError(
-                f"{path}: row {i + 1} has no column {name!r}: {suggest(name, row)}"
-                if name not in row
-                else f"{path}: row {i + 1} has nothing in its column {name!r}"
+                f"{path}: row {i + 1} has no column {name!r}: {_other_form(row) or suggest(name, row)}"
             )
     return [row[name] for row in rows]
+
+
+def _other_form(row: Mapping[str, Any]) -> str | None:
+    """The form that a file seems to be in, if its only column looks like several."""
+    (only,) = row if len(row) == 1 else ("",)
+    form = "tsv" if "\t" in only else "csv" if "," in only else None
+    return form and f"its only column is {only!r}; if it is {form}, say so: form = {form!r}"
 
 
 # ---------------------------------------------------------------------------------------- readers

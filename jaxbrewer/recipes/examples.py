@@ -48,7 +48,10 @@ class Labels:
         number = _number(value)
         if number is None or number != int(number) or not 0 <= number < self.count:
             known = self.names or [str(i) for i in range(min(self.count, 20))]
-            raise ValueError(f"{where}: the label {value!r} is no class: {suggest(value, known)}")
+            raise ValueError(
+                f"{where}: the label {value!r} is no class: {suggest(value, known)}. "
+                "data.labels names the classes in order, where they are the same by other names"
+            )
         return int(number)
 
 

@@ -32,7 +32,9 @@ def folder_problem(folder: str) -> str | None:
             )
         return None
     if not config_file(folder).is_file():
-        return f"{folder} has no config.json, so it is no folder of a model"
+        within = Path(folder) / "student"
+        there = f"; {within} is one" if config_file(within).is_file() else ""
+        return f"{folder} has no config.json, so it is no folder of a model{there}"
     return None
 
 
@@ -71,5 +73,6 @@ def on_disk(folder: str) -> str:
         return hub.snapshot_download(folder, allow_patterns=list(_WANTED))
     except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"{folder} cannot be fetched from the Hugging Face Hub: {told(error)}"
+            f"{folder} cannot be fetched from the Hugging Face Hub: {told(error)}. Without a network name "
+            "a folder on disk"
         ) from error

@@ -40,8 +40,34 @@ def labels_of_config(config: Any) -> Labels:
 
 
 def teacher_of(folder: str, recipe: Recipe) -> Any:
-    """A teacher, with the head that its folder has."""
-    return from_pretrained(folder, recipe.task, **returned(recipe.distillation))
+    """A teacher, with the head that its folder has.
+
+    Raises:
+        ValueError: the folder cannot be read so, or has no head of the task.
+    """
+    return trained(folder, recipe.task, **returned(recipe.distillation))
+
+
+def trained(folder: str | Path, task: str | None, **fields: Any) -> Any:
+    """A model of a folder that was trained for a task.
+
+    Raises:
+        ConfigError: the folder holds an encoder, or a model of another task.
+        ValueError: it cannot be read.
+    """
+    try:
+        return from_pretrained(folder, task, **fields)
+    except WeightsMismatchError as error:
+        if not error.lacks_head:
+            raise
+        raise ConfigError(
+            str(folder),
+            [
+                f"it has no head of {task}, so it has not been trained for it. A teacher is such a folder "
+                f"once a head was trained on labels: jaxbrewer init {task} --teacher writes the recipe "
+                "for that"
+            ],
+        ) from error
 
 
 def student_of(recipe: Recipe, teacher: Any, labels: Labels | None, folder: str | None) -> Any:
@@ -93,7 +119,11 @@ def _from_teacher(
     layers: Sequence[int] = student.layers
     depth = "n_layers" if hasattr(teacher.config, "n_layers") else "num_hidden_layers"
     config = teacher.config.replace(**{depth: len(layers), **wanted})
-    return init_from_layers(from_config(config, task, rngs=rngs), teacher, layers)
+    model = from_config(config, task, rngs=rngs)
+    try:
+        return init_from_layers(model, teacher, layers)
+    except ValueError as error:
+        raise ConfigError("the recipe", [f"student.layers: {error}"]) from error
 
 
 def save(model: Any, folder: Path) -> None:

@@ -9,15 +9,15 @@ import numpy as np
 
 from ..data.buckets import BucketedLoader
 from ..data.tables import Row, read_rows
-from ..errors import ConfigError
+from ..errors import ConfigError, suggest
 from ..evaluation.answers import Spans
 from ..evaluation.evaluator import Evaluator
 from ..files import read_json_object
 from ..zoo.adaptors import adaptor
-from ..zoo.auto import from_pretrained
 from . import examples
 from .examples import Sided
 from .folders import folder_problem, on_disk, tokenizer_problem
+from .models import trained
 from .schema import COLUMNS, TASKS, Recipe
 from .tokens import Tokens
 
@@ -72,7 +72,7 @@ def predict(
         raise ConfigError("predict", [problem])
     folder = Path(on_disk(name))
     use = read_json_object(folder / USE) if (folder / USE).is_file() else {}
-    model = from_pretrained(folder, task or use.get("task"))
+    model = trained(folder, task or use.get("task"))
     task = model.task
     if task not in TASKS:
         raise ConfigError(
@@ -82,6 +82,8 @@ def predict(
     chosen = [text] if isinstance(text, str) else text
     texts = chosen or use.get("text") or COLUMNS[task][0] or ["text"]
     given, path = _rows(rows, form, texts)
+    if not chosen and task == "sequence-classification":
+        texts = _columns_of(given, texts, path)
     tokens = Tokens(folder, max_length or int(use.get("max_length", 128)))
     say = _SAID[task]
     return say(_Use(model, tokens, given, path, texts, batch_size, use))
@@ -97,6 +99,26 @@ def _rows(rows: Any, form: str | None, texts: Sequence[str]) -> tuple[list[Row],
         return {texts[0]: row} if len(texts) == 1 else dict(zip(texts, row, strict=True))
 
     return [of(row) for row in rows], "the rows"
+
+
+def _columns_of(rows: Sequence[Row], usual: Sequence[str], path: str) -> Sequence[str]:
+    """The columns of the text, where nobody names them: the usual ones, or the only one there is.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    missing = [name for name in usual if name not in rows[0]]
+    if not missing:
+        return usual
+    if len(usual) == 1 and len(rows[0]) == 1:
+        return [*rows[0]]
+    raise ConfigError(
+        "predict",
+        [
+            f"{path}: there is no column {missing[0]!r}, as it was in training; name the text's by text= "
+            f"(--text on the command line): {suggest(missing[0], rows[0])}"
+        ],
+    )
 
 
 class _Use:

@@ -200,7 +200,9 @@ def _check_arguments(name: str, taken: Callable | Sequence[str], given: Sequence
         needed = [p.name for p in plain if p.default is p.empty]
     unknown = [argument for argument in given if argument not in names]
     if unknown:
-        hint = _place_of(unknown[0]) or suggest(unknown[0], names)
+        is_rate = unknown[0] == "lr" and "learning_rate" in names
+        hint = "did you mean 'learning_rate'?" if is_rate else _place_of(unknown[0])
+        hint = hint or suggest(unknown[0], names)
         raise ValueError(f"{name} takes no {unknown[0]!r}: {hint}")
     if missing := [argument for argument in needed if argument not in given]:
         raise ValueError(f"{name} needs {', '.join(missing)}")

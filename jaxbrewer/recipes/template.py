@@ -6,45 +6,72 @@ from .schema import TASKS
 _HEAD = """\
 # Run it:          jaxbrewer train {file}
 # Look first:      jaxbrewer check {file}
-# A short trial:   jaxbrewer train {file} --max-examples 200 --num_epochs 1
+# A short trial:   jaxbrewer train {file} --max-examples 200 --num_epochs 1 --data.buckets 2
 # After a kill:    jaxbrewer train {file} --resume
 # Any field can be set on the command line: --distillation.temperature 4
 # Paths are relative to this file.
 
 task = "{task}"
 
-# A folder in Hugging Face's format, with a head for the task and tokenizer.json. Without a teacher (and
-# without [distillation]) the student learns from labels alone: so a teacher is made.
-teacher = "teacher"
-
-num_epochs = 3          # or num_steps, optimizer steps
+{teacher}num_epochs = 3          # or num_steps, optimizer steps
 max_grad_norm = 1.0     # -1: gradients are not clipped
 {metrics}
 best_metric = "{best}"{space}# the best checkpoint by it becomes the student; without it the last one
 
-# One of: layers of the teacher, counted from 0, that it begins with; folder, a pretrained model;
-# shape, such as "T3", with random weights.
-[student]
-layers = [1, 3, 5]
-
+{student}
 [data]
 train = "train.{suffix}"
 eval = "dev.{suffix}"      # {forms}
 {columns}
 max_length = {length}       # tokens; longer texts are cut
 batch_size = 32
-buckets = 8             # lengths that batches are padded to, chosen from the data
+buckets = 8             # lengths that batches are padded to, chosen from the data; each is compiled once
 
 # TextBrewer's TrainingConfig, or the path of its JSON: training = "train.json" above the first table.
 [training]
-output_dir = "out"      # checkpoints, and the student in out/student
-log_dir = "out/log"     # tensorboard files
+output_dir = "{out}"    # checkpoints, and the student in {out}/student
+log_dir = "{out}/log"   # tensorboard files
 device = "{device}"
 max_to_keep = 2
 # gradient_accumulation_steps = 2
 # gradient_accumulation = "exact"   # as one batch, whatever padding falls where
 # fp16 = true           # half precision by fp16_opt_level, "O1" or "O2"
 
+{distillation}# By optax's names and arguments. "decay_mask" leaves biases and norms undecayed.
+[optimizer]
+name = "adamw"
+learning_rate = {rate}
+weight_decay = 0.01
+mask = "decay_mask"
+
+# A factor of the learning rate, by its name in jaxbrewer.schedulers; num_training_steps is the run's.
+[scheduler]
+name = "get_linear_schedule_with_warmup"
+num_warmup_steps = 0.1  # steps, or below 1 a part of the run
+"""
+
+_FROM_TEACHER = """\
+# A folder in Hugging Face's format, with a head that was trained for the task, and tokenizer.json.
+# jaxbrewer init {task} --teacher writes the recipe that makes one.
+teacher = "out/teacher/student"
+
+"""
+
+_LAYERS = """\
+# One of: layers of the teacher, counted from 0, that it begins with; folder, a pretrained model;
+# shape, such as "T3", with random weights.
+[student]
+layers = [1, 3, 5]
+"""
+
+_PRETRAINED = """\
+# A pretrained encoder, a folder in Hugging Face's format with tokenizer.json; a head is begun anew. There is
+# no teacher and no [distillation]: this student learns from labels, and is a teacher then.
+[student]
+folder = "pretrained"
+"""
+
+_DISTILLATION = """\
 # TextBrewer's DistillationConfig, or its JSON likewise.
 [distillation]
 temperature = 8
@@ -58,17 +85,6 @@ intermediate_matches = [
     {{ layer_T = 6, layer_S = 3, feature = "hidden", loss = "hidden_mse", weight = 1 }},
 ]
 
-# By optax's names and arguments. "decay_mask" leaves biases and norms undecayed.
-[optimizer]
-name = "adamw"
-learning_rate = 1e-4
-weight_decay = 0.01
-mask = "decay_mask"
-
-# A factor of the learning rate, by its name in jaxbrewer.schedulers; num_training_steps is the run's.
-[scheduler]
-name = "get_linear_schedule_with_warmup"
-num_warmup_steps = 0.1  # steps, or below 1 a part of the run
 """
 
 _OF_TASK = {
@@ -104,14 +120,42 @@ _OF_TASK = {
 }
 
 
-def template(task: str, *, file: str = "recipe.toml", device: str = "cpu") -> str:
+_DISTILLED = {
+    "teacher": _FROM_TEACHER,
+    "student": _LAYERS,
+    "distillation": _DISTILLATION,
+    "out": "out",
+    "rate": "1e-4",
+}
+_OF_LABELS = {
+    "teacher": "",
+    "student": _PRETRAINED,
+    "distillation": "",
+    "out": "out/teacher",
+    "rate": "5e-5",
+}
+
+
+def template(
+    task: str, *, file: str = "recipe.toml", device: str = "cpu", teacher: bool = False
+) -> str:
     """A recipe of a task in TOML, with comments.
+
+    Args:
+        task: one of `TASKS`.
+        file: its name, for the comments.
+        device: as of `TrainingConfig`.
+        teacher: whether it trains a teacher on labels; otherwise it distils one.
 
     Raises:
         ValueError: there is no such task.
     """
     if task not in TASKS:
         raise ValueError(f"there is no task {task!r} of recipes: {suggest(task, TASKS)}")
-    words = _OF_TASK[task]
-    space = " " * max(1, 24 - len(f'best_metric = "{words["best"]}"'))
-    return _HEAD.format(task=task, file=file, device=device, space=space, **words)
+    words = {"task": task, "file": file, "device": device, **_OF_TASK[task]}
+    words["space"] = " " * max(1, 24 - len(f'best_metric = "{words["best"]}"'))
+    if teacher:  # with which nothing can be compared
+        words["metrics"] = words["metrics"].replace(", agreement, kl", "")
+        words["hard"] = ""
+    parts = _OF_LABELS if teacher else _DISTILLED
+    return _HEAD.format(**words, **{name: text.format(**words) for name, text in parts.items()})

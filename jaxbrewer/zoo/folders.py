@@ -32,7 +32,13 @@ _UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, OverflowError)
 
 
 class WeightsMismatchError(ValueError):
-    """The tensors of a folder are not those of the model."""
+    """The tensors of a folder are not those of the model.
+
+    Attributes:
+        lacks_head: whether the encoder fits, and the folder has no head of this model's kind.
+    """
+
+    lacks_head = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -350,14 +350,17 @@ def _match(
         for name in wanted
         if name in found and not found[name].is_float
     ]
-    if not new_head:
-        problems += _wrong_head(model, folder, expected, found)
+    others = [] if new_head else _wrong_head(model, folder, expected, found)
+    problems += others
     if problems:
         advice = _advice(model, prefix, missing, reshaped)
         advice += _said(model.config, [(found[n].shape, wanted[n].shape) for n in reshaped])
-        raise WeightsMismatchError(
+        error = WeightsMismatchError(
             f"{folder} does not fit {type(model).__name__}:\n  " + "\n  ".join([*problems, *advice])
         )
+        is_headless = bool(missing) and not any(name.startswith(prefix) for name in missing)
+        error.lacks_head = not reshaped and (is_headless or (not missing and bool(others)))
+        raise error
     return wanted, found
 
 

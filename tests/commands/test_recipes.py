@@ -32,11 +32,14 @@ def test_fields_are_told_from_other_arguments():
     assert given == ["train", "r", "--resume"]
     assert settings == [("num_steps", 3), ("data.text", "a b"), ("training.resume", True)]
     assert split_settings(["check", "a", "b", "--task", "none"])[1] == []
+    assert split_settings(["check", "r.toml", "--teacher", "t"])[1] == [("teacher", "t")]
     with pytest.raises(CommandError, match=r"--data\.text needs a value"):
         split_settings(["train", "r", "--data.text"])
 
 
 def test_a_recipe_is_written_checked_trained_and_used(path, tmp_path, capsys, monkeypatch):
+    assert main(["check", path, "--num_epochs", "2"]) == 0
+    assert "classes: 0 'bad', 1 'good'" in capsys.readouterr().out
     assert main(["check", path]) == 0
     told = capsys.readouterr().out
     assert "nothing wrong was found" in told and "20 examples in 2 batches of 10" in told
@@ -58,6 +61,8 @@ def test_a_recipe_is_written_checked_trained_and_used(path, tmp_path, capsys, mo
     monkeypatch.chdir(tmp_path)
     assert main(["init", "token-classification"]) == 0
     assert "fill in the folders and files" in capsys.readouterr().out
+    assert main(["init", "token-classification", "--teacher"]) == 0
+    assert capsys.readouterr().out.startswith("teacher.toml: fill in")
     assert main(["init", "token-classification"]) == 2
     assert "recipe.toml is there already" in capsys.readouterr().err
 

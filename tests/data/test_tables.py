@@ -102,3 +102,11 @@ def test_a_column_that_is_not_there_is_named_with_those_there_are():
     with pytest.raises(ValueError, match="row 2 has nothing in its column 'text'"):
         column(rows, "text", "a.csv")
     assert column(rows[:1], "text", "a.csv") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("header", "form"), [("sentence,label", "csv"), ("sentence\tlabel", "tsv")]
+)
+def test_a_file_in_another_form_is_suspected_by_its_only_column(header, form):
+    with pytest.raises(ValueError, match=f"its only column is .*; if it is {form}, say so: form"):
+        column([{header: "a"}], "sentence", "train.txt")

@@ -84,6 +84,14 @@ WRONG = {
         {"optimizer": {"name": "sgd", "learning_rate": 1, "momentums": 1}},
         "sgd takes no 'momentums': did you mean 'momentum'",
     ),
+    "a rate by another name": (
+        {"optimizer": {"name": "adamw", "lr": 1e-4}},
+        "adamw takes no 'lr': did you mean 'learning_rate'?",
+    ),
+    "a key of a config": (
+        {"distillation.temprature": 4},
+        "the recipe: distillation: unknown key 'temprature'; did you mean 'temperature'?",
+    ),
     "below a table": (
         {"optimizer": {"name": "sgd", "learning_rate": 1, "num_epochs": 1}},
         "sgd takes no 'num_epochs': it stands beside the tables: in TOML above the first",
@@ -152,8 +160,11 @@ def test_a_file_that_is_no_toml_is_named_with_the_line(tmp_path):
 def test_the_template_is_a_recipe_but_for_its_files(task, tmp_path):
     (tmp_path / "r.toml").write_text(template(task))
     told = problems(str(tmp_path / "r.toml"))
-    assert told.count("\n  - ") == 3 and "no folder 'teacher'" in told
+    assert told.count("\n  - ") == 3 and "no folder 'out/teacher/student'" in told
     assert told.count("there is no such file") == 2
+    (tmp_path / "t.toml").write_text(template(task, teacher=True))
+    told = problems(str(tmp_path / "t.toml"))
+    assert told.count("\n  - ") == 3 and "student: there is no folder 'pretrained'" in told
     with pytest.raises(ValueError, match="no task 'tagging'"):
         template("tagging")
 

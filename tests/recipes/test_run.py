@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxbrewer import zoo
 from jaxbrewer.errors import ConfigError
@@ -238,11 +239,36 @@ def test_processes_share_the_batches(tiny, monkeypatch):
 def test_what_cannot_be_predicted_is_told(tmp_path):
     with pytest.raises(ConfigError, match="there is no folder"):
         predict("nowhere", ["a"])
-    zoo.BertModel(CONFIG, rngs=__import__("flax").nnx.Rngs(0)).save_pretrained(tmp_path)
+    zoo.BertModel(CONFIG, rngs=nnx.Rngs(0)).save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
     with pytest.raises(ConfigError, match="is a BertModel: name its task"):
         predict(tmp_path, ["a"])
     folder = write_model(tmp_path / "m", "sequence-classification")
-    with pytest.raises(ValueError, match="row 1 has no column 'text': did you mean 'texts'"):
-        predict(folder, [{"texts": "a"}])
+    with pytest.raises(
+        ConfigError, match=r"no column 'text', as .* by text= .* did you mean 'texts'"
+    ):
+        predict(folder, [{"texts": "a", "number": 1}])
+    assert predict(folder, [{"texts": "good"}]) == predict(folder, ["good"])  # there is but one
     assert len(sentences(3)) == len(predict(folder, [" ".join(w) for w, _ in sentences(3)]))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "m").rename(tmp_path / "out" / "student")
+    with pytest.raises(ConfigError, match=r"no config\.json, .*/student is one"):
+        predict(tmp_path / "out", ["a"])
+
+
+def test_a_teacher_without_a_head_is_told_how_to_get_one(tiny, tmp_path):
+    values = tiny()
+    zoo.BertModel(CONFIG, rngs=nnx.Rngs(0)).save_pretrained(tmp_path / "teacher")
+    told = "no head of sequence-classification, .* jaxbrewer init sequence-classification --teacher"
+    with pytest.raises(ConfigError, match=told):
+        prepared(read_recipe(values))
+    with pytest.raises(ConfigError, match="no head of token-classification"):
+        predict(tmp_path / "teacher", [["a"]], task="token-classification")
+    another = write_model(tmp_path / "another", "sequence-classification")
+    with pytest.raises(ConfigError, match="no head of token-classification"):
+        predict(another, [["a"]], task="token-classification")
+
+
+def test_layers_that_are_not_there_are_told_with_their_field(tiny):
+    with pytest.raises(ConfigError, match=r"student\.layers: layers \[7\] are not in the teacher"):
+        prepared(read_recipe(tiny(student={"layers": [7]})))
