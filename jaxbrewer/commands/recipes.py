@@ -14,8 +14,10 @@ import jax
 
 from jaxbrewer.commands import BY_HAND, FINE, NOT_FINITE, CommandError, say, say_line
 from jaxbrewer.commands.port.verdicts import Run, describe_timeline
+from jaxbrewer.configurations.configs import TrainingConfig
 from jaxbrewer.errors import told
 from jaxbrewer.files import UnreadableFileError, replacing
+from jaxbrewer.machine.devices import resolve_device
 from jaxbrewer.recipes import RecipeRun, jobs, predict, run_recipe
 from jaxbrewer.recipes.reading import Setting, read_recipe
 from jaxbrewer.recipes.template import template
@@ -66,8 +68,22 @@ def check(recipe: str, settings: Sequence[Setting], *, on: str | None) -> int:
     timeline = run.timeline(read.training)
     if timeline is not None:
         say(f"checkpoints: {describe_timeline(timeline)}")
+    if on is None:
+        for warning in _device_warnings(read.training):
+            say(f"warning: {warning}")
     say(f"student: {jobs.folder_of(read)}")
     return FINE
+
+
+def _device_warnings(config: TrainingConfig) -> list[str]:
+    """What training would say of the device it gets, where it is another than was asked for."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            resolve_device(config.device)
+        except ValueError as error:  # it may be trained elsewhere
+            return [str(error)]
+    return [str(one.message) for one in caught]
 
 
 def _tokens(batch: Mapping[str, Any]) -> int:

@@ -38,8 +38,9 @@ def test_fields_are_told_from_other_arguments():
 
 
 def test_a_recipe_is_written_checked_trained_and_used(path, tmp_path, capsys, monkeypatch):
-    assert main(["check", path, "--num_epochs", "2"]) == 0
-    assert "classes: 0 'bad', 1 'good'" in capsys.readouterr().out
+    assert main(["check", path, "--num_epochs", "2", "--training.device", "cuda"]) == 0
+    told = capsys.readouterr().out
+    assert "classes: 0 'bad', 1 'good'" in told and "\nwarning: device 'cuda'" in told
     assert main(["check", path]) == 0
     told = capsys.readouterr().out
     assert "nothing wrong was found" in told and "20 examples in 2 batches of 10" in told

@@ -84,7 +84,12 @@ def port_files(files: Sequence[str], out: str | None, run: Run) -> int:
     if hands:
         say(f"{hands} line{'s' if hands > 1 else ''} marked ! need your hand.")
         return BY_HAND
-    say("Nothing needs your hand.")
+    say("Nothing of the configs needs your hand.")
+    if any(str(path).endswith(".py") for path, _ in found):
+        say(
+            "The rest of a script was not looked at: its imports, models and optimizer, line by line in "
+            "docs/porting.md, section 'Scripts, before and after'."
+        )
     return FINE
 
 
