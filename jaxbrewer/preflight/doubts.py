@@ -78,14 +78,15 @@ def _doubt_vocabularies(teacher: Side, student: Side, batch: Any, found: Finding
 
 
 def _doubt_sizes(task: Task, found: Findings) -> None:
-    """A model that is much smaller than its student is rarely the teacher.
+    """A model that is much smaller than its student is rarely the teacher; where something is wrong
+    besides, one that is smaller at all.
 
     Very small ones are: they hand on what was computed elsewhere, or try something out.
     """
     if len(task.teacher.sides) != 1:
         return
     size_T, size_S = _size(task.teacher.sides[0]), _size(task.student)
-    if size_T >= _A_MODEL and 2 * size_T < size_S:
+    if size_T >= _A_MODEL and (1 if found.problems else 2) * size_T < size_S:
         found.warnings.append(
             f"model_T has {size_T:,} parameters, model_S {size_S:,}: are the two swapped? The "
             "distillers take model_T first, then model_S"

@@ -576,6 +576,13 @@ def test_a_teacher_much_smaller_than_its_student_is_told(width_T, width_S, count
     assert all("are the two swapped?" in each for each in told)
 
 
+def test_where_something_is_wrong_a_smaller_teacher_is_told_too(tmp_path):
+    models = {"teacher": encoder(1, width=240), "student": encoder(2, width=320)}
+    wrong = {"config": matched(match(9, 1)), "keys": FEATURES}
+    with pytest.warns(PreflightWarning, match="are the two swapped"):
+        failure(fn_job.distiller(tmp_path, **models, **wrong))
+
+
 def test_two_vocabularies_fed_one_batch_are_told(tmp_path):
     models = {
         "teacher": encoder(1, id_limits={"ids": 11}),
