@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxbrewer import presets
 from jaxbrewer.errors import PreflightWarning
 from jaxbrewer.machine.devices import DeviceWarning
 
@@ -161,6 +162,18 @@ def outcome(code, page, names):
     return " ".join(raised.split()), " ".join(printed.getvalue().split())
 
 
+@pytest.fixture
+def tables():
+    """The tables of names as they were, once the test is over: pages add their own."""
+    found = [*presets.MAPS.values()]
+    before = [dict(table) for table in found]
+    yield
+    for table, entries in zip(found, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+@pytest.mark.usefixtures("tables")
 @pytest.mark.parametrize(
     ("name", "prepared", "not_run"),
     [pytest.param(*row[:3], marks=row[3], id=row[0]) for row in RUN],
