@@ -3,7 +3,7 @@
     python main.py TEACHER --train FILE --eval FILE
 
 TEACHER is a folder with a classifier of sentences and its ``tokenizer.json``; the files have the
-columns ``sentence`` and ``label``.
+columns ``sentence`` and ``label``, the number of a class.
 """
 
 import argparse

@@ -112,9 +112,10 @@ def column(rows: Sequence[Mapping[str, Any]], name: str, path: object) -> list[A
         if row.get(name) is None:
             if name in row:
                 raise ValueError(f"{path}: row {i + 1} has nothing in its column {name!r}")
-            raise ValueError(
-                f"{path}: row {i + 1} has no column {name!r}: {_other_form(row) or suggest(name, row)}"
-            )
+            hint = _other_form(row) or suggest(name, row)
+            if hint.startswith("choose") and str(path).endswith((".csv", ".tsv", ".tab")):
+                hint += "; they are named in the first line"
+            raise ValueError(f"{path}: row {i + 1} has no column {name!r}: {hint}")
     return [row[name] for row in rows]
 
 

@@ -110,3 +110,10 @@ def test_a_column_that_is_not_there_is_named_with_those_there_are():
 def test_a_file_in_another_form_is_suspected_by_its_only_column(header, form):
     with pytest.raises(ValueError, match=f"its only column is .*; if it is {form}, say so: form"):
         column([{header: "a"}], "sentence", "train.txt")
+
+
+def test_a_file_without_names_is_told_where_they_belong():
+    with pytest.raises(
+        ValueError, match="choose from 'a fine film', '1'; they are named in the first"
+    ):
+        column([{"a fine film": "a", "1": "0"}], "sentence", "train.tsv")
