@@ -116,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 fine, 1 something needs the user's hand, 2 wrong usage or an unreadable
-        file, 3 numbers that are not finite, 130 interrupted. ``--help`` and ``--version`` end the
-        program, as argparse does.
+        file, 3 numbers that are not finite, 130 interrupted, 141 nobody reads any more. ``--help``
+        and ``--version`` end the program, as argparse does.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -130,7 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--{settings[0][0]} is of train and check; {options.command} has none"
             )
         options.settings = settings
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads has enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except CommandError as error:
         say(f"jaxbrewer: {error}", file=sys.stderr)
         return error.code

@@ -1,6 +1,10 @@
 """``jaxbrewer init``, ``train``, ``check`` and ``predict`` at the command line."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -84,3 +88,13 @@ def test_exit_codes_tell_what_went_wrong(path, tmp_path, capsys):
     for command, (code, words) in expected.items():
         assert main(command) == code, command
         assert words in capsys.readouterr().err
+
+
+def test_who_has_read_enough_is_not_shown_a_traceback(tmp_path):
+    (tmp_path / "config.json").write_text('{"ckpt_frequency": 2}')
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "jaxbrewer", "port", str(tmp_path / "config.json")]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
