@@ -63,9 +63,9 @@ def trained(folder: str | Path, task: str | None, **fields: Any) -> Any:
         raise ConfigError(
             str(folder),
             [
-                f"it has no head of {task}, so it has not been trained for it. A teacher is such a folder "
-                f"once a head was trained on labels: jaxbrewer init {task} --teacher writes the recipe "
-                "for that"
+                f"it has no head of {task or 'the task that its config names'}, so it has not been trained "
+                f"for it. A teacher is such a folder once a head was trained on labels: jaxbrewer init "
+                f"{task or 'TASK'} --teacher writes the recipe for that"
             ],
         ) from error
 

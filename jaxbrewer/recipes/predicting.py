@@ -82,7 +82,7 @@ def predict(
     chosen = [text] if isinstance(text, str) else text
     texts = chosen or use.get("text") or COLUMNS[task][0] or ["text"]
     given, path = _rows(rows, form, texts)
-    if not chosen and task == "sequence-classification":
+    if given and not chosen and task == "sequence-classification":
         texts = _columns_of(given, texts, path)
     tokens = Tokens(folder, max_length or int(use.get("max_length", 128)))
     say = _SAID[task]
