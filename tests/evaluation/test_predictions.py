@@ -59,7 +59,7 @@ def test_buckets_come_in_the_order_of_the_examples(shuffle, unpadded):
     assert got["logits.0"].shape == (len(LENGTHS), fn_job.CLASSES)
     for i, example in enumerate(examples()):
         wanted = embed[example["ids"]] @ head
-        np.testing.assert_allclose(got["logits.0"][i], wanted[0], rtol=1e-6)
+        np.testing.assert_allclose(got["logits.0"][i], wanted[0], rtol=1e-6, atol=1e-6)
         assert got["logits.1"][i].shape == (LENGTHS[i], fn_job.CLASSES)
         np.testing.assert_allclose(got["logits.1"][i], wanted, rtol=1e-6, atol=1e-6)
         assert got["labels"][i] == example["labels"]

@@ -36,14 +36,14 @@ PAGES = 4 * WIDTH**2 // os.sysconf("SC_PAGE_SIZE")
 
 
 def faults(**environment):
-    """The fewest page faults of a call within `kept_memory`, and of one after it."""
+    """The page faults of each call within `kept_memory`, and of each after it."""
     kept = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES" and k[:7] != "MALLOC_"}
     environment = {**kept, "JAX_PLATFORMS": "cpu", **environment}
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return [min(map(int, line.split())) for line in done.stdout.splitlines()]
+    return [[int(each) for each in line.split()] for line in done.stdout.splitlines()]
 
 
 needs_glibc = pytest.mark.skipif(not allocation._has_glibc(), reason="the C library is not glibc")
@@ -52,8 +52,8 @@ needs_glibc = pytest.mark.skipif(not allocation._has_glibc(), reason="the C libr
 @needs_glibc
 def test_a_program_gets_the_memory_it_had_before_and_gives_it_back():
     within, after = faults()
-    assert within < PAGES / 20
-    assert after > PAGES / 2
+    assert min(within) < PAGES / 20
+    assert after[0] > PAGES / 2  # a later one may find a hole in the heap
 
 
 @needs_glibc
@@ -63,7 +63,7 @@ def test_a_program_gets_the_memory_it_had_before_and_gives_it_back():
     ids=["off", "chosen"],
 )
 def test_it_is_left_alone(environment):
-    assert min(faults(**environment)) > PAGES / 2
+    assert min(min(calls) for calls in faults(**environment)) > PAGES / 2
 
 
 @pytest.fixture
