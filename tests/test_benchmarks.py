@@ -72,6 +72,12 @@ def test_the_formula_counts_the_products_of_the_program(run):
 
 
 @pytest.mark.torch
+def test_products(run):
+    (row,) = run("products")
+    assert all(row[f"{name} ms"] > 0 for name in ("jaxbrewer", "torch", "XLA's products"))
+
+
+@pytest.mark.torch
 def test_losses(run):
     rows = run("losses", "--losses", "ce", "nst", "attention_ce")
     assert [(row["loss"], row["length"]) for row in rows] == [

@@ -278,10 +278,8 @@ def test_the_objective_is_a_config(quickstart):
 
 
 @pytest.fixture
-def sentence_encoder(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES / "sentence_encoder"))
-    yield importlib.import_module("distil")
-    sys.modules.pop("distil", None)
+def sentence_encoder():
+    return loaded(EXAMPLES / "sentence_encoder" / "main.py")
 
 
 def test_a_sentence_encoder_is_distilled_from_a_folder_and_files(
@@ -336,10 +334,8 @@ def test_the_columns_of_a_file_are_found(sentence_encoder, tmp_path):
 
 
 @pytest.fixture
-def reranker(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES / "reranker"))
-    yield importlib.import_module("distil")
-    sys.modules.pop("distil", None)
+def reranker():
+    return loaded(EXAMPLES / "reranker" / "main.py")
 
 
 def test_a_cross_encoder_is_distilled_from_folders_and_groups(
@@ -391,10 +387,8 @@ def test_a_cross_encoder_is_distilled_from_folders_and_groups(
 
 
 @pytest.fixture
-def task_agnostic(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES / "task_agnostic"))
-    yield importlib.import_module("distil")
-    sys.modules.pop("distil", None)
+def task_agnostic():
+    return loaded(EXAMPLES / "task_agnostic" / "main.py")
 
 
 def test_a_language_model_is_distilled_from_a_folder_and_lines_of_text(

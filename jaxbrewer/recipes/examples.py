@@ -1,8 +1,9 @@
 """Rows into examples: tokens, labels, and the loader of them."""
 
+import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """The label of a position that has none."""
+_TOLD = 10  # labels that are no class, named one by one
 
 Columns = dict[str, list[Any]]
 
@@ -32,27 +34,50 @@ class Labels:
     names: tuple[str, ...] | None
     count: int
 
-    def of(self, value: Any, where: str) -> int | float:
-        """A label as the model takes it.
+    def of(self, values: Sequence[Any], path: str, where: Callable[[int], str]) -> list[Any]:
+        """The labels of a file as the model takes them, an ``int`` or a ``float`` each.
+
+        Args:
+            values: as they are in the file.
+            path: the file.
+            where: what says in words where in it a value is, by its index.
 
         Raises:
-            ValueError: it is none of them.
+            ConfigError: some are none of them; names each once, where it comes first.
         """
+        found = [self._one(value) for value in values]
+        places: dict[str, list[int]] = {}  # of each that is none of them
+        for i, value in enumerate(values):
+            if found[i] is None:
+                places.setdefault(str(value), []).append(i)
+        if not places:
+            return found
+        problems = []
+        for first, *others in list(places.values())[:_TOLD]:
+            again = f" and {len(others)} more" if others else ""
+            problems.append(f"{where(first)}{again}: {self._problem(values[first])}")
+        if len(places) > _TOLD:
+            problems.append(f"and {len(places) - _TOLD} other labels")
+        if self.count > 1:
+            problems[-1] += (
+                " (data.labels names the classes in order, where they are the same by other names)"
+            )
+        raise ConfigError(path, problems)
+
+    def _one(self, value: Any) -> int | float | None:
+        number = _number(value)
         if self.count == 1:
-            number = _number(value)
-            if number is None:
-                raise ValueError(f"{where}: the label is {value!r}, expected a number")
             return number
         if self.names is not None and str(value) in self.names:
             return self.names.index(str(value))
-        number = _number(value)
-        if number is None or number != int(number) or not 0 <= number < self.count:
-            known = self.names or [str(i) for i in range(min(self.count, 20))]
-            raise ValueError(
-                f"{where}: the label {value!r} is no class: {suggest(value, known)}. "
-                "data.labels names the classes in order, where they are the same by other names"
-            )
-        return int(number)
+        is_class = number is not None and number == int(number) and 0 <= number < self.count
+        return int(number) if is_class and number is not None else None
+
+    def _problem(self, value: Any) -> str:
+        if self.count == 1:
+            return f"the label is {value!r}, expected a number"
+        known = self.names or [str(i) for i in range(min(self.count, 20))]
+        return f"the label {value!r} is no class: {suggest(value, known)}"
 
 
 def _number(value: Any) -> float | None:
@@ -129,9 +154,7 @@ def classified(
     if label is not None:
         name, labels = label
         found = column(rows, name, path)
-        columns["labels"] = [
-            labels.of(value, f"{path}: row {i + 1}") for i, value in enumerate(found)
-        ]
+        columns["labels"] = labels.of(found, path, lambda i: f"row {i + 1}")
     return columns
 
 
@@ -155,14 +178,23 @@ def tagged(
         )  # fmt: skip
     if tags is not None:
         name, labels = tags
-        columns["labels"] = []
-        for i, (row, places) in enumerate(zip(column(rows, name, path), firsts, strict=True)):
-            if len(row) != len(sentences[i]):
+        of_words = column(rows, name, path)
+        for i, (sentence, row) in enumerate(zip(sentences, of_words, strict=True)):
+            if len(row) != len(sentence):
                 raise ValueError(
-                    f"{path}: row {i + 1} has {len(sentences[i])} words and {len(row)} tags"
+                    f"{path}: sentence {i + 1} has {len(sentence)} words and {len(row)} tags"
                 )
-            found = [labels.of(tag, f"{path}: row {i + 1}") for tag in row]
-            columns["labels"].append([IGNORED if p is None else found[p] for p in places])
+        words_of = [(i, j) for i, sentence in enumerate(sentences) for j in range(len(sentence))]
+
+        def where(index: int) -> str:
+            i, j = words_of[index]
+            return f"sentence {i + 1}, word {j + 1} ({sentences[i][j]!r})"
+
+        found = iter(labels.of([tag for row in of_words for tag in row], path, where))
+        columns["labels"] = []
+        for row, places in zip(of_words, firsts, strict=True):
+            mine = list(itertools.islice(found, len(row)))
+            columns["labels"].append([IGNORED if p is None else mine[p] for p in places])
     return columns, firsts
 
 

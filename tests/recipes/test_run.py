@@ -134,15 +134,28 @@ def test_labels_may_be_names_numbers_and_quantities():
     assert of(None, None, ["0", "2", "1"]) == examples.Labels(None, 3)
     assert of(None, None, ["0.5", "2"]) == examples.Labels(None, 1)
     assert of(None, None, [0, 1]) == examples.Labels(None, 2)
-    assert of(["x", "y"], None, ["y"]).of("y", "row 1") == 1
-    named = examples.Labels(("bad", "good"), 2)
-    assert named.of("good", "") == 1 and named.of(0, "") == 0
-    with pytest.raises(ValueError, match="row 3: the label 'god' is no class: did you mean 'good'"):
-        named.of("god", "row 3")
-    with pytest.raises(ValueError, match="the label 2 is no class"):
-        examples.Labels(None, 2).of(2, "row 1")
-    with pytest.raises(ValueError, match="expected a number"):
-        examples.Labels(None, 1).of("x", "row 1")
+    named = of(["bad", "good"], None, ["good"])
+
+    def taken(labels, *values):
+        return labels.of(values, "train.tsv", lambda i: f"row {i + 1}")
+
+    assert taken(named, "good", 0, "1") == [1, 0, 1]
+    with pytest.raises(ConfigError) as caught:
+        taken(named, "bad", "god", "worse", "god")
+    assert str(caught.value).splitlines() == [
+        "train.tsv has 2 problems:",
+        "  - row 2 and 1 more: the label 'god' is no class: did you mean 'good'?",
+        "  - row 3: the label 'worse' is no class: choose from 'bad', 'good' (data.labels names the "
+        "classes in order, where they are the same by other names)",
+    ]
+    with pytest.raises(
+        ConfigError, match=r"train.tsv: row 1: the label 2 is no class.*data\.labels"
+    ):
+        taken(examples.Labels(None, 2), 2)
+    with pytest.raises(ConfigError, match="and 5 other labels"):
+        taken(named, *map(str, range(2, 17)))
+    with pytest.raises(ConfigError, match=r"row 2: the label is 'x', expected a number$"):
+        taken(examples.Labels(None, 1), 0.5, "x")
     with pytest.raises(ConfigError, match="names 3 classes, and the teacher has 2"):
         of(["a", "b", "c"], named, None)
 
@@ -161,7 +174,7 @@ def test_only_the_first_piece_of_a_word_has_its_tag(tmp_path, caplog):
     assert columns["labels"][0] == [-100, 0, -100, 1, -100]
     assert firsts[0] == [None, 0, None, 1, None] and len(columns["input_ids"][1]) == 6
     assert "1 of 2 sentences are longer than 6 tokens" in caplog.text
-    with pytest.raises(ValueError, match="row 1 has 2 words and 1 tags"):
+    with pytest.raises(ValueError, match="sentence 1 has 2 words and 1 tags"):
         rows[0]["tags"] = ["O"]
         examples.tagged(rows, "tokens", ("tags", labels), "dev", Tokens(tmp_path, 6))
 
@@ -249,6 +262,8 @@ def test_what_cannot_be_predicted_is_told(tmp_path):
     ):
         predict(folder, [{"texts": "a", "number": 1}])
     assert predict(folder, [{"texts": "good"}]) == predict(folder, ["good"])  # there is but one
+    with pytest.raises(ValueError, match="there are no examples"):
+        predict(folder, [])
     assert len(sentences(3)) == len(predict(folder, [" ".join(w) for w, _ in sentences(3)]))
     (tmp_path / "out").mkdir()
     (tmp_path / "m").rename(tmp_path / "out" / "student")

@@ -1,6 +1,6 @@
 """A sentence encoder distilled into its own first half, on sentences without labels.
 
-    python examples/sentence_encoder/distil.py TEACHER --sentences FILE… --pairs FILE
+    python examples/sentence_encoder/main.py TEACHER --sentences FILE… --pairs FILE
 
 TEACHER is a folder of sentence-transformers, such as ``all-MiniLM-L6-v2``. The sentences are lines of
 text files, or the columns of tab-separated files named in a header (``sentence``, ``#1 String``,

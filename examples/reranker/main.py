@@ -1,6 +1,6 @@
 """A cross-encoder distilled into a bi-encoder: its scores of candidates, for the price of vectors.
 
-    python examples/reranker/distil.py TEACHER STUDENT --groups FILE… --held-out FILE
+    python examples/reranker/main.py TEACHER STUDENT --groups FILE… --held-out FILE
 
 TEACHER is a folder with a classifier of one label for pairs of texts, such as
 ``ms-marco-MiniLM-L6-v2``; STUDENT a folder of sentence-transformers, such as ``all-MiniLM-L6-v2``. Each

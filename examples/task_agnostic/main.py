@@ -1,6 +1,6 @@
 """A language model distilled into its own first half, on text without labels.
 
-    python examples/task_agnostic/distil.py TEACHER --text FILE… --held-out FILE
+    python examples/task_agnostic/main.py TEACHER --text FILE… --held-out FILE
 
 TEACHER is a folder with a model of masked words and its ``tokenizer.json``, such as
 ``bert-base-uncased``. The texts are lines of the files; long ones are cut into several examples. Lines
