@@ -34,6 +34,7 @@ import gpu
 import harness
 import numpy as np
 from study_runs import (
+    BY_ONNX,
     ENGINES,
     EPOCHS,
     JAXBREWER,
@@ -337,6 +338,7 @@ def row_of(kind: Kind, found: Found, speeds: Mapping[str, float]) -> harness.Row
     row["MB"] = results[0]["MB"]
     if way not in LOSSES:
         row["sentences/s"] = speeds.get(f"{engine} {task} {what}")
+        row["by ONNX"] = speeds.get(f"{engine} {task} {what} {BY_ONNX}")
     return row
 
 

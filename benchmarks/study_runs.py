@@ -507,8 +507,17 @@ def _counts(predictions: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> li
 # ------------------------------------------------------------------------------------------ speed
 
 
+BY_ONNX = "by onnxruntime"
+
+
 def _speeds(run: Run, settings: Settings) -> dict[str, float]:
-    """Held-out rows a second of teachers and students, tokens ready, in batches of `BATCH`."""
+    """Held-out rows a second of teachers and students, tokens ready, in batches of `BATCH`.
+
+    On a CPU jaxbrewer's are asked by onnxruntime too.
+    """
+    asking = {"": _asking_torch if run.engine == TEXTBREWER else _asking_jaxbrewer}
+    if run.engine == JAXBREWER and settings.device == "cpu":
+        asking[f" {BY_ONNX}"] = _asking_onnx
     found = {}
     for name in TASKS:
         models = {
@@ -520,9 +529,9 @@ def _speeds(run: Run, settings: Settings) -> dict[str, float]:
                 continue
             folder = settings.student(of)
             loader, _, order = _held_out_loader(name, settings, settings.beginning(of))
-            asking = _asking_torch if run.engine == TEXTBREWER else _asking_jaxbrewer
-            ask = asking(folder, TASKS[name], loader, settings)
-            found[f"{name} {what}"] = len(order) / _seconds(ask)
+            for how, prepared in asking.items():
+                ask = prepared(folder, TASKS[name], loader, settings)
+                found[f"{name} {what}{how}"] = len(order) / _seconds(ask)
     return found
 
 
@@ -535,6 +544,23 @@ def _asking_jaxbrewer(
     model = zoo.from_pretrained(folder, task.kind)
     evaluator = Evaluator(model, zoo.adaptor(task.kind))
     return lambda: evaluator.predict(loader)
+
+
+def _asking_onnx(folder: Path, task: Task, loader: Any, settings: Settings) -> Callable[[], Any]:
+    import onnxruntime
+
+    from jaxbrewer import zoo
+
+    path = folder.parent / "model.onnx"
+    zoo.export_onnx(zoo.from_pretrained(folder, task.kind), path)
+    session = onnxruntime.InferenceSession(str(path))
+    names = [each.name for each in session.get_inputs()]
+
+    def ask() -> None:
+        for batch in loader:
+            session.run(None, {name: np.asarray(batch[name]) for name in names})
+
+    return ask
 
 
 def _asking_torch(folder: Path, task: Task, loader: Any, settings: Settings) -> Callable[[], Any]:

@@ -365,6 +365,12 @@ def test_study(study, tmp_path, capsys):
     assert [row["by"] for row in rows] == ["jaxbrewer", "textbrewer"]
     assert 0 < rows[1]["MB"] < rows[0]["MB"] < 1
 
+    speed = study.Run("all", "speed", 0)
+    study.each.perform(speed, settings)
+    told = study.read([*wanted, speed], settings)
+    assert set(told[speed]["sentences/s"]) == {"wnut17 teacher", "wnut17 teacher by onnxruntime"}
+    assert study.tables(told)["beside TextBrewer"][0]["by ONNX"] > 0
+
 
 def test_the_recipes_of_a_study_can_be_read(study):
     from jaxbrewer.recipes.schema import Recipe, from_table
