@@ -350,7 +350,9 @@ class TorchBatches:
 def _by_textbrewer(run: Run, settings: Settings) -> list[Any]:
     """Trains by TextBrewer on transformers' models: the same beginning, batches, losses and rates.
 
-    Its batches are jaxbrewer's, in their order.
+    Its batches are jaxbrewer's, in their order. Its package divides a masked ``nst`` by the length; that
+    is as many times larger as width is to length, squared, so the rule of its repository's head is set
+    in its place, which jaxbrewer has too.
     """
     import textbrewer
     import torch
@@ -363,6 +365,7 @@ def _by_textbrewer(run: Run, settings: Settings) -> list[Any]:
     job = jobs.prepared(read_recipe(made), rows_of(run, settings))
     task = TASKS[run.task]
     device = torch_device(settings)
+    textbrewer.presets.MATCH_LOSS_MAP["nst"] = nst_by_width
     torch.manual_seed(run.seed)
     teacher = torch_model(settings.student(run.teacher), task, device, hidden=True).eval()
     student = torch_model(settings.beginning(run), task, device, hidden=True).train()
@@ -401,6 +404,13 @@ def _by_textbrewer(run: Run, settings: Settings) -> list[Any]:
         )
     student.save_pretrained(settings.student(run))
     return _torch_predictions(student.eval(), run.task, settings)
+
+
+def nst_by_width(state_S: Any, state_T: Any, mask: Any) -> Any:
+    """TextBrewer's ``nst`` as in its repository: each Gram matrix divided by its own width."""
+    gram_S, gram_T = (one @ other.mT / other.shape[-1] for one, other in (state_S, state_T))
+    pairs = (mask[:, :, None] * mask[:, None, :]).to(gram_S)
+    return (pairs * (gram_S - gram_T) ** 2).sum() / pairs.sum()
 
 
 def torch_device(settings: Settings) -> str:

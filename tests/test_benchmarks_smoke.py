@@ -372,6 +372,21 @@ def test_study(study, tmp_path, capsys):
     assert study.tables(told)["beside TextBrewer"][0]["by ONNX"] > 0
 
 
+@pytest.mark.torch
+def test_a_study_gives_textbrewer_the_nst_that_is_jaxbrewers(study):
+    import torch
+
+    from jaxbrewer.presets import MATCH_LOSS_MAP
+
+    rng = np.random.default_rng(0)
+    S, T = ([rng.normal(size=(2, 5, width)).astype(np.float32)] * 2 for width in (8, 12))
+    mask = np.array([[1, 1, 1, 0, 0], [1] * 5])
+    theirs = study.each.nst_by_width(
+        *([torch.tensor(x) for x in two] for two in (S, T)), torch.tensor(mask)
+    )
+    assert float(theirs) == pytest.approx(float(MATCH_LOSS_MAP["nst"](S, T, mask)), rel=1e-6)
+
+
 def test_the_recipes_of_a_study_can_be_read(study):
     from jaxbrewer.recipes.schema import Recipe, from_table
 
