@@ -363,6 +363,11 @@ def test_checkpoints_become_steps(values, run, expected):
     ("match", "verdict", "expected"),
     [
         ({"loss": "nst"}, Verdict.BY_HAND, "'layer_T': [1, 1], 'layer_S': [0, 0]"),
+        (
+            {"loss": "nst", "layer_T": [1, 1], "layer_S": [0, 0], "proj": ["relu", 4, 8]},
+            Verdict.CHANGED,
+            "relu projection of the student's 4 to the teacher's 8. With an inputs_mask",
+        ),
         ({"loss": "mine"}, Verdict.BY_HAND, "MATCH_LOSS_MAP"),
         ({"loss": "hiden_mse"}, Verdict.BY_HAND, "did you mean 'hidden_mse'?"),
         ({"layer_T": [1, 1], "layer_S": [0, 0]}, Verdict.BY_HAND, "one layer a side"),

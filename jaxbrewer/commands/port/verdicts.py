@@ -413,16 +413,26 @@ def _match(match: IntermediateMatch) -> tuple[Verdict, str]:
         )
     if has_two and not wants_two and loss.__module__ == fsp_loss.__module__:
         return Verdict.BY_HAND, f"{match.loss!r} takes one layer a side, not two"
-    if match.proj is None:
-        return Verdict.SAME, ""
-    kind, dim_S, dim_T, options = match.proj
-    text = f"{kind} projection of the student's {dim_S} to the teacher's {dim_T}"
-    if options:
-        return Verdict.CHANGED, (
-            f"{text}. Its options {dict(options)} are given to your optimizer's factory, so pass a "
-            "factory: functools.partial(optax.adamw, learning_rate=…)"
-        )
-    return Verdict.SAME, text
+    notes = [_NST] if loss is mmd_loss else []
+    verdict = Verdict.CHANGED if notes else Verdict.SAME
+    if match.proj is not None:
+        kind, dim_S, dim_T, options = match.proj
+        said = f"{kind} projection of the student's {dim_S} to the teacher's {dim_T}"
+        if options:
+            verdict = Verdict.CHANGED
+            said += (
+                f". Its options {dict(options)} are given to your optimizer's factory, so pass a "
+                "factory: functools.partial(optax.adamw, learning_rate=…)"
+            )
+        notes.insert(0, said)
+    return verdict, ". ".join(notes)
+
+
+_NST = (
+    "With an inputs_mask TextBrewer's package divides the products of positions by the length, here and in "
+    "its repository the width divides them. For the package's objective, where both sides are equally "
+    "wide, multiply the weight by (width / length)²"
+)
 
 
 def emd(values: Mapping[str, Any]) -> Ported:
