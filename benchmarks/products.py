@@ -8,6 +8,8 @@ process of its own. Where a step is behind torch's, this tells whether the libra
 """
 
 import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import harness
@@ -30,7 +32,7 @@ def main() -> None:
     for size in args.batch:
         rows.append(measure(args, size))
         harness.save(args, rows)
-    harness.show(rows)
+    harness.show(rows, [column for column in rows[0] if not column.endswith(("q1", "q3"))])
 
 
 def measure(args: argparse.Namespace, size: int) -> harness.Row:
@@ -48,9 +50,12 @@ def measure(args: argparse.Namespace, size: int) -> harness.Row:
         each.close()
     row: harness.Row = {"batch": size}
     for name, each in timings.items():
-        row[f"{name} ms"] = 1e3 * each.median
-    row["products, × torch"] = timings[PRODUCTS[0]].faster_than(timings[PRODUCTS[1]])[0]
-    return row | {"forward, × torch": timings["jaxbrewer"].faster_than(timings["torch"])[0]}
+        row |= each.columns(f"{name} ")
+    for what, (ours, theirs) in {"forward": TEACHERS, "products": PRODUCTS}.items():
+        middle, low, high = timings[ours].faster_than(timings[theirs])
+        name = f"{what}, × torch"
+        row |= {name: middle, f"{name} q1": low, f"{name} q3": high}
+    return row
 
 
 def program(name: str, smoke: bool, size: int, length: int) -> harness.Run:
@@ -81,7 +86,7 @@ def jax_teacher(sizes: dict[str, Any], batch: dict[str, np.ndarray]) -> harness.
         return outputs.logits, outputs.hidden_states
 
     batch = jax.device_put({name: batch[name] for name in batch if name != "labels"})
-    return repeated(lambda: jax.block_until_ready(forward(state, batch)), kept_memory("cpu"))
+    return Repeated(lambda: jax.block_until_ready(forward(state, batch)), kept_memory("cpu"))
 
 
 def torch_teacher(sizes: dict[str, Any], batch: dict[str, np.ndarray]) -> harness.Run:
@@ -96,7 +101,7 @@ def torch_teacher(sizes: dict[str, Any], batch: dict[str, np.ndarray]) -> harnes
         with torch.no_grad():
             teacher(**given)
 
-    return repeated(forward)
+    return Repeated(forward)
 
 
 def numbers(sizes: dict[str, Any], rows: int) -> tuple[np.ndarray, list[list[np.ndarray]]]:
@@ -125,7 +130,7 @@ def xla_products(sizes: dict[str, Any], rows: int) -> harness.Run:
 
     given = jax.device_put(numbers(sizes, rows))
     products = jax.jit(chain)
-    return repeated(lambda: products(*given).block_until_ready(), kept_memory("cpu"))
+    return Repeated(lambda: products(*given).block_until_ready(), kept_memory("cpu"))
 
 
 def torch_products(sizes: dict[str, Any], rows: int) -> harness.Run:
@@ -139,19 +144,21 @@ def torch_products(sizes: dict[str, Any], rows: int) -> harness.Run:
         with torch.no_grad():
             chain(*given)
 
-    return repeated(products)
+    return Repeated(products)
 
 
-def repeated(once: Any, memory: Any = None) -> harness.Run:
-    """A program that runs so many times, with memory kept between them if asked for."""
-    if memory is not None:
-        memory.__enter__()  # as long as the process lives
+class Repeated:
+    """A program that runs so many times; what it is given with ``memory`` is open as long as it lives."""
 
-    def run(steps: int) -> None:
+    def __init__(self, once: Callable[[], Any], memory: AbstractContextManager[Any] | None = None):
+        self._once = once
+        self._open = ExitStack()
+        if memory is not None:
+            self._open.enter_context(memory)
+
+    def __call__(self, steps: int) -> None:
         for _ in range(steps):
-            once()
-
-    return run
+            self._once()
 
 
 if __name__ == "__main__":

@@ -350,9 +350,9 @@ class TorchBatches:
 def _by_textbrewer(run: Run, settings: Settings) -> list[Any]:
     """Trains by TextBrewer on transformers' models: the same beginning, batches, losses and rates.
 
-    Its batches are jaxbrewer's, in their order. Its package divides a masked ``nst`` by the length; that
-    is as many times larger as width is to length, squared, so the rule of its repository's head is set
-    in its place, which jaxbrewer has too.
+    Its batches are jaxbrewer's, in their order. Its package on PyPI divides a masked ``nst`` by the
+    length, which makes it (width / length)² times as large; so it is given the rule of its repository,
+    which is jaxbrewer's.
     """
     import textbrewer
     import torch

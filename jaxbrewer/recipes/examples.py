@@ -70,8 +70,9 @@ class Labels:
             return number
         if self.names is not None and str(value) in self.names:
             return self.names.index(str(value))
-        is_class = number is not None and number == int(number) and 0 <= number < self.count
-        return int(number) if is_class and number is not None else None
+        if number is None or number != int(number) or not 0 <= number < self.count:
+            return None
+        return int(number)
 
     def _problem(self, value: Any) -> str:
         if self.count == 1:
