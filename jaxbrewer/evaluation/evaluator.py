@@ -2,13 +2,14 @@
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from ..data.batches import Batch, own, plain, sides
+from ..machine.memory import kept_memory
 from ..models.adaptors import Adaptor, Side, check_adaptor
 from ..models.teachers import Teacher
 from ..models.wrap import as_model
@@ -97,10 +98,11 @@ class Forward:
         """
         metrics, teacher = _fresh(metrics, teacher)
         count = 0
-        for batch, results in self._run(student, teacher, loader):
-            count += 1
-            for metric in metrics:
-                metric.update(batch, results)
+        with kept_memory(jax.default_backend()) as bound_memory:
+            for batch, results in self._run(student, teacher, loader, bound_memory):
+                count += 1
+                for metric in metrics:
+                    metric.update(batch, results)
         if not count:
             raise ValueError(_EMPTY)
         return _together([metric.compute() for metric in metrics])
@@ -121,7 +123,8 @@ class Forward:
             AdaptorError, BatchError: as in training.
         """
         order = order_of(loader)
-        return gathered(self._run(student, Teacher(), loader), order)
+        with kept_memory(jax.default_backend()) as bound_memory:
+            return gathered(self._run(student, Teacher(), loader, bound_memory), order)
 
     def rehearse(
         self, student: Side, teacher: Teacher, loader: Iterable[Any], metrics: Sequence[Metric]
@@ -154,7 +157,11 @@ class Forward:
         return _together(computed)
 
     def _run(
-        self, student: Side, teacher: Teacher, loader: Iterable[Any]
+        self,
+        student: Side,
+        teacher: Teacher,
+        loader: Iterable[Any],
+        after_batch: Callable[[], None],
     ) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Each batch with its results; the next one computes while the last is looked at."""
         variables = self._compile(student, teacher)
@@ -164,6 +171,7 @@ class Forward:
             waiting.append((batch, self._compiled(*variables, batch)))
             if len(waiting) > 1:
                 yield _on_host(*waiting.pop(0))
+                after_batch()
         for batch, results in waiting:
             yield _on_host(batch, results)
 

@@ -1,4 +1,4 @@
-"""On a CPU, training keeps the memory that a step frees for the next step.
+"""On a CPU, training and evaluation keep the memory that a step frees for the next step.
 
 XLA allocates a program's scratch memory anew in every call: 0.5 GB for a step from BERT-base to
 three layers with 8 sequences, 1.5 GB with 32. glibc returns blocks of that size to the kernel as
@@ -12,6 +12,7 @@ named ``MALLOC_…`` sets. ``JAXBREWER_KEEP_MEMORY=off`` in the environment turn
 import ctypes
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -21,7 +22,7 @@ import jax
 SWITCH = "JAXBREWER_KEEP_MEMORY"
 _PLATFORMS = "jax_platforms"
 
-# How much a training may grow before it gives back what is free, and after how many steps it looks.
+# How much a process may grow before it gives back what is free, and after how many steps it looks.
 MOST_GROWTH = 2 * 2**30
 LOOK_EVERY = 16
 
@@ -30,6 +31,9 @@ _ARENA_MAX, _MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -4, -3, -1
 _KEEP = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))  # large blocks come from the heap, which stays
 # glibc's defaults, the thresholds as it raises them by itself once large blocks are freed.
 _DEFAULT = ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**26))
+
+_lock = threading.Lock()
+_keeping = 0  # how many `kept_memory` are open
 
 
 def share_heap() -> bool:
@@ -51,6 +55,8 @@ def share_heap() -> bool:
 def kept_memory(platform: str) -> Iterator[Callable[[], None]]:
     """While it is open, freed memory stays with this process; afterwards what is free is returned.
 
+    Where several are open, as of an evaluation while training, the last to close returns it.
+
     Args:
         platform: of the devices that compute; nothing is done unless it is ``cpu``.
 
@@ -62,12 +68,23 @@ def kept_memory(platform: str) -> Iterator[Callable[[], None]]:
     if platform != "cpu" or not _is_wanted():
         yield lambda: None
         return
-    _set(*_KEEP)
+    _keep(+1)
     try:
         yield _Bound()
     finally:
-        _set(*_DEFAULT)
-        _return_free()
+        _keep(-1)
+
+
+def _keep(change: int) -> None:
+    """One `kept_memory` more is open, or one less."""
+    global _keeping
+    with _lock:
+        before, _keeping = _keeping, _keeping + change
+        if not before:
+            _set(*_KEEP)
+        elif not _keeping:
+            _set(*_DEFAULT)
+            _return_free()
 
 
 class _Bound:

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from ..data.batches import Batch, Served, Static, sides
 from ..errors import CacheError
 from ..files import UnreadableFileError, read_json_object, replacing, write_json
+from ..machine.memory import kept_memory
 from ..models.adaptors import Results
 from ..models.teachers import Teacher
 from . import digests
@@ -139,16 +140,18 @@ def build(
         "Caching the teacher's results for %d batches: %.1f MiB %s", len(kept), size / 2**20, where
     )
     students = [sides(batch)[1] for batch in kept]
-    if folder is None:
-        results: list[Any] = [
-            jax.tree.map(np.asarray, compiled(variables, place(batch))) for batch in _bar(kept)
-        ]
-        return CachedLoader(students, results, shapes[0], seed)
-    disk = _DiskCache(Path(folder), variables, kept, dtype, shapes, size, level)
-    for i, batch in enumerate(_bar(kept)):
-        if not disk.has(i):
-            disk.write(i, compiled(variables, place(batch)))
-    return CachedLoader(students, disk.records, shapes[0], seed)
+    disk = None
+    if folder is not None:
+        disk = _DiskCache(Path(folder), variables, kept, dtype, shapes, size, level)
+    results: list[Any] = []
+    with kept_memory(jax.default_backend()) as bound_memory:
+        for i, batch in enumerate(_bar(kept)):
+            if disk is None:
+                results.append(jax.tree.map(np.asarray, compiled(variables, place(batch))))
+            elif not disk.has(i):
+                disk.write(i, compiled(variables, place(batch)))
+            bound_memory()
+    return CachedLoader(students, results if disk is None else disk.records, shapes[0], seed)
 
 
 def _bar(batches: list[Batch]) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from jaxbrewer.evaluation import Accuracy
 from jaxbrewer.machine import memory as allocation
 from tests import fn_job
 
@@ -102,6 +103,15 @@ def test_what_is_set(calls):
     assert calls == [(-4, 65536), (-3, 2**25), (-1, 2**26), "trim"]
 
 
+def test_the_last_to_close_returns_it(calls):
+    with allocation.kept_memory("cpu"):
+        calls.clear()
+        with allocation.kept_memory("cpu"), allocation.kept_memory("cpu"):
+            pass
+        assert not calls
+    assert calls == [(-4, 65536), (-3, 2**25), (-1, 2**26), "trim"]
+
+
 def test_an_accelerators_host_is_left_alone(calls):
     with allocation.kept_memory("gpu") as bound_memory:
         bound_memory()
@@ -131,6 +141,28 @@ def test_training_calls_it_after_each_step(calls, monkeypatch, tmp_path):
     assert len(looks) == 2
     assert calls[:2] == [(-4, 0), (-1, -1)]
     assert calls[-1] == "trim"
+
+
+def test_filling_a_cache_calls_it_after_each_batch(calls, monkeypatch, tmp_path):
+    looks = []
+    monkeypatch.setattr(allocation, "_resident", lambda: looks.append(1) or 0)
+    distiller = fn_job.distiller(tmp_path, config={"is_caching_logits": True})
+    with distiller:
+        distiller.train(fn_job.SGD, fn_job.batches(allocation.LOOK_EVERY), num_epochs=1)
+    assert len(looks) == 2  # of the cache, and of the training
+    assert calls.count((-4, 0)) == calls.count("trim") == 2
+
+
+@pytest.mark.parametrize("ask", ["evaluate", "predict"])
+def test_evaluation_calls_it_after_each_batch(calls, monkeypatch, tmp_path, ask):
+    looks = []
+    monkeypatch.setattr(allocation, "_resident", lambda: looks.append(1) or 0)
+    given = {"evaluate": [[Accuracy()]], "predict": []}[ask]
+    distiller = fn_job.distiller(tmp_path, keys=("logits", "labels"))
+    with distiller:
+        getattr(distiller, ask)(fn_job.batches(allocation.LOOK_EVERY + 1), *given)
+    assert len(looks) == 1
+    assert calls == [(-4, 0), (-1, -1), (-4, 65536), (-3, 2**25), (-1, 2**26), "trim"]
 
 
 @pytest.mark.parametrize(
