@@ -373,6 +373,22 @@ def test_study(study, tmp_path, capsys):
 
 
 @pytest.mark.torch
+def test_same_weights(run, tmp_path):
+    from flax import nnx
+
+    from jaxbrewer import zoo
+
+    tiny_study(tmp_path, zoo, nnx)
+    given = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data")]
+    found = run("same_weights", *given, "--task", "wnut17", "--rows", "32")
+    moved = [row for row in found["rows"] if not row["arrays"].endswith("key.bias")]
+    assert {row["arrays"] for row in moved} > {"classifier.weight"}
+    for row in moved:
+        assert row["apart"] < 1e-3 * row["moved by jaxbrewer"]
+    assert found["same_labels"] == [32, 32]
+
+
+@pytest.mark.torch
 def test_a_study_gives_textbrewer_the_nst_that_is_jaxbrewers(study):
     import torch
 
