@@ -33,6 +33,12 @@ ROWS, WIDTH = 4, 3
 
 
 @pytest.fixture(scope="module", autouse=True)
+def torch_is_there_from_the_first():
+    """Its random state is saved once it is imported, which tensorboardX does where it can."""
+    import tensorboardX  # noqa: F401
+
+
+@pytest.fixture(scope="module", autouse=True)
 def compiled_quickly():
     """What is compared here does not depend on how well programs are optimized."""
     jax.config.update("jax_disable_most_optimizations", True)
