@@ -8,6 +8,7 @@ process of its own. Where a step is behind torch's, this tells whether the libra
 """
 
 import argparse
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -152,9 +153,10 @@ class Repeated:
 
     def __init__(self, once: Callable[[], Any], memory: AbstractContextManager[Any] | None = None):
         self._once = once
-        self._open = ExitStack()
         if memory is not None:
-            self._open.enter_context(memory)
+            opened = ExitStack()
+            opened.enter_context(memory)
+            weakref.finalize(self, opened.close)
 
     def __call__(self, steps: int) -> None:
         for _ in range(steps):

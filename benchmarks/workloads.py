@@ -8,6 +8,7 @@ import copy
 import functools
 import tempfile
 import warnings
+import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -187,8 +188,9 @@ class JaxStep:
         self.compiled = step.lower(*self.arguments).compile()
         self.metrics: Any = None
         # As in ``train``, for as long as this object lives.
-        self._open = ExitStack()
-        self._bound_memory = self._open.enter_context(kept_memory(device.platform))
+        memory = ExitStack()
+        self._bound_memory = memory.enter_context(kept_memory(device.platform))
+        weakref.finalize(self, memory.close)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
