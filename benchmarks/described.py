@@ -29,7 +29,7 @@ import workloads
 
 DEVICES = ("tpu:v5e:1x1", "tpu:v5e:2x4", "gpu:h100:1", "gpu:h100:8")
 LEVELS = ("O0", "O1", "O2")
-SHARDINGS = ("none", "teacher", "all")
+SHARDINGS = ("none", "teacher", "optimizer", "all")
 KEY = ("work", "on", "level", "sharding")
 BUSY_FOR = 900  # seconds that another process's libtpu is waited for
 
