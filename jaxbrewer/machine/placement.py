@@ -348,24 +348,33 @@ class Sharded(_Mesh):
             program = replace(program, together=self._together)
         return jax.jit(program.step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
-    def _together(self, side: str, arrays: Any) -> Any:
+    def _together(self, side: str, arrays: Any, types: Any) -> Any:
         """A side's arrays whole on every device, in a step; their gradients come back in pieces.
+
+        What is sent is rounded to the `types` in which arrays are used: on GPUs XLA sends what it is
+        told to, and rounds afterwards.
 
         Left to itself, the compiler may cut what is computed of a parameter as the parameter is cut,
         within the heads of attention too, and send more than that is.
         """
 
-        def gathered(x: Any, place: NamedSharding) -> Any:
+        def gathered(x: Any, place: NamedSharding, dtype: Any) -> Any:
             if place is self.whole:
                 return x
-            gather = jax.custom_vjp(lambda x: jax.lax.with_sharding_constraint(x, self.whole))
+
+            def whole(x: jax.Array) -> jax.Array:
+                sent = jax.lax.with_sharding_constraint(x.astype(dtype), self.whole)
+                return sent.astype(x.dtype)
+
+            gather = jax.custom_vjp(whole)
             gather.defvjp(
-                lambda x: (jax.lax.with_sharding_constraint(x, self.whole), None),
+                lambda x: (whole(x), None),
                 lambda _, g: (jax.lax.with_sharding_constraint(g, place),),
             )
             return gather(x)
 
-        return jax.tree.map(gathered, arrays, self.shardings(arrays, cut=self.cuts(side)))
+        places = self.shardings(arrays, cut=self.cuts(side))
+        return jax.tree.map(gathered, arrays, places, types)
 
     def lower(self, program: Program, batch: Batch) -> jax.stages.Lowered:
         """See `Placement.lower`: rows are shared out where they can be, and repeated elsewhere."""

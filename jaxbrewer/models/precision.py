@@ -278,6 +278,11 @@ class HalfModel:
 
         return jax.tree_util.tree_map_with_path(one, params)
 
+    def used_as(self, params: Any) -> Any:
+        """The type of each parameter once the forward pass has rounded it, in the form of `params`."""
+        rounded = self._rounded if self.precision.level == "O2" else lambda params: params
+        return jax.tree.map(lambda x: x.dtype, jax.eval_shape(rounded, params))
+
     def write(self, params: Any, state: Any) -> None:
         """See `handle.Model.write`; every array gets back the type it had."""
         like = (self.model.params, self.model.state)
@@ -286,6 +291,13 @@ class HalfModel:
     def signature(self) -> Any:
         """See `handle.Model.signature`."""
         return self.model.signature()
+
+
+def used_as(model: Model, params: Any) -> Any:
+    """The type in which a model's forward pass uses each of its parameters, in their form."""
+    if isinstance(model, HalfModel):
+        return model.used_as(params)
+    return jax.tree.map(lambda x: x.dtype, params)
 
 
 def _narrowed(x: Any, half: Half) -> Any:

@@ -14,7 +14,7 @@ from ..data.batches import Batch, sides
 from ..errors import BatchError
 from ..models.adaptors import Results, Side
 from ..models.handle import Model
-from ..models.precision import FLOAT32, Precision
+from ..models.precision import FLOAT32, Precision, used_as
 from ..models.teachers import Teacher
 from ..models.trainable import Parting
 from ..objective.loss import Loss, Weights
@@ -70,8 +70,10 @@ class Program:
         max_nonfinite_steps: see `guard.Guard.limit`.
         parting: which of the student's parameters are trained; None: all.
         observed: the terms of all tasks, where the objective has a state that moves on by them.
-        together: ``(side, arrays) -> arrays``: brings those of a side, ``'student'`` (the projections'
-            too) or ``'teacher'``, together before they are used, where they lie in pieces on devices.
+        together: ``(side, arrays, types) -> arrays``: brings those of a side, ``'student'`` (the
+            projections' too) or ``'teacher'``, together before they are used, where they lie in
+            pieces on devices. They come in the types they have; those in which they are used are
+            enough to send.
     """
 
     student: Side
@@ -87,7 +89,7 @@ class Program:
     max_nonfinite_steps: int | None = 1
     parting: Parting | None = None
     observed: tuple[str, ...] = ()
-    together: Callable[[str, Any], Any] = lambda side, arrays: arrays
+    together: Callable[[str, Any, Any], Any] = lambda side, arrays, types: arrays
 
     @property
     def variables(self) -> tuple[Any, Any]:
@@ -201,7 +203,7 @@ class Program:
         """
         inputs = self.inputs(state, teacher_variables, batch, schedule)
         total, backward, (loss, model_state) = jax.vjp(
-            lambda params: self.loss(self.together("student", self.whole(params, frozen)), *inputs),
+            lambda params: self.loss(self._trained_together(params, frozen), *inputs),
             state.params,
             has_aux=True,
         )
@@ -259,7 +261,8 @@ class Program:
     ) -> tuple[Any, ...]:
         """What `loss` gets in a step beside the parameters."""
         teacher_batch, student_batch, cache = sides(batch)
-        variables = self.together("teacher", teacher_variables)
+        types = jax.tree.map(lambda x: x.dtype, teacher_variables)
+        variables = self.together("teacher", teacher_variables, types)
         results_T = jax.lax.stop_gradient(self.teacher(variables, teacher_batch, cache))
         key = jax.random.fold_in(state.key, state.micro_step)
         if self.axis is not None:
@@ -267,6 +270,17 @@ class Program:
         weights = self.objective.scheduled.read(schedule)
         weights = weights._replace(state=memory.value_of(state.objective))
         return state.model_state, key, student_batch, results_T, weights
+
+    def _trained_together(self, params: Any, frozen: Any) -> Any:
+        params = self.whole(params, frozen)
+        types = {
+            "student": used_as(self.student.model, params["student"]),
+            "projections": {
+                name: used_as(model, params["projections"][name])
+                for name, model in self.projections.items()
+            },
+        }
+        return self.together("student", params, types)
 
     def counts(
         self, state: TrainState, teacher_variables: Any, batch: Batch, frozen: Any = ()

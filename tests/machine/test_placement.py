@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,20 @@ def test_the_optimizers_state_may_be_cut_alone(tmp_path):
         assert pieces(state.opt_state.inner_opt_state) == (4, 32)
         assert pieces(state.params) == (32, 32)
         state, _ = step(state, teacher, placement.batch(batch), program.row, ())
+
+
+@pytest.mark.parametrize(("level", "sent"), [("O1", "f32"), ("O2", "bf16")])
+def test_what_is_brought_together_is_sent_in_the_type_it_is_used_in(tmp_path, level, sent):
+    """Gradients go in the type of the weights."""
+    config = every.config(tmp_path, fp16=True, fp16_opt_level=level, half_dtype="bfloat16")
+    distiller = every.JOBS["basic"](config)
+    batch = own(every.batches(1)[0])
+    with distiller:
+        adam = functools.partial(optax.adam, learning_rate=1e-3)
+        program = prepare(distiller.job(), {"": batch}, adam).programs[""]
+    lowered = Sharded(EIGHT, "all").lower(program, batch).as_text()
+    found = re.findall(r"sharding_constraint .*<@mesh, (.*)> : tensor<32x32x(\w+)>", lowered)
+    assert found == [("[{}, {}]", sent), ('[{"data"}, {}]', "f32")]  # the student's kernel
 
 
 def test_rows_are_what_most_inputs_have():
